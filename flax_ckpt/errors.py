@@ -1,0 +1,134 @@
+"""Every exception this package raises on purpose.
+
+    FlaxCkptError
+    ├── CheckpointNotFoundError   (FileNotFoundError)  nothing there; says what lies nearest
+    ├── CheckpointExistsError     (FileExistsError, ValueError)  the target is taken
+    ├── InvalidLayoutError        (ValueError)  something is there, but no checkpoint
+    ├── FormatError               (ValueError)  bytes that do not follow the format
+    │   └── DamagedCheckpointError    a checksum, length or file of a checkpoint is wrong
+    ├── TreeMismatchError         (ValueError)  the saved tree and the wanted tree differ
+    ├── UnsupportedLeafError      (TypeError)   leaves that cannot be saved, all of them
+    ├── DuplicateNameError        (ValueError)  two leaves would share one name on disk
+    ├── ConfigError               (TypeError, ValueError)  a config value that cannot be saved
+    ├── NoEntryError              (KeyError)    no handler for a checkpointable
+    ├── AlreadyExistsError        (ValueError)  a handler is registered twice
+    ├── NotHandleableError        (ValueError)  a bound handler refuses its checkpointable
+    ├── ContextFrozenError        (RuntimeError)  an active Context was mutated
+    ├── StateError                (ValueError)  a training state or step that cannot be used
+    ├── SaveFailedError           (RuntimeError)  a background save failed; cause chained
+    └── BarrierTimeoutError       (TimeoutError)  another process did not arrive
+
+Each one also is the builtin that a caller would catch without knowing us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class FlaxCkptError(Exception):
+    """Base of all errors of this package."""
+
+
+class CheckpointNotFoundError(FlaxCkptError, FileNotFoundError):
+    """There is no checkpoint at the path."""
+
+
+class CheckpointExistsError(FlaxCkptError, FileExistsError, ValueError):
+    """A checkpoint is at the path already and `overwrite` was not asked for."""
+
+
+class InvalidLayoutError(FlaxCkptError, ValueError):
+    """The path exists but is not a checkpoint of a known layout."""
+
+
+class FormatError(FlaxCkptError, ValueError):
+    """Bytes or JSON that do not follow the on-disk format."""
+
+
+class DamagedCheckpointError(FormatError):
+    """A checkpoint whose bytes are not the ones that were saved."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One leaf or node where the saved and the wanted tree differ.
+
+    Attributes:
+        path: key path as `jax.tree_util.keystr` prints it, with `.`-free names: `params/dense/kernel`.
+        saved: what the checkpoint has, e.g. `float32[3,4]`, or `nothing`.
+        wanted: what the caller asked for.
+    """
+
+    path: str
+    saved: str
+    wanted: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: saved {self.saved}, wanted {self.wanted}"
+
+
+class TreeMismatchError(FlaxCkptError, ValueError):
+    """The wanted tree cannot be filled from the saved one.
+
+    Attributes:
+        differences: every difference found, in tree order.
+    """
+
+    def __init__(self, message: str, differences: Sequence[Difference] = ()) -> None:
+        super().__init__(message)
+        self.differences = tuple(differences)
+
+
+class UnsupportedLeafError(FlaxCkptError, TypeError):
+    """Leaves of a type that cannot be saved."""
+
+
+class DuplicateNameError(FlaxCkptError, ValueError):
+    """Two leaves of one tree would be stored under the same name."""
+
+
+class ConfigError(FlaxCkptError, TypeError, ValueError):
+    """A value of a run's config that cannot be saved or read back."""
+
+
+class NoEntryError(FlaxCkptError, KeyError):
+    """No registered handler fits a checkpointable."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class AlreadyExistsError(FlaxCkptError, ValueError):
+    """A handler or a name is registered already."""
+
+
+class NotHandleableError(FlaxCkptError, ValueError):
+    """The handler bound to a name cannot take the value given for it."""
+
+
+class ContextFrozenError(FlaxCkptError, RuntimeError):
+    """Options of a Context were changed while it is active."""
+
+
+class StateError(FlaxCkptError, ValueError):
+    """A training state, step or restore target that cannot be used."""
+
+
+class SaveFailedError(FlaxCkptError, RuntimeError):
+    """A save that ran in the background failed; `__cause__` says why.
+
+    Attributes:
+        path: the checkpoint that was not written.
+        step: the training step, if there is one.
+    """
+
+    def __init__(self, message: str, *, path: str, step: int | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.step = step
+
+
+class BarrierTimeoutError(FlaxCkptError, TimeoutError):
+    """Another process did not reach the same point in time."""
