@@ -1,0 +1,20 @@
+"""Checkpointing for Flax and Optax training: save, resume, evaluate, anywhere."""
+
+from flax_ckpt import errors, handlers, options
+from flax_ckpt._async import AsyncResponse
+from flax_ckpt._load import (
+    checkpointables_metadata,
+    load,
+    load_async,
+    load_checkpointables,
+    load_checkpointables_async,
+    metadata,
+)
+from flax_ckpt._metadata import CheckpointMetadata
+from flax_ckpt._save import (
+    save,
+    save_async,
+    save_checkpointables,
+    save_checkpointables_async,
+)
+from flax_ckpt.context import Context

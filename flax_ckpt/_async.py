@@ -1,0 +1,160 @@
+"""Work in the background whose failure cannot get lost.
+
+A :class:`Response` is a running thread with a result. Its error surfaces at `result()`; if nobody
+asks, at the end of the process: standard error names it and the exit code is not 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures.thread  # its exit hook must be registered before ours
+import contextvars
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, Protocol, TypeVar
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+logger = logging.getLogger("flax_ckpt")
+
+_lock = threading.Lock()
+_unsurfaced: set[Response[Any]] = set()  # running, or failed and not yet told to anyone
+_exit_code = 0
+
+
+class AsyncResponse(Protocol[T_co]):
+    """What the `*_async` functions return."""
+
+    def result(self, timeout: float | None = None) -> T_co:
+        """Waits for the end and returns the result, or raises what went wrong.
+
+        Args:
+            timeout: seconds to wait; None: as long as it takes.
+
+        Raises:
+            TimeoutError: it still runs.
+        """
+        ...
+
+    def on_complete(self, callback: Callable[[Any], None]) -> None:
+        """Calls `callback` with the result after success, at once if it is there already."""
+        ...
+
+
+class Response(Generic[T]):
+    """A thread that was started and will have a result; implements :class:`AsyncResponse`.
+
+    Args:
+        work: what to run; the context variables of the caller are visible to it.
+        what: names the work in error messages, e.g. `checkpoint /ckpt/100`.
+    """
+
+    def __init__(self, work: Callable[[], T], what: str) -> None:
+        self._work = contextvars.copy_context()
+        self.what = what
+        self._value: T | None = None
+        self.error: BaseException | None = None
+        self._callbacks: list[Callable[[Any], None]] = []
+        with _lock:
+            _unsurfaced.add(self)
+        # The thread starts now, not on demand: once the main thread has ended, none can start.
+        self._thread = threading.Thread(
+            target=self._work.run, args=(self._run, work), name=f"flax_ckpt {what}", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, work: Callable[[], T]) -> None:
+        try:
+            self._value = work()
+            while True:
+                with _lock:
+                    if not self._callbacks:
+                        _unsurfaced.discard(self)
+                        self._work = None
+                        return
+                    callback = self._callbacks.pop(0)
+                callback(self._value)
+        except BaseException as error:  # kept, and raised in the caller's thread or at exit
+            self.error = error
+
+    def done(self) -> bool:
+        """Whether the work has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def result(self, timeout: float | None = None) -> T:
+        """See :meth:`AsyncResponse.result`."""
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError(f"{self.what}: still running after {timeout} s")
+        if self.error is not None:
+            self.surface()
+            raise self.error
+        return self._value  # type: ignore[return-value]
+
+    def surface(self) -> None:
+        """Says that the error, if there is one, has been told: it will not fail the exit."""
+        with _lock:
+            _unsurfaced.discard(self)
+
+    def on_complete(self, callback: Callable[[Any], None]) -> None:
+        """See :meth:`AsyncResponse.on_complete`."""
+        with _lock:
+            if self._work is not None and self.error is None:
+                self._callbacks.append(callback)
+                return
+        if self.error is None:
+            callback(self._value)
+
+    def __repr__(self) -> str:
+        state = "running" if not self.done() else "failed" if self.error else "done"
+        return f"<AsyncResponse {self.what}: {state}>"
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine to its end, in this thread, or beside a loop that runs here already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    context = contextvars.copy_context()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(context.run, asyncio.run, coroutine).result()
+
+
+def _finish_pending() -> None:
+    """Runs when the main thread has ended, before executors refuse work: waits and reports."""
+    global _exit_code
+    with _lock:
+        pending = sorted(_unsurfaced, key=lambda response: response.what)
+    for response in pending:
+        try:
+            response.result()
+        except BaseException as error:
+            logger.debug("at exit", exc_info=error)
+            _exit_code = 1
+            reason = f"{type(error).__name__}: {error}"
+            print(f"flax_ckpt: {response.what} was NOT saved: {reason}", file=sys.stderr)
+
+
+def _set_exit_code() -> None:
+    """The interpreter ignores failures of threads and of exit hooks, so we end the process."""
+    if not _exit_code:
+        return
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_exit_code)
+
+
+# `threading._register_atexit` runs its hooks in reverse order, ours before the one that closes the
+# executors; `atexit` alone would come after it. Tried on CPython 3.11 and 3.13.
+threading._register_atexit(_finish_pending)  # type: ignore[attr-defined]
+atexit.register(_set_exit_code)

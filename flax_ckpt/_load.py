@@ -1,0 +1,319 @@
+"""`load` and its kin: checkpointables from a directory, and what is in it without loading.
+
+    params = fc.load("/ckpt/params", abstract_params)
+    parts = fc.load_checkpointables("/ckpt/100", {"params": abstract_params, "config": None})
+    fc.metadata("/ckpt/params").metadata["w"].shape
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from flax_ckpt import _async
+from flax_ckpt._async import AsyncResponse
+from flax_ckpt._metadata import CheckpointMetadata
+from flax_ckpt.context import Context, resolve
+from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError
+from flax_ckpt.format import checkpoint, names
+from flax_ckpt.handlers import registry as handler_registry
+from flax_ckpt.storage.paths import local_path, require_directory
+from flax_ckpt.storage.record import Record
+
+PathLike = str | os.PathLike[str]
+
+
+def load(
+    path: PathLike,
+    abstract_state: Any = None,
+    *,
+    checkpointable_name: str | None = names.AUTO,
+) -> Any:
+    """Loads one PyTree.
+
+    Args:
+        path: the checkpoint.
+        abstract_state: a tree of abstract leaves, such as `jax.eval_shape` returns, or a
+            :class:`CheckpointMetadata`; None: as it was saved, in dicts and lists. A dtype named
+            there is a cast. A leaf without a sharding comes back with the saved one if its
+            devices are here, else on one device.
+        checkpointable_name: which checkpointable; `AUTO`: `state`, or the only tree there is;
+            None: `path` is itself the directory of the tree.
+
+    Returns:
+        A tree of the structure of `abstract_state`.
+
+    Raises:
+        CheckpointNotFoundError: nothing at `path`, or no such checkpointable.
+        InvalidLayoutError: not a checkpoint, or several trees and none is called `state`.
+        TreeMismatchError: lists every difference; nothing was read.
+        DamagedCheckpointError: bytes are not those that were saved.
+
+    >>> import tempfile, jax, numpy as np, flax_ckpt as fc
+    >>> path = tempfile.mkdtemp() + "/ckpt"
+    >>> fc.save(path, {"w": np.ones(3, np.float32)})
+    >>> fc.load(path, {"w": jax.ShapeDtypeStruct((3,), np.float32)})
+    {'w': Array([1., 1., 1.], dtype=float32)}
+    """
+    layout = Layout.of(path)
+    name = layout.tree_name(checkpointable_name)
+    abstract = _unwrapped(abstract_state)
+    return _async.run(_load_items(layout, {name: abstract}, resolve()))[name]
+
+
+def load_async(
+    path: PathLike,
+    abstract_state: Any = None,
+    *,
+    checkpointable_name: str | None = names.AUTO,
+) -> AsyncResponse[Any]:
+    """Loads one PyTree in the background; see :func:`load`."""
+    return _async.Response(
+        lambda: load(path, abstract_state, checkpointable_name=checkpointable_name),
+        f"load of {os.fspath(path)}",
+    )
+
+
+def load_checkpointables(
+    path: PathLike,
+    abstract_checkpointables: Mapping[str, Any] | CheckpointMetadata[Any] | None = None,
+) -> dict[str, Any]:
+    """Loads several checkpointables of a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        abstract_checkpointables: the wanted ones by name, each with its abstract form, or None to
+            load it as it was saved. Those not named are left alone. None: all.
+
+    Returns:
+        The values by name.
+
+    Raises:
+        CheckpointNotFoundError: nothing at `path`, or a name that is not there.
+        NoEntryError: no handler for a checkpointable is registered here.
+        InvalidLayoutError, TreeMismatchError, DamagedCheckpointError: as :func:`load`.
+    """
+    return load_layout(Layout.of(path), abstract_checkpointables, resolve())
+
+
+def load_checkpointables_async(
+    path: PathLike,
+    abstract_checkpointables: Mapping[str, Any] | CheckpointMetadata[Any] | None = None,
+) -> AsyncResponse[dict[str, Any]]:
+    """Loads several checkpointables in the background; see :func:`load_checkpointables`."""
+    return _async.Response(
+        lambda: load_checkpointables(path, abstract_checkpointables),
+        f"load of {os.fspath(path)}",
+    )
+
+
+def metadata(
+    path: PathLike, checkpointable_name: str | None = names.AUTO
+) -> CheckpointMetadata[Any]:
+    """What a saved PyTree looks like, without its data.
+
+    Args:
+        path: the checkpoint.
+        checkpointable_name: as in :func:`load`.
+
+    Returns:
+        Its `metadata` is the tree in dicts and lists, with `jax.ShapeDtypeStruct` for JAX arrays,
+        `arrays.NumpyShapeDtype` for NumPy arrays, 0, 0.0 or False for numbers.
+
+    >>> import tempfile, numpy as np, flax_ckpt as fc
+    >>> path = tempfile.mkdtemp() + "/ckpt"
+    >>> fc.save(path, {"w": np.ones(3)}, custom_metadata={"run": 1})
+    >>> m = fc.metadata(path)
+    >>> m.metadata, m.custom_metadata
+    ({'w': NumpyShapeDtype(shape=(3,), dtype=dtype('float64'))}, {'run': 1})
+    """
+    layout = Layout.of(path)
+    name = layout.tree_name(checkpointable_name)
+    found = _async.run(_describe(layout, [name], resolve()))
+    return layout.wrap(found[name])
+
+
+def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any]]:
+    """What all checkpointables of a checkpoint look like; see :func:`metadata`."""
+    layout = Layout.of(path)
+    wanted = [name for name in layout.items if name != names.METRICS]
+    return layout.wrap(_async.run(_describe(layout, wanted, resolve())))
+
+
+def load_layout(
+    layout: Layout,
+    abstract: Mapping[str, Any] | CheckpointMetadata[Any] | None,
+    context: Context,
+) -> dict[str, Any]:
+    """As :func:`load_checkpointables`, of a layout and in a context given explicitly."""
+    wanted = _unwrapped(abstract)
+    if layout.is_flat:
+        raise InvalidLayoutError(
+            f"{layout.path} is one PyTree without checkpointables: use flax_ckpt.load"
+        )
+    if wanted is None:
+        wanted = {name: None for name in layout.items if name != names.METRICS}
+    return _async.run(_load_items(layout, wanted, context))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A checkpoint's directory, recognised.
+
+    Attributes:
+        path: absolute.
+        items: directory of each checkpointable; for a flat one the single key is "".
+        root: `_CHECKPOINT_METADATA`.
+    """
+
+    path: str
+    items: Mapping[str, str]
+    root: checkpoint.RootMetadata
+
+    @classmethod
+    def of(cls, path: PathLike) -> Layout:
+        """Recognises what is at a path.
+
+        Raises:
+            CheckpointNotFoundError: nothing.
+            InvalidLayoutError: no finished checkpoint.
+        """
+        here = local_path(path)
+        require_directory(here)
+        if names.TMP_SUFFIX in os.path.basename(here) and not os.path.islink(here):
+            raise InvalidLayoutError(f"{here} is unfinished: the save that made it did not commit")
+        record = Record(here)
+        root = checkpoint.RootMetadata()
+        has_metadata = record.lists(names.CHECKPOINT_METADATA)
+        if has_metadata:
+            data = record.read(names.CHECKPOINT_METADATA)
+            root = checkpoint.RootMetadata.from_bytes(data, names.CHECKPOINT_METADATA)
+        if os.path.isfile(os.path.join(here, names.TREE_METADATA)):
+            return cls(here, {"": here}, root)
+        found = {entry.name: entry.path for entry in os.scandir(here) if _is_item(entry)}
+        if not has_metadata and not any(map(_holds_tree, found.values())):
+            raise _no_checkpoint(here)
+        missing = record.items() - found.keys()
+        items = found | {name: os.path.join(here, name) for name in missing}
+        return cls(here, dict(sorted(items.items())), root)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the directory is itself a PyTree, as v0's `PyTreeCheckpointer` makes it."""
+        return "" in self.items
+
+    def tree_name(self, wanted: str | None) -> str:
+        """The checkpointable that holds the tree to load."""
+        if wanted is None or self.is_flat:
+            if not (self.is_flat and wanted in (None, names.AUTO)):
+                raise InvalidLayoutError(
+                    f"{self.path} {'is' if self.is_flat else 'is not'} itself a PyTree, but"
+                    f" checkpointable_name={wanted!r} was asked for;"
+                    f" it has: {', '.join(self.items) or 'nothing'}"
+                )
+            return ""
+        if wanted != names.AUTO:
+            return wanted
+        trees = [name for name, path in self.items.items() if _holds_tree(path)]
+        for name in [*names.LEGACY_STATES, *(trees if len(trees) == 1 else [])]:
+            if name in trees:
+                return name
+        raise InvalidLayoutError(
+            f"{self.path} has {'several PyTrees' if trees else 'no PyTree'}:"
+            f" {', '.join(trees or self.items) or 'it is empty'}. Name one with"
+            " checkpointable_name=, or use flax_ckpt.load_checkpointables"
+        )
+
+    def item(self, name: str) -> str:
+        """The directory of a checkpointable.
+
+        Raises:
+            CheckpointNotFoundError: there is none of that name.
+        """
+        if name not in self.items:
+            raise CheckpointNotFoundError(
+                f"{self.path} has no checkpointable {name!r}; it has: {', '.join(self.items)}"
+            )
+        return self.items[name]
+
+    def recorded_type(self, name: str) -> str | None:
+        """The type string that the checkpoint has for a checkpointable."""
+        handlers = self.root.item_handlers
+        return handlers if isinstance(handlers, str) else handlers.get(name)
+
+    def wrap(self, found: Any) -> CheckpointMetadata[Any]:
+        """Metadata of this checkpoint around `found`."""
+        return CheckpointMetadata(
+            resolve().file.path_class(self.path),
+            metadata=found,
+            init_timestamp_nsecs=self.root.init_timestamp_nsecs,
+            commit_timestamp_nsecs=self.root.commit_timestamp_nsecs,
+            custom_metadata=self.root.custom_metadata,
+        )
+
+
+def _is_item(entry: os.DirEntry[str]) -> bool:
+    return (
+        entry.is_dir()
+        and entry.name not in names.IGNORED_ITEMS
+        and names.TMP_SUFFIX not in entry.name
+    )
+
+
+def _holds_tree(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, names.TREE_METADATA))
+
+
+def _no_checkpoint(path: str) -> InvalidLayoutError:
+    there = sorted(os.listdir(path))
+    steps = sorted((name for name in there if name.isdigit()), key=int)
+    if steps:
+        return InvalidLayoutError(
+            f"{path} is the root of a run, not one checkpoint; its steps: {', '.join(steps)}."
+            f" Give one of them, e.g. {os.path.join(path, steps[-1])}, or use"
+            " flax_ckpt.restore_train_state, which finds the latest"
+        )
+    return InvalidLayoutError(
+        f"{path} is no checkpoint: it has neither {names.CHECKPOINT_METADATA} nor a directory with"
+        f" {names.TREE_METADATA}; it has: {', '.join(there[:12]) or 'nothing'}"
+    )
+
+
+def _unwrapped(abstract: Any) -> Any:
+    return abstract.metadata if isinstance(abstract, CheckpointMetadata) else abstract
+
+
+def _handler(layout: Layout, name: str, abstract: Any, context: Context) -> Any:
+    registry = context.checkpointables.registry or handler_registry.global_registry()
+    return handler_registry.for_load(
+        registry,
+        name,
+        abstract,
+        recorded=layout.recorded_type(name),
+        is_pytree=_holds_tree(layout.item(name)),
+    )
+
+
+async def _load_items(
+    layout: Layout, wanted: Mapping[str, Any], context: Context
+) -> dict[str, Any]:
+    with context:
+        handlers = {name: _handler(layout, name, a, context) for name, a in wanted.items()}
+        return {
+            name: await (await handler.load(epath.Path(layout.item(name)), wanted[name]))
+            for name, handler in handlers.items()
+        }
+
+
+async def _describe(layout: Layout, wanted: list[str], context: Context) -> dict[str, Any]:
+    with context:
+        return {
+            name: await _handler(layout, name, None, context).metadata(
+                epath.Path(layout.item(name))
+            )
+            for name in wanted
+        }

@@ -1,0 +1,283 @@
+"""`save` and its kin: checkpointables into a directory that appears whole or not at all.
+
+    fc.save("/ckpt/params", params)
+    response = fc.save_checkpointables_async("/ckpt/100", {"params": params, "config": message})
+    response.result()
+
+The synchronous functions are `.result()` on the asynchronous ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import importlib.metadata
+import os
+import time
+from collections.abc import Awaitable, Coroutine, Mapping
+from typing import Any
+
+import crc32c
+from etils import epath
+
+from flax_ckpt import _async
+from flax_ckpt._async import AsyncResponse
+from flax_ckpt.context import Context, resolve
+from flax_ckpt.errors import FormatError
+from flax_ckpt.format import checkpoint, jsons, names
+from flax_ckpt.handlers import registry as handler_registry
+from flax_ckpt.handlers.registry import Handler
+from flax_ckpt.storage import files, hosts
+from flax_ckpt.storage.commit import DeferredPath, Staging
+from flax_ckpt.storage.paths import local_path
+
+PathLike = str | os.PathLike[str]
+
+
+def save(
+    path: PathLike,
+    state: Any,
+    *,
+    checkpointable_name: str = names.STATE,
+    overwrite: bool = False,
+    custom_metadata: dict[str, Any] | None = None,
+) -> None:
+    """Saves one PyTree.
+
+    Args:
+        path: the checkpoint's directory; its parents are made.
+        state: any JAX PyTree of arrays, numbers, strings and None.
+        checkpointable_name: the sub-directory for the tree.
+        overwrite: whether a checkpoint at `path` is replaced; else it is an error.
+        custom_metadata: anything JSON can hold, given back by :func:`metadata`.
+
+    Raises:
+        CheckpointExistsError: there is something at `path`.
+        UnsupportedLeafError: lists every leaf that cannot be saved.
+        DuplicateNameError: two leaves would share a name on disk.
+        OSError: the file system refused; the target is as it was before.
+
+    >>> import tempfile, numpy as np, flax_ckpt as fc
+    >>> path = tempfile.mkdtemp() + "/ckpt"
+    >>> fc.save(path, {"w": np.ones(3), "step": 7})
+    >>> fc.load(path)
+    {'step': 7, 'w': array([1., 1., 1.])}
+    """
+    save_async(
+        path,
+        state,
+        checkpointable_name=checkpointable_name,
+        overwrite=overwrite,
+        custom_metadata=custom_metadata,
+    ).result()
+
+
+def save_async(
+    path: PathLike,
+    state: Any,
+    *,
+    checkpointable_name: str = names.STATE,
+    overwrite: bool = False,
+    custom_metadata: dict[str, Any] | None = None,
+) -> AsyncResponse[None]:
+    """Saves one PyTree in the background; arguments and errors as :func:`save`.
+
+    When it returns, the arrays may be donated, deleted or overwritten. A failure of the rest is
+    raised by `result()` of what is returned, or reported when the process ends.
+    """
+    return save_checkpointables_async(
+        path,
+        {checkpointable_name: state},
+        overwrite=overwrite,
+        custom_metadata=custom_metadata,
+    )
+
+
+def save_checkpointables(
+    path: PathLike,
+    checkpointables: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    custom_metadata: dict[str, Any] | None = None,
+) -> None:
+    """Saves several checkpointables in one checkpoint, each in a sub-directory of its name.
+
+    Args:
+        path: the checkpoint's directory.
+        checkpointables: values by name; each goes to the handler that accepts it.
+        overwrite: whether a checkpoint at `path` is replaced.
+        custom_metadata: anything JSON can hold.
+
+    Raises:
+        NoEntryError: no handler accepts a value.
+        CheckpointExistsError, UnsupportedLeafError, DuplicateNameError, OSError: as :func:`save`.
+    """
+    save_checkpointables_async(
+        path, checkpointables, overwrite=overwrite, custom_metadata=custom_metadata
+    ).result()
+
+
+def save_checkpointables_async(
+    path: PathLike,
+    checkpointables: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    custom_metadata: dict[str, Any] | None = None,
+) -> AsyncResponse[None]:
+    """Saves several checkpointables in the background; see :func:`save_checkpointables`."""
+    for name in checkpointables:
+        if name in names.RESERVED:
+            raise ValueError(
+                f"{name!r} is a reserved name; call the checkpointable something else"
+            )
+    return start(
+        path, checkpointables, resolve(), overwrite=overwrite, custom_metadata=custom_metadata
+    )
+
+
+def start(
+    path: PathLike,
+    checkpointables: Mapping[str, Any],
+    context: Context,
+    *,
+    overwrite: bool = False,
+    custom_metadata: dict[str, Any] | None = None,
+) -> _async.Response[None]:
+    """Begins a save within a context given explicitly; reserved names are the caller's matter."""
+    target = local_path(path)
+    for name, value in checkpointables.items():
+        _check(name, value)
+    try:
+        jsons.dump(custom_metadata)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"custom_metadata: JSON cannot hold it: {error}") from error
+    if not checkpointables:
+        raise ValueError("there is nothing to save: `checkpointables` is empty")
+    with context:
+        work = _Save(target, checkpointables, context, overwrite, custom_metadata or {})
+        return _async.Response(work.finish, f"checkpoint {target}")
+
+
+def _check(name: Any, value: Any) -> None:
+    if not isinstance(name, str) or not name or name != os.path.basename(name) or name in "..":
+        raise ValueError(f"a checkpointable's name must be a directory name, got {name!r}")
+    if names.TMP_SUFFIX in name:
+        raise ValueError(f"the name {name!r} has the mark of unfinished directories in it")
+    if value is None:
+        raise ValueError(f"checkpointable {name!r} is None: leave it out instead")
+
+
+class _Save:
+    """One save: the snapshots are taken when it is made, the rest is `finish`."""
+
+    def __init__(
+        self,
+        target: str,
+        checkpointables: Mapping[str, Any],
+        context: Context,
+        overwrite: bool,
+        custom_metadata: dict[str, Any],
+    ) -> None:
+        self._started = time.time_ns()
+        mode = context.file.path_permission_mode
+        self._staging = Staging(target, overwrite=overwrite, mode=mode)
+        options = context.multiprocessing
+        self._hosts = hosts.current(
+            primary=options.primary_host,
+            active=options.active_processes,
+            prefix=options.barrier_sync_key_prefix,
+            timeout_secs=context.asynchronous.timeout_secs,
+        )
+        self._custom_metadata = custom_metadata
+        self._callback = context.asynchronous.post_finalization_callback
+        self._created: concurrent.futures.Future[None] = concurrent.futures.Future()
+        registry = context.checkpointables.registry or handler_registry.global_registry()
+        handlers = {
+            name: handler_registry.for_save(registry, name, value)
+            for name, value in checkpointables.items()
+        }
+        self._types = {name: handler_registry.typestr(type(h)) for name, h in handlers.items()}
+        self._writing = _async.run(self._snapshot(handlers, checkpointables))
+
+    async def _snapshot(
+        self, handlers: Mapping[str, Handler], values: Mapping[str, Any]
+    ) -> list[Awaitable[None]]:
+        writing: list[Awaitable[None]] = []
+        root = DeferredPath(epath.Path(self._staging.path), self._created)
+        try:
+            for name, handler in handlers.items():
+                writing.append(await handler.save(root / name, values[name]))
+        except BaseException:
+            for rest in writing:
+                if isinstance(rest, Coroutine):
+                    rest.close()
+            raise
+        return writing
+
+    def finish(self) -> None:
+        """Writes, syncs and commits; on failure the target is what it was."""
+        try:
+            asyncio.run(self._write())
+            self._hosts.barrier("written")
+            if self._hosts.is_primary:
+                self._write_root()
+            self._staging.sync()
+            self._hosts.barrier("synced")
+            if self._hosts.is_primary:
+                self._staging.commit()
+            self._hosts.barrier("committed")
+        except BaseException as error:
+            error.add_note(f"while saving the checkpoint {self._staging.target}")
+            if self._hosts.is_primary:
+                self._staging.discard()
+            raise
+        if self._callback is not None:
+            self._callback()
+
+    async def _write(self) -> None:
+        try:
+            if self._hosts.is_primary:
+                self._staging.create(self._types)
+            self._hosts.barrier("created")
+        except BaseException as error:
+            self._created.set_exception(error)
+            for rest in self._writing:
+                if isinstance(rest, Coroutine):
+                    rest.close()
+            raise
+        self._created.set_result(None)
+        results = await asyncio.gather(*self._writing, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    def _write_root(self) -> None:
+        root = self._staging.path
+        metadata = checkpoint.RootMetadata(
+            self._types, self._started, time.time_ns(), self._custom_metadata
+        )
+        contents = {
+            names.INDICATOR: b"",
+            names.CHECKPOINT_METADATA: metadata.to_bytes(),
+            names.COMMIT_SUCCESS: f"Checkpoint committed to {self._staging.target}\n".encode(),
+        }
+        for name, data in contents.items():
+            files.write(os.path.join(root, name), data)
+        data_files = f"/{names.DATA_DIR}/"
+        crcs = {
+            path: crc32c.crc32c(files.read(os.path.join(root, path)))
+            for path in files.walk(root)
+            if data_files not in path
+        }
+        integrity = checkpoint.Integrity(crcs, _versions())
+        files.write(os.path.join(root, names.INTEGRITY), integrity.to_bytes())
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in ("flax-ckpt", "jax", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found

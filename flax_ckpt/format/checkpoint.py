@@ -1,0 +1,152 @@
+"""The files at a checkpoint's root: `_CHECKPOINT_METADATA` and `flax_ckpt.json`.
+
+The first is Orbax's: which checkpointables there are, when, and the user's own metadata. The
+second is ours, a plain file that Orbax ignores: who wrote the checkpoint, and the CRC-32C of every
+file that is not array data, its own included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import crc32c
+
+from flax_ckpt.errors import DamagedCheckpointError, FormatError
+from flax_ckpt.format import jsons, names
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RootMetadata:
+    """`_CHECKPOINT_METADATA`.
+
+    Attributes:
+        item_handlers: type string of each checkpointable; a single string for a flat v0
+            checkpoint, empty when the file does not say.
+        init_timestamp_nsecs: when the save began, in ns since the epoch.
+        commit_timestamp_nsecs: when it was finished.
+        custom_metadata: the user's.
+    """
+
+    item_handlers: dict[str, str] | str = dataclasses.field(default_factory=dict[str, str])
+    init_timestamp_nsecs: int | None = None
+    commit_timestamp_nsecs: int | None = None
+    custom_metadata: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        return jsons.dump(
+            {
+                "item_handlers": self.item_handlers,
+                "metrics": {},
+                "performance_metrics": {},
+                "init_timestamp_nsecs": self.init_timestamp_nsecs,
+                "commit_timestamp_nsecs": self.commit_timestamp_nsecs,
+                "custom_metadata": self.custom_metadata,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, what: str) -> RootMetadata:
+        """Parses the file, leniently: Orbax's readers take an empty or odd one as empty."""
+        try:
+            raw = jsons.parse_object(data, what)
+        except FormatError:
+            return cls()
+        handlers: Any = raw.get("item_handlers")
+        if jsons.is_object(handlers):
+            handlers = {str(k): str(v) for k, v in handlers.items() if v is not None}
+        elif not isinstance(handlers, str):
+            handlers = {}
+        custom: Any = raw.get("custom_metadata")
+        return cls(
+            handlers,
+            _int_or_none(raw.get("init_timestamp_nsecs")),
+            _int_or_none(raw.get("commit_timestamp_nsecs")),
+            custom if jsons.is_object(custom) else {},
+        )
+
+
+def _int_or_none(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Integrity:
+    """`flax_ckpt.json`.
+
+    Attributes:
+        crc32c: CRC-32C of every file that is not array data, by its path relative to the root.
+        writers: versions of what wrote the checkpoint.
+        format_version: of this file and of what it vouches for.
+    """
+
+    crc32c: dict[str, int]
+    writers: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    format_version: int = FORMAT_VERSION
+
+    def to_bytes(self) -> bytes:
+        """The file: one line of JSON, and one with that line's CRC-32C."""
+        body = jsons.dump(
+            {
+                "format_version": self.format_version,
+                "writers": self.writers,
+                "crc32c": {path: f"{crc:08x}" for path, crc in sorted(self.crc32c.items())},
+            }
+        )
+        return body + b"\n" + f'"{crc32c.crc32c(body):08x}"\n'.encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, what: str) -> Integrity:
+        """Parses and checks the file.
+
+        Raises:
+            DamagedCheckpointError: its own checksum is wrong, or it makes no sense.
+        """
+        body, _, tail = data.partition(b"\n")
+        expected = f'"{crc32c.crc32c(body):08x}"\n'.encode()
+        if tail != expected:
+            raise DamagedCheckpointError(
+                f"{what}: its checksum line is {tail[:20]!r}, expected {expected!r}: the file is"
+                " damaged; restore another step"
+            )
+        raw = jsons.parse_object(body, what)
+        version, crcs, writers = (
+            raw.get(key) for key in ("format_version", "crc32c", "writers")
+        )
+        if version != FORMAT_VERSION:
+            raise FormatError(
+                f"{what}: format version {version!r}; this release reads {FORMAT_VERSION}:"
+                " use a newer flax_ckpt"
+            )
+        if not jsons.is_object(crcs) or not jsons.is_object(writers):
+            raise DamagedCheckpointError(f"{what}: has no `crc32c` or `writers` object")
+        try:
+            return cls({path: int(crc, 16) for path, crc in crcs.items()}, writers, version)
+        except (TypeError, ValueError) as error:
+            raise DamagedCheckpointError(f"{what}: a checksum is no hex number") from error
+
+    def check(self, path: str, data: bytes, what: str) -> None:
+        """Compares a file's bytes with what was saved.
+
+        Args:
+            path: relative to the root.
+            data: the bytes read.
+            what: the file, for the message.
+
+        Raises:
+            DamagedCheckpointError: they differ, or the file was not part of the checkpoint.
+        """
+        expected = self.crc32c.get(path)
+        found = crc32c.crc32c(data)
+        if expected is None:
+            raise DamagedCheckpointError(
+                f"{what}: not among the files that {names.INTEGRITY} lists: it was added later"
+            )
+        if found != expected:
+            raise DamagedCheckpointError(
+                f"{what}: CRC-32C {found:08x}, saved with {expected:08x}: the file was changed"
+                " after it was saved; restore another step"
+            )

@@ -1,0 +1,210 @@
+"""The handler of PyTrees: the heart of a checkpoint.
+
+A save flattens the tree and takes a snapshot of each leaf, which is all that blocks the caller;
+files are written in the background. A load compares everything, then reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, ClassVar, final
+
+import jax
+from etils import epath
+
+from flax_ckpt.context import Context, resolve
+from flax_ckpt.errors import TreeMismatchError
+from flax_ckpt.format import names, tree
+from flax_ckpt.handlers import keypaths
+from flax_ckpt.handlers.base import PathAwaitingCreation
+from flax_ckpt.handlers.saved_tree import SavedTree
+from flax_ckpt.handlers.snapshot import Snapshot
+from flax_ckpt.leaves.base import LoadRules
+from flax_ckpt.leaves.registry import LeafRegistry
+from flax_ckpt.storage import files, hosts, native_write
+
+logger = logging.getLogger("flax_ckpt")
+
+
+class ArrayMetadataValidator:
+    """Checks that all processes mean the same arrays, when saving and when loading."""
+
+    def validate_all_array_metadatas(
+        self, array_metadatas: Mapping[int, Sequence[tree.ArrayMetadata]]
+    ) -> None:
+        """Compares the array metadata of each process, by its index, with the first one's.
+
+        Raises:
+            TreeMismatchError: names the arrays that differ.
+        """
+        first, *others = sorted(array_metadatas) or [0]
+        expected = {array.name: array for array in array_metadatas.get(first, ())}
+        for process in others:
+            found = {array.name: array for array in array_metadatas[process]}
+            wrong = [
+                name
+                for name in sorted(expected.keys() | found.keys())
+                if expected.get(name) != found.get(name)
+            ]
+            if wrong:
+                raise TreeMismatchError(
+                    f"processes {first} and {process} disagree about the arrays"
+                    f" {', '.join(wrong)}: {expected.get(wrong[0])} and {found.get(wrong[0])}."
+                    " All processes must save the same tree"
+                )
+
+
+@final
+class PyTreeHandler:
+    """Saves and loads any JAX PyTree of arrays, numbers and strings.
+
+    Bind it to a name through a registry; without one it takes every tree whose leaves it knows.
+
+    Args:
+        context: options; None: those of the context around the constructor's call.
+        array_metadata_validator: gets every process's array metadata at save and load.
+        leaf_handler_registry: handlers of leaves; None: those of this package.
+        partial_save_mode: for `partial.save`, in the next release.
+
+    >>> import tempfile, flax_ckpt as fc
+    >>> state_pytree = {'weights': [1.0, 2.0], 'bias': 0.0}
+    >>> registry = fc.handlers.local_registry()
+    >>> _ = registry.add(fc.handlers.PyTreeHandler, checkpointable_name='model_state')
+    >>> ctx = fc.Context()
+    >>> ctx.checkpointables.registry = registry
+    >>> path = tempfile.mkdtemp() + "/ckpt"
+    >>> with ctx:
+    ...     fc.save_checkpointables(path, dict(model_state=state_pytree))
+    ...     fc.load_checkpointables(path)
+    {'model_state': {'bias': 0.0, 'weights': [1.0, 2.0]}}
+    """
+
+    TYPESTR: ClassVar = names.TYPE_PYTREE
+    ALIASES: ClassVar = names.PYTREE_TYPES
+
+    def __init__(
+        self,
+        *,
+        context: Context | None = None,
+        array_metadata_validator: ArrayMetadataValidator | None = None,
+        leaf_handler_registry: LeafRegistry | None = None,
+        partial_save_mode: bool = False,
+    ) -> None:
+        if partial_save_mode:
+            raise NotImplementedError(
+                "partial_save_mode comes with flax_ckpt.partial in the next release;"
+                " save the whole tree in one call"
+            )
+        self._context = resolve(context)
+        self._validator = array_metadata_validator or ArrayMetadataValidator()
+        self._leaves = leaf_handler_registry or LeafRegistry()
+
+    async def save(
+        self, directory: PathAwaitingCreation, checkpointable: Any
+    ) -> Awaitable[None]:
+        """See :class:`CheckpointableHandler`.
+
+        When it returns, the caller may donate or delete the JAX arrays and overwrite the NumPy
+        arrays of the tree.
+
+        Raises:
+            UnsupportedLeafError: lists every leaf that cannot be saved.
+            DuplicateNameError: lists the leaves that would share a name on disk.
+        """
+        snapshot = Snapshot(checkpointable, self._leaves, self._context)
+        options = self._context.multiprocessing
+        together = hosts.current(
+            primary=options.primary_host,
+            active=options.active_processes,
+            prefix=options.barrier_sync_key_prefix,
+            timeout_secs=self._context.asynchronous.timeout_secs,
+        )
+        return self._write(directory, snapshot, together)
+
+    async def _write(
+        self, directory: PathAwaitingCreation, snapshot: Snapshot, together: hosts.Hosts
+    ) -> None:
+        path = os.fspath(await directory.await_creation())
+        folder = os.path.join(path, names.ARRAY_METADATAS)
+        if snapshot.metadatas:
+            os.makedirs(folder, exist_ok=True)
+            data = tree.encode_array_metadatas(snapshot.metadatas)
+            files.write(os.path.join(folder, f"process_{together.index}"), data)
+        native_write.write_arrays(path, snapshot.arrays, together)
+        if together.is_primary:
+            for name, data in snapshot.files().items():
+                files.write(os.path.join(path, name), data)
+            self._validator.validate_all_array_metadatas(_read_metadatas(folder))
+
+    async def load(
+        self, directory: epath.Path, abstract_checkpointable: Any = None
+    ) -> Awaitable[Any]:
+        """See :class:`CheckpointableHandler`.
+
+        Args:
+            directory: of the PyTree.
+            abstract_checkpointable: tree of abstract leaves: `jax.ShapeDtypeStruct` or
+                `jax.Array` (a JAX array, with that sharding or the saved one), NumPy values or
+                types, `int`, `float`, `bool`, `str` or values of them; None: as saved.
+
+        Raises:
+            TreeMismatchError: lists every difference; nothing was read.
+            DamagedCheckpointError: bytes are not those that were saved.
+        """
+        return self._load(directory, abstract_checkpointable)
+
+    async def _load(self, directory: epath.Path, abstract: Any) -> Any:
+        rules = LoadRules()
+        with SavedTree(os.fspath(directory), self._leaves) as saved:
+            self._validator.validate_all_array_metadatas(
+                {n: list(found.values()) for n, found in saved.array_metadatas.items()}
+            )
+            partial = self._context.pytree.loading.partial_load
+            result = saved.load(abstract, rules, partial=partial)
+        log_fallbacks(directory, rules)
+        return result
+
+    async def metadata(self, directory: epath.Path) -> Any:
+        """The tree in dicts and lists, each leaf in its abstract form; no data is read."""
+        with SavedTree(os.fspath(directory), self._leaves) as saved:
+            return saved.abstract()
+
+    def is_handleable(self, checkpointable: Any) -> bool:
+        """True if every leaf can be saved."""
+        found, _ = keypaths.flatten(checkpointable)
+        return all(
+            keypaths.is_empty(leaf) or self._leaves.for_value(leaf) is not None
+            for _, leaf in found
+        )
+
+    def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
+        """True if every leaf says how it is to be loaded."""
+        found, _ = keypaths.flatten(abstract_checkpointable)
+        return all(
+            keypaths.is_empty(leaf) or self._leaves.for_abstract(leaf) is not None
+            for _, leaf in found
+        )
+
+
+def log_fallbacks(directory: epath.Path, rules: LoadRules) -> None:
+    """Says once which arrays came to one device because the saved ones are not here."""
+    if rules.fallbacks:
+        logger.info(
+            "%s: the devices that %d arrays were saved on are not here; loaded to %s. Give"
+            " shardings to place them",
+            directory,
+            len(rules.fallbacks),
+            jax.devices()[0],
+        )
+
+
+def _read_metadatas(folder: str) -> dict[int, list[tree.ArrayMetadata]]:
+    """What all processes wrote about their arrays: the primary reads it back to compare."""
+    found: dict[int, list[tree.ArrayMetadata]] = {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        path = os.path.join(folder, name)
+        decoded = tree.decode_array_metadatas(files.read(path), path)
+        found[int(name.removeprefix("process_"))] = list(decoded.values())
+    return found

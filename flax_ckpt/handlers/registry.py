@@ -1,0 +1,237 @@
+"""Which handler saves and loads a checkpointable.
+
+    registry = fc.handlers.local_registry()
+    registry.add(fc.handlers.ProtoHandler, checkpointable_name="proto_config")
+    ctx = fc.Context()
+    ctx.checkpointables.registry = registry
+
+To save: the handler bound to the name; else the last registered that accepts the value. To load:
+the handler bound to the name; else the user's handler that the checkpoint names; else, if the
+directory holds a PyTree, `PyTreeHandler`; else the handler the checkpoint names; else the last
+that accepts the abstract value. A type string only selects among registered classes: nothing is
+imported because a checkpoint names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from flax_ckpt.errors import AlreadyExistsError, NoEntryError
+from flax_ckpt.format import names
+from flax_ckpt.handlers.base import (
+    CheckpointableHandler,
+    CheckpointableHandlerRegistry,
+    HandlerType,
+)
+
+Handler = CheckpointableHandler[Any, Any]
+H = TypeVar("H", bound=HandlerType)
+
+
+class Registry:
+    """The registry that :func:`local_registry` and :func:`global_registry` return."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[HandlerType, str | None]] = []
+        self._typestrs: dict[HandlerType, tuple[str, ...]] = {}
+
+    def add(
+        self,
+        handler_type: HandlerType,
+        *,
+        checkpointable_name: str | None = None,
+        secondary_typestrs: Sequence[str] | None = None,
+    ) -> Registry:
+        """Registers a handler class.
+
+        Args:
+            handler_type: a class that can be built without arguments.
+            checkpointable_name: binds it to this name; None: for all that it accepts.
+            secondary_typestrs: further type strings under which checkpoints may name it.
+
+        Raises:
+            AlreadyExistsError: the name has a handler, or the class is registered for all.
+            TypeError: not a class.
+        """
+        if not isinstance(handler_type, type):  # type: ignore[redundant-expr]
+            raise TypeError(
+                f"a registry takes handler classes, not instances; got {handler_type!r}."
+                " To give a handler arguments, subclass or wrap it in a class without any"
+            )
+        if checkpointable_name and self.has(checkpointable_name):
+            raise AlreadyExistsError(
+                f"the name {checkpointable_name!r} is bound to"
+                f" {self.get(checkpointable_name).__name__} already"
+            )
+        if not checkpointable_name and (handler_type, None) in self._entries:
+            raise AlreadyExistsError(f"{handler_type.__name__} is registered already")
+        self._entries.append((handler_type, checkpointable_name or None))
+        if secondary_typestrs is not None:
+            self._typestrs[handler_type] = tuple(secondary_typestrs)
+        return self
+
+    def get(self, checkpointable_name: str) -> HandlerType:
+        """The handler class bound to a name.
+
+        Raises:
+            NoEntryError: none is.
+        """
+        for handler_type, name in self._entries:
+            if name == checkpointable_name:
+                return handler_type
+        bound = sorted(name for _, name in self._entries if name)
+        raise NoEntryError(
+            f"no handler is bound to the name {checkpointable_name!r}; bound names: {bound}"
+        )
+
+    def has(self, checkpointable_name: str) -> bool:
+        """Whether a handler is bound to the name."""
+        return any(name == checkpointable_name for _, name in self._entries)
+
+    def get_all_entries(self) -> Sequence[tuple[HandlerType, str | None]]:
+        """All handlers in order of registration, with the name each is bound to, or None."""
+        return tuple(self._entries)
+
+    def get_secondary_typestrs(self, handler_type: HandlerType) -> Sequence[str]:
+        """Further type strings of a handler."""
+        return self._typestrs.get(handler_type, ())
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            f"{handler.__name__}" + (f" for {name!r}" if name else "")
+            for handler, name in self._entries
+        )
+        return f"Registry({shown})"
+
+
+_global = Registry()
+
+
+def global_registry() -> Registry:
+    """The registry that every Context without one of its own uses."""
+    return _global
+
+
+def local_registry(
+    other_registry: CheckpointableHandlerRegistry | None = None,
+    *,
+    include_global_registry: bool = True,
+) -> Registry:
+    """A new registry, to change without touching the global one.
+
+    Args:
+        other_registry: its entries come last, so they win.
+        include_global_registry: whether to start with the global entries.
+    """
+    registry = Registry()
+    for source in ([_global] if include_global_registry else []) + (
+        [other_registry] if other_registry is not None else []
+    ):
+        for handler_type, name in source.get_all_entries():
+            registry.add(
+                handler_type,
+                checkpointable_name=name,
+                secondary_typestrs=source.get_secondary_typestrs(handler_type) or None,
+            )
+    return registry
+
+
+def register_handler(
+    cls: H,
+    *,
+    checkpointable_name: str | None = None,
+    secondary_typestrs: Sequence[str] | None = None,
+) -> H:
+    """Registers a handler class globally; also as a decorator. Arguments as `Registry.add`."""
+    _global.add(
+        cls, checkpointable_name=checkpointable_name, secondary_typestrs=secondary_typestrs
+    )
+    return cls
+
+
+def typestr(handler_type: HandlerType) -> str:
+    """How checkpoints name a handler: ours by a constant of the format, others by their class."""
+    constant = getattr(handler_type, "TYPESTR", None)
+    if isinstance(constant, str):
+        return constant
+    return f"{handler_type.__module__}.{handler_type.__qualname__}"
+
+
+def for_save(registry: CheckpointableHandlerRegistry, name: str, value: Any) -> Handler:
+    """The handler to save `value` as `name` with.
+
+    Raises:
+        NoEntryError: no handler accepts it.
+    """
+    if registry.has(name):
+        return _build(registry.get(name))
+    for handler_type, bound in reversed(registry.get_all_entries()):
+        if bound is None:
+            handler = _build(handler_type)
+            if handler.is_handleable(value):
+                return handler
+    raise NoEntryError(
+        f"checkpointable {name!r}: no handler accepts a {type(value).__name__}; registered:"
+        f" {_shown(registry)}. Register one with flax_ckpt.handlers.register_handler, or bind one"
+        f" to the name. If it is a tree, one of its leaves cannot be saved"
+    )
+
+
+def for_load(
+    registry: CheckpointableHandlerRegistry,
+    name: str,
+    abstract: Any,
+    *,
+    recorded: str | None,
+    is_pytree: bool,
+) -> Handler:
+    """The handler to load the checkpointable `name` with.
+
+    Args:
+        registry: where to look.
+        name: of the checkpointable.
+        abstract: how the caller wants it; None: as it was saved.
+        recorded: the type string that the checkpoint has for it.
+        is_pytree: whether its directory holds a PyTree.
+
+    Raises:
+        NoEntryError: none fits.
+    """
+    if registry.has(name):
+        return _build(registry.get(name))
+    entries = [h for h, bound in reversed(registry.get_all_entries()) if bound is None]
+    named = [h for h in entries if recorded in _aliases(registry, h)]
+    ours = [h for h in entries if getattr(h, "TYPESTR", None) == names.TYPE_PYTREE]
+    foreign = [h for h in named if not hasattr(h, "TYPESTR")]
+    for handler_type in [*foreign, *(ours if is_pytree else []), *named]:
+        return _build(handler_type)
+    if abstract is not None:
+        for handler_type in entries:
+            handler = _build(handler_type)
+            if handler.is_abstract_handleable(abstract):
+                return handler
+    raise NoEntryError(
+        f"checkpointable {name!r} was saved by {recorded or 'an unnamed handler'}, which is not"
+        f" registered here; registered: {_shown(registry)}. Import and register its handler, or"
+        " name only the checkpointables that you want"
+    )
+
+
+def _aliases(registry: CheckpointableHandlerRegistry, handler_type: HandlerType) -> list[str]:
+    own = getattr(handler_type, "ALIASES", ())
+    return [typestr(handler_type), *own, *registry.get_secondary_typestrs(handler_type)]
+
+
+def _build(handler_type: HandlerType) -> Handler:
+    try:
+        return handler_type()
+    except TypeError as error:
+        raise TypeError(
+            f"{handler_type.__name__} cannot be built without arguments, as handlers must be:"
+            f" {error}"
+        ) from error
+
+
+def _shown(registry: CheckpointableHandlerRegistry) -> str:
+    return ", ".join(handler.__name__ for handler, _ in registry.get_all_entries()) or "none"

@@ -1,0 +1,157 @@
+"""A tree as it will be written: host memory, and the contents of the files beside it.
+
+Taking it is all of a save that blocks the caller. On CPU a JAX array is referenced, not copied,
+so the snapshot is good for as long as it is held, whatever becomes of the array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_ckpt.context import Context
+from flax_ckpt.errors import FormatError, UnsupportedLeafError
+from flax_ckpt.format import arrays, names, tree
+from flax_ckpt.handlers import keypaths
+from flax_ckpt.leaves import dtypes
+from flax_ckpt.leaves.base import LeafWrite, Shard
+from flax_ckpt.leaves.registry import LeafRegistry
+from flax_ckpt.storage.store import ArrayWrite
+
+
+class Snapshot:
+    """What a save writes of one tree.
+
+    Args:
+        value: the tree.
+        registry: handlers of its leaves.
+        context: options.
+
+    Attributes:
+        entries: all leaves and empty nodes.
+        arrays: what goes to the array store.
+        metadatas: what `array_metadatas` says.
+
+    Raises:
+        UnsupportedLeafError: lists every leaf that cannot be saved.
+        DuplicateNameError: lists the leaves that would share a name on disk.
+    """
+
+    def __init__(self, value: Any, registry: LeafRegistry, context: Context) -> None:
+        found, _ = keypaths.flatten(value)
+        _start_transfers(leaf for _, leaf in found)
+        writes = _writes(found, registry, context)
+        self.entries = [
+            tree.Entry(path, keypaths.empty_kind(leaf))
+            if write is None
+            else tree.Entry(path, write.value_type, _write_shape(write))
+            for (path, leaf), write in zip(found, writes, strict=True)
+        ]
+        named = [(e, w) for e, w in zip(self.entries, writes, strict=True) if w is not None]
+        tree.unique_names([(entry.path, entry.name) for entry, _ in named])
+        limit = context.array.saving.storage_options.chunk_byte_size
+        self.arrays = [
+            _array(entry.name, write, limit or arrays.DEFAULT_CHUNK_BYTES)
+            for entry, write in named
+            if write.shape is not None
+        ]
+        specs = {array.name: array.spec for array in self.arrays}
+        self.metadatas = [
+            tree.ArrayMetadata(
+                entry.name, write.shard_shape, specs[entry.name].chunk_shape, write.key_impl
+            )
+            for entry, write in named
+            if write.value_type == tree.ARRAY
+        ]
+        self._shardings = {e.name: w.sharding for e, w in named if w.sharding is not None}
+        strings = {e.name: w.string for e, w in named if w.string is not None}
+        # Encoded now: a key that cannot be stored must be an error of the call, not of its thread.
+        self._strings = tree.encode_strings(strings) if strings else None
+
+    def files(self) -> dict[str, bytes]:
+        """The files that describe the tree, by name."""
+        found = {names.TREE_METADATA: tree.TreeMetadata(tuple(self.entries)).to_bytes()}
+        if self._shardings:
+            found[names.SHARDING] = tree.encode_shardings(self._shardings)
+        if self._strings is not None:
+            found[names.STRINGS] = self._strings
+        return found
+
+
+def _start_transfers(leaves: Iterable[Any]) -> None:
+    """Lets all device-to-host copies run at once before the first one is waited for."""
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array) and leaf.is_fully_addressable and not leaf.is_deleted():
+            if next(iter(leaf.sharding.device_set)).platform != "cpu":
+                leaf.copy_to_host_async()
+
+
+def _writes(
+    found: list[tuple[tree.KeyPath, Any]], registry: LeafRegistry, context: Context
+) -> list[LeafWrite | None]:
+    copy = context.memory.deepcopy_host_arrays
+    cast = context.array.saving.storage_options.dtype
+    writes: list[LeafWrite | None] = []
+    refused: list[str] = []
+    for path, leaf in found:
+        if keypaths.is_empty(leaf):
+            writes.append(None)
+            continue
+        handler = registry.for_value(leaf)
+        reason = _deleted(leaf) if handler else f"{_describe(leaf)} cannot be saved"
+        if handler is None or reason:
+            refused.append(f"  {tree.show(path)}: {reason}")
+            continue
+        write = handler.write(leaf, copy=copy)
+        writes.append(write if cast is None else _cast(write, np.dtype(cast)))
+    if refused:
+        raise UnsupportedLeafError(
+            f"{len(refused)} of {len(found)} leaves cannot be saved:\n"
+            + "\n".join(refused)
+            + "\nLeaves may be JAX and NumPy arrays of the dtypes that zarr has, typed PRNG keys,"
+            " int from -2**63 to 2**64 - 1, float, bool, str and None. Convert these leaves, take"
+            " them out of the tree, or register a leaf handler"
+        )
+    return writes
+
+
+def _deleted(leaf: Any) -> str:
+    if isinstance(leaf, jax.Array) and leaf.is_deleted():
+        return "the array was donated or deleted: save the state that the train step returned"
+    return ""
+
+
+def _describe(leaf: Any) -> str:
+    kind = type(leaf).__qualname__
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        return f"{'jax.Array' if isinstance(leaf, jax.Array) else kind} of dtype {leaf.dtype}"
+    return f"the int {leaf}" if isinstance(leaf, int) else f"a {type(leaf).__module__}.{kind}"
+
+
+def _cast(write: LeafWrite, dtype: np.dtype[Any]) -> LeafWrite:
+    """The write in another storage dtype; only arrays of floating-point numbers are cast."""
+    if write.value_type not in (tree.ARRAY, tree.NUMPY) or dtypes.kind(write.dtype) != "float":
+        return write
+    shards = [Shard(shard.start, shard.data.astype(dtype)) for shard in write.shards]
+    return dataclasses.replace(write, dtype=dtype, shards=shards)
+
+
+def _write_shape(write: LeafWrite) -> tuple[int, ...] | None:
+    return write.shard_shape if write.value_type == tree.ARRAY else None
+
+
+def _array(name: str, write: LeafWrite, limit: int) -> ArrayWrite:
+    assert write.shape is not None and write.dtype is not None
+    single = write.shard_shape == write.shape
+    chunk = arrays.choose_chunks(
+        write.shard_shape, write.dtype.itemsize, single_shard=single, limit=limit
+    )
+    try:
+        spec = arrays.ArraySpec(write.shape, arrays.zarr_dtype(write.dtype), chunk)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from error
+    return ArrayWrite(name, spec, [(shard.start, shard.data) for shard in write.shards])

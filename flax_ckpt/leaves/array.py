@@ -1,0 +1,180 @@
+"""`jax.Array` leaves: any dtype that zarr has, any sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+from numpy.typing import NDArray
+
+from flax_ckpt.format import arrays, tree
+from flax_ckpt.leaves import dtypes, sharding
+from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Shard, Target, show_array
+from flax_ckpt.storage.store import Region, whole
+
+
+class ArrayLeaf:
+    """Saves the shards that this process holds first; loads into any sharding."""
+
+    value_types = (tree.ARRAY,)
+
+    def handles(self, value: Any) -> bool:
+        """True unless zarr has no such dtype: uint2, uint4, float8_e4m3."""
+        return isinstance(value, jax.Array) and arrays.is_storable(value.dtype)
+
+    def handles_abstract(self, abstract: Any) -> bool:
+        """True for `jax.Array`, `jax.ShapeDtypeStruct`, and what has shape, dtype, sharding."""
+        if isinstance(abstract, type):
+            return issubclass(abstract, jax.Array)
+        return (
+            all(hasattr(abstract, name) for name in ("shape", "dtype", "sharding"))
+            and not isinstance(abstract, np.ndarray | np.generic)
+            and not is_key(abstract.dtype)
+        )
+
+    def write(self, value: Any, *, copy: bool) -> LeafWrite:
+        """See :class:`LeafHandler`. On CPU the memory is referenced, not copied: JAX arrays do
+        not change, and one that is donated or deleted lives on until the save lets go of it."""
+        array = cast("jax.Array", value)
+        placed = array.sharding
+        shards = [
+            Shard(tuple(s.start or 0 for s in shard.index), np.asarray(shard.data))
+            for shard in array.addressable_shards
+            if shard.replica_id == 0
+        ] if placed.num_devices > 1 else [Shard((0,) * array.ndim, np.asarray(array))]
+        return LeafWrite(
+            tree.ARRAY,
+            array.shape,
+            np.dtype(array.dtype),
+            placed.shard_shape(array.shape) if placed.num_devices > 1 else array.shape,
+            shards,
+            sharding.to_json(placed),
+        )
+
+    def describe(self, saved: SavedLeaf) -> Any:
+        """A `jax.ShapeDtypeStruct`, with the saved sharding if its devices are here."""
+        assert saved.shape is not None
+        placed = sharding.from_json(saved.sharding) if saved.sharding else None
+        return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=placed)
+
+    def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
+        """See :class:`LeafHandler`."""
+        if saved.shape is None or saved.dtype is None:
+            return _show(abstract)
+        if abstract is None or isinstance(abstract, type):
+            abstract = jax.ShapeDtypeStruct(saved.shape, saved.dtype)
+        shape, dtype = tuple(abstract.shape), np.dtype(abstract.dtype)
+        if shape != saved.shape or not _matches(saved.dtype, dtype, shape, rules):
+            return _show(abstract)
+        if not dtypes.canonical(dtype):
+            return (
+                f"{show_array(shape, dtype)}, which JAX would silently make"
+                f" {jax.dtypes.canonicalize_dtype(dtype).name}: set jax_enable_x64, or ask for a"
+                " 32-bit dtype or for NumPy"
+            )
+        placed = _placement(saved, abstract, rules)
+        weak = bool(getattr(abstract, "weak_type", False))
+        resolved = jax.ShapeDtypeStruct(shape, dtype, sharding=placed, weak_type=weak)
+        return Target(saved, regions(placed, shape), resolved)
+
+    def build(
+        self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]
+    ) -> list[Any]:
+        """See :class:`LeafHandler`. Aligned memory is adopted by JAX on CPU without a copy."""
+        result: list[Any] = [None] * len(targets)
+        unplaced: list[int] = []
+        for i, (target, parts) in enumerate(zip(targets, data, strict=True)):
+            wish = target.abstract
+            parts = [_convert(part, target) for part in parts]
+            if wish.sharding is None:
+                result[i] = parts[0]
+                unplaced.append(i)
+            else:
+                result[i] = _assemble(wish, target.regions, parts)
+        placed = jax.device_put([result[i] for i in unplaced])
+        for i, array in zip(unplaced, placed, strict=True):
+            result[i] = array
+        return [
+            _weak(array) if target.abstract.weak_type else array
+            for array, target in zip(result, targets, strict=True)
+        ]
+
+
+def is_key(dtype: Any) -> bool:
+    """Whether a dtype is that of typed PRNG keys."""
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _show(abstract: Any) -> str:
+    if abstract is None or isinstance(abstract, type):
+        return "an array"
+    return show_array(abstract.shape, np.dtype(abstract.dtype))
+
+
+def _matches(
+    saved: np.dtype[Any], wanted: np.dtype[Any], shape: tuple[int, ...], rules: LoadRules
+) -> bool:
+    if saved == wanted:
+        return True
+    if rules.strict:
+        return shape == () and dtypes.same_rank0_family(saved, wanted)
+    return dtypes.castable(saved, wanted)
+
+
+def _placement(saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Sharding | None:
+    """The sharding to load into; None: uncommitted on JAX's default device."""
+    wanted = sharding.concrete(abstract.sharding)
+    if isinstance(abstract, jax.Array) and not abstract.committed:
+        wanted = None
+    if wanted is not None:
+        return wanted
+    placed = sharding.from_json(saved.sharding) if saved.sharding else None
+    if placed is None:
+        if saved.sharding and saved.value_type == tree.ARRAY:
+            rules.fallbacks.append(saved.name)
+        return None
+    default = placed.num_devices == 1 and placed.device_set == {jax.devices()[0]}
+    return None if default else placed
+
+
+def regions(placed: Sharding | None, shape: tuple[int, ...]) -> tuple[Region, ...]:
+    """The distinct boxes of an array that this process's devices need."""
+    if placed is None or placed.num_devices == 1:
+        return (whole(shape),)
+    found = {
+        region_of(index, shape): None
+        for index in placed.addressable_devices_indices_map(shape).values()
+    }
+    return tuple(found)
+
+
+def region_of(index: Any, shape: tuple[int, ...]) -> Region:
+    """A tuple of slices as a region."""
+    return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+
+
+def _convert(part: NDArray[Any], target: Target) -> NDArray[Any]:
+    dtype = np.dtype(target.abstract.dtype)
+    if part.dtype == dtype:
+        return part
+    if part.ndim == 0 and target.abstract.shape == ():
+        return dtypes.fit(part, dtype, tree.show(target.saved.path))
+    return part.astype(dtype)
+
+
+def _assemble(
+    wish: jax.ShapeDtypeStruct, boxes: tuple[Region, ...], parts: list[NDArray[Any]]
+) -> jax.Array:
+    by_region = dict(zip(boxes, parts, strict=True))
+    return jax.make_array_from_callback(
+        wish.shape, wish.sharding, lambda index: by_region[region_of(index, wish.shape)]
+    )
+
+
+def _weak(array: jax.Array) -> jax.Array:
+    """The same array with a weak type, as a Python number that went through JAX has."""
+    convert: Any = jax.lax.convert_element_type_p
+    return convert.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)

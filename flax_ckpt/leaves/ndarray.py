@@ -1,0 +1,110 @@
+"""NumPy leaves: arrays, copied when saved as they are mutable, and NumPy scalars."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flax_ckpt.format import arrays, tree
+from flax_ckpt.leaves import dtypes, sharding
+from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Shard, Target, show_array
+from flax_ckpt.storage.store import whole
+
+
+@dataclasses.dataclass(frozen=True)
+class NumpyShapeDtype:
+    """The abstract form of a NumPy array, as `jax.ShapeDtypeStruct` is that of a JAX array.
+
+    Attributes:
+        shape: the array's shape.
+        dtype: its dtype.
+
+    >>> NumpyShapeDtype((2, 3), np.dtype("int64"))
+    NumpyShapeDtype(shape=(2, 3), dtype=dtype('int64'))
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+class NumpyLeaf:
+    """Saves and loads `np.ndarray` and NumPy scalars; a scalar is stored as a rank-0 array."""
+
+    value_types = (tree.NUMPY,)
+
+    def handles(self, value: Any) -> bool:
+        """True unless zarr has no such dtype: object, str, bytes, datetime, structured."""
+        return isinstance(value, np.ndarray | np.generic) and arrays.is_storable(value.dtype)
+
+    def handles_abstract(self, abstract: Any) -> bool:
+        """True for NumPy values and types, and for what has shape and dtype but no sharding."""
+        if isinstance(abstract, type):
+            return issubclass(abstract, np.ndarray | np.generic)
+        return isinstance(abstract, np.ndarray | np.generic | np.dtype) or (
+            hasattr(abstract, "shape")
+            and hasattr(abstract, "dtype")
+            and not hasattr(abstract, "sharding")
+        )
+
+    def write(self, value: Any, *, copy: bool) -> LeafWrite:
+        """See :class:`LeafHandler`."""
+        array = np.asarray(value)
+        native = array.astype(array.dtype.newbyteorder("="), order="C", copy=copy)
+        return LeafWrite(
+            tree.NUMPY,
+            native.shape,
+            native.dtype,
+            native.shape,
+            [Shard((0,) * native.ndim, native)],
+            sharding.HOST,
+        )
+
+    def describe(self, saved: SavedLeaf) -> Any:
+        """A :class:`NumpyShapeDtype`."""
+        assert saved.shape is not None and saved.dtype is not None
+        return NumpyShapeDtype(saved.shape, saved.dtype)
+
+    def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
+        """See :class:`LeafHandler`."""
+        wish = _wish(saved, abstract)
+        if saved.shape is None or saved.dtype is None or wish is None:
+            return "a NumPy value" if wish is None else show_array(wish.shape, wish.dtype)
+        same_shape = tuple(wish.shape) == saved.shape
+        rank0 = wish.shape == () and dtypes.same_rank0_family(saved.dtype, wish.dtype)
+        castable = rank0 if rules.strict else dtypes.castable(saved.dtype, wish.dtype)
+        if not same_shape or not (saved.dtype == wish.dtype or castable):
+            return f"{show_array(wish.shape, wish.dtype)} (numpy)"
+        return Target(saved, (whole(saved.shape),), (wish, _is_scalar(abstract)))
+
+    def build(
+        self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]
+    ) -> list[Any]:
+        """See :class:`LeafHandler`."""
+        result: list[Any] = []
+        for target, (part,) in zip(targets, data, strict=True):
+            wish, scalar = target.abstract
+            if part.dtype != wish.dtype and part.ndim == 0:
+                part = dtypes.fit(part, wish.dtype, tree.show(target.saved.path))
+            array = part.astype(wish.dtype, copy=False)
+            result.append(array[()] if scalar else array)
+        return result
+
+
+def _is_scalar(abstract: Any) -> bool:
+    if isinstance(abstract, type):
+        return issubclass(abstract, np.generic)
+    return isinstance(abstract, np.generic)
+
+
+def _wish(saved: SavedLeaf, abstract: Any) -> NumpyShapeDtype | None:
+    if isinstance(abstract, type) and issubclass(abstract, np.generic):
+        return NumpyShapeDtype((), np.dtype(abstract))
+    if hasattr(abstract, "shape") and not isinstance(abstract, type):
+        return NumpyShapeDtype(tuple(abstract.shape), np.dtype(abstract.dtype).newbyteorder("="))
+    if saved.shape is None or saved.dtype is None:
+        return None
+    return NumpyShapeDtype(saved.shape, saved.dtype)

@@ -1,0 +1,53 @@
+"""Which leaf handler takes which leaf: a list, the last registered that accepts it wins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax_ckpt.leaves.array import ArrayLeaf
+from flax_ckpt.leaves.base import LeafHandler, SavedLeaf
+from flax_ckpt.leaves.ndarray import NumpyLeaf
+from flax_ckpt.leaves.prng_key import KeyLeaf
+from flax_ckpt.leaves.scalar import ScalarLeaf
+from flax_ckpt.leaves.string import StringLeaf
+
+
+class LeafRegistry:
+    """An ordered set of leaf handlers.
+
+    Lookup: to save, the last one whose `handles` is true of the value. To load, the one of typed
+    keys if the leaf is one; else the last whose `handles_abstract` is true of the wish; without a
+    wish the last that names the leaf's `value_type`.
+    """
+
+    def __init__(self) -> None:
+        self._keys = KeyLeaf()
+        self._handlers: list[LeafHandler] = [
+            StringLeaf(),
+            ScalarLeaf(),
+            NumpyLeaf(),
+            self._keys,
+            ArrayLeaf(),
+        ]
+
+    def add(self, handler: LeafHandler) -> None:
+        """Registers a handler; it wins over those before it."""
+        self._handlers.append(handler)
+
+    def for_value(self, value: Any) -> LeafHandler | None:
+        """The handler to save a value with."""
+        return next((h for h in reversed(self._handlers) if h.handles(value)), None)
+
+    def for_abstract(self, abstract: Any) -> LeafHandler | None:
+        """The handler to load a leaf as `abstract` with."""
+        return next((h for h in reversed(self._handlers) if h.handles_abstract(abstract)), None)
+
+    def for_saved(self, saved: SavedLeaf, abstract: Any = None) -> LeafHandler | None:
+        """The handler to load a saved leaf with, as `abstract` if that is not None."""
+        if abstract is not None:
+            handler = self.for_abstract(abstract)
+            is_array = isinstance(handler, ArrayLeaf)
+            return self._keys if is_array and saved.key_impl is not None else handler
+        if saved.key_impl is not None:
+            return self._keys
+        return next((h for h in reversed(self._handlers) if saved.value_type in h.value_types), None)

@@ -1,0 +1,76 @@
+"""Python numbers: int as int64 or uint64, float as float64, bool, each a rank-0 array."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flax_ckpt.errors import TreeMismatchError
+from flax_ckpt.format import tree
+from flax_ckpt.leaves import dtypes, sharding
+from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Shard, Target
+
+_KINDS: Final[dict[str, type]] = {"bool": bool, "int": int, "float": float}
+
+
+class ScalarLeaf:
+    """Saves and loads `int` from -2**63 to 2**64 - 1, `float` and `bool`."""
+
+    value_types = (tree.SCALAR,)
+
+    def handles(self, value: Any) -> bool:
+        """See :class:`LeafHandler`."""
+        if isinstance(value, np.generic):  # np.float64 is a float
+            return False
+        if isinstance(value, int):
+            return -(2**63) <= value < 2**64
+        return isinstance(value, float)
+
+    def handles_abstract(self, abstract: Any) -> bool:
+        """True for the types `int`, `float`, `bool`, and for their values."""
+        if isinstance(abstract, np.generic):
+            return False
+        return isinstance(abstract, int | float) or abstract in (int, float, bool)
+
+    def write(self, value: Any, *, copy: bool) -> LeafWrite:
+        """See :class:`LeafHandler`."""
+        dtype = np.bool_ if isinstance(value, bool) else np.float64
+        if isinstance(value, int) and not isinstance(value, bool):
+            dtype = np.int64 if value < 2**63 else np.uint64
+        array = np.asarray(value, dtype)
+        shards = [Shard((), array)]
+        return LeafWrite(tree.SCALAR, (), array.dtype, (), shards, sharding.HOST)
+
+    def describe(self, saved: SavedLeaf) -> Any:
+        """The zero of its type, as Orbax has it: `0`, `0.0` or `False`."""
+        return _KINDS.get(dtypes.kind(saved.dtype), float)()
+
+    def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
+        """See :class:`LeafHandler`."""
+        if abstract is None and saved.dtype is not None:
+            abstract = _KINDS.get(dtypes.kind(saved.dtype), complex)
+        wanted: type = abstract if isinstance(abstract, type) else type(abstract)
+        if saved.shape != () or saved.dtype is None:
+            return f"a Python {wanted.__name__}"
+        if rules.strict and not dtypes.same_rank0_family(saved.dtype, np.dtype(wanted)):
+            return f"a Python {wanted.__name__}"
+        return Target(saved, ((),), (wanted, rules.strict))
+
+    def build(
+        self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]
+    ) -> list[Any]:
+        """See :class:`LeafHandler`."""
+        result: list[Any] = []
+        for target, (part,) in zip(targets, data, strict=True):
+            wanted, strict = target.abstract
+            value = part.item()
+            if strict and wanted(value) != value and value == value:
+                raise TreeMismatchError(
+                    f"{tree.show(target.saved.path)}: the saved number {value!r} does not fit a"
+                    f" Python {wanted.__name__}"
+                )
+            result.append(wanted(value))
+        return result

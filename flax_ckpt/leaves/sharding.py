@@ -1,0 +1,100 @@
+"""A sharding as the JSON text of the `_sharding` file, and back on the devices that are here.
+
+Source: the format as Orbax writes it, `SingleDeviceSharding` and `NamedSharding`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import SingleDeviceSharding as OneDevice
+
+from flax_ckpt.format import jsons
+
+# For arrays that live on no device, so that Orbax loads them without a sharding of the caller's.
+HOST = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"})
+
+
+@functools.lru_cache(maxsize=4096)
+def to_json(sharding: Sharding) -> str:
+    """The text for one sharding; of a kind that has none, its first device."""
+    if not isinstance(sharding, NamedSharding):
+        device = min(sharding.device_set, key=lambda d: d.id)
+        return json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": str(device)})
+    mesh = sharding.mesh
+    ids = np.vectorize(lambda device: device.id, otypes=[int])(mesh.devices)  # type: ignore[misc]
+    return json.dumps(
+        {
+            "sharding_type": "NamedSharding",
+            "shape": list(mesh.devices.shape),
+            "axis_names": [str(name) for name in mesh.axis_names],
+            "axis_types": [f"AxisType.{kind.name}" for kind in mesh.axis_types],
+            "partition_spec": [_axes(part) for part in sharding.spec],
+            "device_mesh": {"mesh": _nest(ids)},
+        }
+    )
+
+
+def _axes(part: Any) -> Any:
+    return list(part) if isinstance(part, tuple) else part
+
+
+def _nest(ids: Any) -> Any:
+    return {"id": int(ids)} if ids.ndim == 0 else [_nest(row) for row in ids]
+
+
+@functools.lru_cache(maxsize=4096)
+def from_json(text: str) -> Sharding | None:
+    """The sharding, or None if its devices are not here or the text is of another kind."""
+    try:
+        raw = json.loads(text)
+        kind = raw["sharding_type"]
+        if kind == "SingleDeviceSharding":
+            device = _device(raw["device_str"])
+            return None if device is None else OneDevice(device)
+        if kind == "NamedSharding":
+            return _named(raw)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None  # the caller then says which leaves went to one device
+    return None
+
+
+def _device(text: str) -> jax.Device | None:
+    legacy = text.replace("TFRT_CPU_", "cpu:")  # older JAX printed CPU devices so
+    return next((d for d in jax.devices() if str(d) in (text, legacy)), None)
+
+
+def _named(raw: dict[str, Any]) -> NamedSharding | None:
+    shape = tuple(raw["shape"])
+    by_id = {device.id: device for device in jax.devices()}
+    recorded = raw.get("device_mesh")
+    if jsons.is_object(recorded):
+        ids = [int(item["id"]) for item in _flatten(recorded["mesh"])]
+    else:
+        ids = sorted(by_id)[: int(np.prod(shape))]
+    if not set(ids) <= by_id.keys() or len(ids) != int(np.prod(shape)):
+        return None
+    types = raw.get("axis_types")
+    axis_types = tuple(AxisType[t.rpartition(".")[2]] for t in types) if types else None
+    devices = np.array([by_id[i] for i in ids], dtype=object).reshape(shape)
+    mesh = Mesh(devices, tuple(raw["axis_names"]), axis_types=axis_types)
+    spec = [tuple(part) if isinstance(part, list) else part for part in raw["partition_spec"]]
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _flatten(nested: Any) -> list[Any]:
+    if jsons.is_list(nested):
+        return [item for row in nested for item in _flatten(row)]
+    return [nested]
+
+
+def concrete(sharding: Any) -> Any:
+    """A sharding on an abstract mesh, put on the mesh that is set around the call."""
+    if isinstance(sharding, NamedSharding) and not isinstance(sharding.mesh, Mesh):
+        return NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+    return sharding

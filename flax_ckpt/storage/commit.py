@@ -1,0 +1,164 @@
+"""How a directory appears as a whole or not at all.
+
+    staging = Staging("/ckpt/100", overwrite=False)
+    staging.create(["params"])       # /ckpt/100.orbax-checkpoint-tmp/params
+    ...                              # files are written
+    staging.commit()                 # sync files, directories; rename; sync the parent
+
+Until the rename the target is what it was. Order matters: a name must not become durable before
+the bytes that it promises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterable
+
+from etils import epath
+
+from flax_ckpt.errors import CheckpointExistsError, CheckpointNotFoundError
+from flax_ckpt.format import names
+from flax_ckpt.storage import files
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+class Staging:
+    """The directory beside `target` in which a checkpoint is put together.
+
+    Args:
+        target: absolute path that the checkpoint will have.
+        overwrite: whether a checkpoint at `target` is replaced, in one step, at commit.
+        mode: permission bits of the directories made; None: the umask's.
+
+    Raises:
+        CheckpointExistsError: there is something at `target` and `overwrite` is false.
+    """
+
+    def __init__(self, target: str, *, overwrite: bool = False, mode: int | None = None) -> None:
+        self.target = target
+        self.path = target + names.TMP_SUFFIX
+        self._overwrite = overwrite
+        self._mode = mode
+        self._check_free()
+
+    def _check_free(self) -> None:
+        if os.path.lexists(self.target) and not self._overwrite:
+            raise CheckpointExistsError(
+                f"{self.target} already exists; pass overwrite=True to replace it, or save to"
+                " another path"
+            )
+
+    def create(self, directories: Iterable[str]) -> None:
+        """Makes the staging directory and those in it, after removing what a crash left there."""
+        if os.path.lexists(self.path):
+            shutil.rmtree(self.path)
+        os.makedirs(os.path.dirname(self.target), exist_ok=True)
+        for path in [self.path, *(os.path.join(self.path, name) for name in directories)]:
+            os.mkdir(path)
+            if self._mode is not None:
+                os.chmod(path, self._mode)
+
+    def sync(self) -> None:
+        """Makes all that is in the staging directory durable, whoever wrote it."""
+        files.sync_tree(self.path)
+
+    def commit(self) -> None:
+        """Gives the synced directory its name, durably."""
+        self._check_free()
+        parent = os.path.dirname(self.target)
+        if os.path.lexists(self.target):
+            replaced = _exchange(self.path, self.target)
+            files.sync_path(parent)
+            shutil.rmtree(replaced)
+        else:
+            _rename(self.path, self.target)
+        files.sync_path(parent)
+
+    def discard(self) -> None:
+        """Removes the staging directory after a failure; leaves the target as it is."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _rename(source: str, target: str) -> None:
+    try:
+        os.rename(source, target)
+    except OSError:
+        # Over NFS the answer to a rename that happened can get lost: look before believing it.
+        if os.path.lexists(source) or not os.path.isdir(target):
+            raise
+
+
+def _exchange(source: str, target: str) -> str:
+    """Puts `source` in the place of `target`; returns the path where the old one is now."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        arguments = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target))
+        if libc.renameat2(*arguments, _RENAME_EXCHANGE) == 0:
+            return source
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(code, os.strerror(code), target)
+    # No atomic exchange here: two renames, and back if the second fails.
+    old = f"{target}.replaced{names.TMP_SUFFIX}"
+    if os.path.lexists(old):
+        shutil.rmtree(old)
+    _rename(target, old)
+    try:
+        _rename(source, target)
+    except OSError:
+        _rename(old, target)
+        raise
+    return old
+
+
+class DeferredPath:
+    """A path whose directory is made in the background; see `handlers.PathAwaitingCreation`.
+
+    Attributes:
+        path: the path; nothing need be there yet.
+    """
+
+    def __init__(self, path: epath.Path, created: concurrent.futures.Future[None]) -> None:
+        self.path = path
+        self._created = created
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.name
+
+    def __truediv__(self, other: str | os.PathLike[str]) -> DeferredPath:
+        return DeferredPath(self.path / other, self._created)
+
+    async def await_creation(self) -> epath.Path:
+        """Waits until the directory is there and returns its path."""
+        if not self._created.done():
+            await asyncio.wrap_future(self._created)
+        self._created.result()
+        return self.path
+
+    def __repr__(self) -> str:
+        return f"DeferredPath({os.fspath(self.path)!r})"
+
+
+def remove(path: str) -> None:
+    """Removes a checkpoint: it leaves its name before the first byte goes.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing.
+    """
+    if not os.path.isdir(path):
+        raise CheckpointNotFoundError(f"{path} is not there, or is no directory: nothing removed")
+    doomed = f"{path}.deleted{names.TMP_SUFFIX}"
+    if os.path.lexists(doomed):
+        shutil.rmtree(doomed)
+    _rename(path, doomed)
+    files.sync_path(os.path.dirname(path))
+    shutil.rmtree(doomed)

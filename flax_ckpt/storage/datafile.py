@@ -1,0 +1,171 @@
+"""Array data on a POSIX file system: one append-only file per save, read back with checks.
+
+Values start at multiples of 64 bytes, so that a buffer that holds a stretch of the file holds
+each value at an address that JAX on CPU adopts without a copy. Each is followed by the CRC-32C of
+its bytes, which makes it a zarr v3 chunk of the codecs `bytes` and `crc32c`.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Final
+
+import crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from flax_ckpt.errors import DamagedCheckpointError
+
+Bytes = NDArray[np.uint8]
+
+ALIGNMENT: Final = 64
+TRAILER: Final = 4
+_MAX_BUFFERS: Final = min(1024, os.sysconf("SC_IOV_MAX"))
+_MAX_CALL: Final = 1 << 30  # Linux writes at most 2 GiB - 4 KiB a call
+_QUEUE_BYTES: Final = 64 << 20
+_ZEROS: Final = bytes(ALIGNMENT)
+
+
+class DataFileWriter:
+    """Appends values to a new file; use it in a `with` block.
+
+    Args:
+        path: where; must not exist, its directory must.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._queue: list[Bytes | bytes] = []
+        self._queued = 0
+        self.offset = 0
+
+    def append_chunk(self, data: Bytes, padding: int = 0) -> tuple[int, int]:
+        """Appends one zarr chunk: data, `padding` zero bytes, CRC-32C of both.
+
+        The data is not copied: it must not change until the file is closed.
+
+        Returns:
+            The chunk's offset and its CRC-32C.
+        """
+        offset = self.offset
+        crc = crc32c.crc32c(data)
+        self._append(data)
+        while padding > 0:
+            zeros = bytes(min(padding, 1 << 20))
+            crc = crc32c.crc32c(zeros, crc)
+            self._append(zeros)
+            padding -= len(zeros)
+        trailer = crc.to_bytes(TRAILER, "little")
+        gap = -(self.offset + TRAILER) % ALIGNMENT
+        self._append(trailer + _ZEROS[:gap])
+        return offset, crc
+
+    def append(self, data: bytes) -> int:
+        """Appends bytes as they are; returns their offset."""
+        offset = self.offset
+        self._append(data)
+        return offset
+
+    def _append(self, data: Bytes | bytes) -> None:
+        if not len(data):
+            return
+        self._queue.append(data)
+        self._queued += len(data)
+        self.offset += len(data)
+        if self._queued >= _QUEUE_BYTES or len(self._queue) >= _MAX_BUFFERS - 1:
+            self._flush()
+
+    def _flush(self) -> None:
+        pending = [memoryview(data) for data in self._queue]
+        while pending:
+            call: list[memoryview] = []
+            room = _MAX_CALL
+            for view in pending[:_MAX_BUFFERS]:
+                call.append(view[:room])
+                room -= len(call[-1])
+                if room <= 0:
+                    break
+            written = os.writev(self._fd, call)
+            while written:  # a short write goes on where it stopped
+                if written < len(pending[0]):
+                    pending[0] = pending[0][written:]
+                    break
+                written -= len(pending.pop(0))
+        self._queue.clear()
+        self._queued = 0
+
+    def __enter__(self) -> DataFileWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._flush()
+        finally:
+            os.close(self._fd)
+
+
+def aligned_empty(size: int) -> Bytes:
+    """Uninitialised bytes whose address is a multiple of 64."""
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
+
+
+class DataFileReader:
+    """Reads stretches of one file; safe from several threads; must be closed.
+
+    Args:
+        path: the file; a symbolic link is refused, it could lead out of the checkpoint.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError as error:
+            raise DamagedCheckpointError(f"{path}: the data file is missing") from error
+        self.size = os.fstat(self._fd).st_size
+
+    def read_into(self, offset: int, *buffers: Bytes) -> None:
+        """Fills the buffers, one after another, with the bytes from `offset` on.
+
+        Raises:
+            DamagedCheckpointError: the file ends before.
+        """
+        pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        while pending:
+            call = [pending[0][:_MAX_CALL], *(pending[1:] if len(pending[0]) < _MAX_CALL else [])]
+            count = os.preadv(self._fd, call, offset)
+            if count == 0:
+                raise DamagedCheckpointError(
+                    f"{self.path}: ends at byte {self.size}, but bytes from {offset} on were"
+                    f" saved, {sum(map(len, pending))} more: the file was cut off"
+                )
+            offset += count
+            while count:
+                if count < len(pending[0]):
+                    pending[0] = pending[0][count:]
+                    break
+                count -= len(pending.pop(0))
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on."""
+        if offset + length > self.size:
+            raise DamagedCheckpointError(
+                f"{self.path}: has {self.size} bytes, but bytes {offset} to {offset + length} were"
+                " saved: the file was cut off"
+            )
+        buffer = np.empty(length, np.uint8)
+        self.read_into(offset, buffer)
+        return buffer.tobytes()
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._fd)

@@ -1,0 +1,64 @@
+"""Small files and directories on a POSIX file system, and making them durable.
+
+Every write to a checkpoint that is not array data goes through here, and every sync.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterator
+
+if sys.platform == "darwin":
+    import fcntl
+
+
+def sync(fd: int) -> None:
+    """Returns when what was written to `fd` survives a power cut."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync leaves it in the drive's cache there
+    else:
+        os.fsync(fd)
+
+
+def sync_path(path: str) -> None:
+    """Syncs a file, or the entries of a directory."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(root: str) -> None:
+    """Syncs every regular file under `root`, then every directory, the innermost first."""
+    for directory, _, names in os.walk(root, topdown=False):
+        for name in sorted(names):
+            path = os.path.join(directory, name)
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                sync_path(path)
+        sync_path(directory)
+
+
+def write(path: str, data: bytes) -> None:
+    """Creates a file with these bytes; it is durable after :func:`sync_tree`."""
+    with open(path, "xb") as file:
+        file.write(data)
+
+
+def read(path: str) -> bytes:
+    """The bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def walk(root: str) -> Iterator[str]:
+    """Paths of all regular files under `root`, relative to it, with `/`, sorted."""
+    found: list[str] = []
+    for directory, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(directory, name)
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                found.append(os.path.relpath(path, root).replace(os.sep, "/"))
+    return iter(sorted(found))

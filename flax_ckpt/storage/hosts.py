@@ -1,0 +1,98 @@
+"""The processes that save and load together: who is primary, and where they wait for each other.
+
+Barriers go through the client of `jax.distributed`, never through a device collective: a save must
+not queue behind the train step, and runs in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+
+from flax_ckpt.errors import BarrierTimeoutError
+
+_operations = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """The processes of one operation, and its name, the same in all of them.
+
+    Attributes:
+        index: this process.
+        active: all processes that take part, in order.
+        primary: the one that writes what is written once.
+        operation: names this operation's barriers; processes start operations in the same order.
+        timeout_secs: how long a barrier waits.
+    """
+
+    index: int
+    active: tuple[int, ...]
+    primary: int
+    operation: str
+    timeout_secs: float
+
+    @property
+    def is_primary(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.index == self.primary
+
+    @property
+    def several(self) -> bool:
+        """Whether there is anyone to wait for."""
+        return len(self.active) > 1
+
+    def barrier(self, point: str) -> None:
+        """Waits until all processes are at `point`.
+
+        Raises:
+            BarrierTimeoutError: one of them is not there in time, or is gone.
+        """
+        if not self.several:
+            return
+        key = f"{self.operation}/{point}"
+        try:
+            _client().wait_at_barrier(
+                key, timeout_in_ms=int(self.timeout_secs * 1000), process_ids=list(self.active)
+            )
+        except Exception as error:  # the client raises one type for all: XlaRuntimeError
+            raise BarrierTimeoutError(
+                f"process {self.index} waited at {key!r} for processes {list(self.active)};"
+                f" after {self.timeout_secs:g} s not all were there. One of them has failed or"
+                f" makes another sequence of calls. The coordinator says: {error}"
+            ) from error
+
+
+def current(
+    *,
+    primary: int = 0,
+    active: set[int] | None = None,
+    prefix: str | None = None,
+    timeout_secs: float = 1200,
+) -> Hosts:
+    """The hosts of a new operation, seen from this process.
+
+    Args:
+        primary: index of the primary process.
+        active: indices of the processes that take part; None: all.
+        prefix: put before the names of barriers.
+        timeout_secs: seconds that a barrier waits.
+    """
+    everyone = range(jax.process_count()) if active is None else sorted(active)
+    if primary not in everyone:
+        raise ValueError(
+            f"multiprocessing.primary_host is {primary}, which is not among the active processes"
+            f" {list(everyone)}; set primary_host to one of them"
+        )
+    operation = f"{prefix or ''}flax_ckpt/{next(_operations)}"
+    return Hosts(jax.process_index(), tuple(everyone), primary, operation, timeout_secs)
+
+
+def _client() -> Any:
+    # JAX has no public name for the coordination client.
+    from jax._src.distributed import global_state
+
+    return global_state.client

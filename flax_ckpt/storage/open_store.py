@@ -1,0 +1,42 @@
+"""Opens the array store that fits a PyTree directory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from flax_ckpt.format import names
+from flax_ckpt.format.ocdbt import NumberedManifestError
+from flax_ckpt.storage.database import Database
+from flax_ckpt.storage.native_read import NativeStore
+from flax_ckpt.storage.record import Record
+from flax_ckpt.storage.store import ArrayStore
+from flax_ckpt.storage.tensor_store import TensorStoreStore
+
+
+@contextlib.contextmanager
+def open_store(record: Record, *, ocdbt: bool | None, zarr3: bool) -> Iterator[ArrayStore]:
+    """The arrays of a directory.
+
+    A foreign database's index is decoded here first, which checks that no path in it leads out of
+    the directory before TensorStore sees it.
+
+    Args:
+        record: reads the directory's files.
+        ocdbt: what `_METADATA` says; None: look.
+        zarr3: likewise.
+    """
+    if ocdbt is None:
+        ocdbt = os.path.isfile(os.path.join(record.directory, names.MANIFEST))
+    general = TensorStoreStore(record.directory, ocdbt=ocdbt, zarr3=zarr3)
+    if not ocdbt:
+        yield general
+        return
+    try:
+        database = Database(record, checked=record.native and record.lists(names.CHUNK_TABLE))
+    except NumberedManifestError:
+        yield general
+        return
+    with database:
+        yield NativeStore(database, general) if zarr3 else general

@@ -1,0 +1,73 @@
+"""What an array store is: arrays by name, written and read in batches.
+
+`native` writes and reads our own files, `tensor_store` reads all that others wrote. A region is a
+box of an array, one `(start, stop)` per axis; bytes are C-ordered and little-endian.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flax_ckpt.format.arrays import ArraySpec
+
+Region = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArrayWrite:
+    """One array to write, and the shards of it that this process writes.
+
+    Attributes:
+        name: its name on disk.
+        spec: shape, dtype and chunk shape of the whole array.
+        shards: where each shard begins, and its data; every shard begins at a chunk's corner.
+    """
+
+    name: str
+    spec: ArraySpec
+    shards: Sequence[tuple[tuple[int, ...], NDArray[Any]]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArrayRead:
+    """One array to read.
+
+    Attributes:
+        name: its name on disk.
+        regions: the boxes wanted, each of them once.
+        leaf: the leaf's key path, for error messages.
+    """
+
+    name: str
+    regions: tuple[Region, ...]
+    leaf: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredArray:
+    """What a store knows of an array before reading it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+class ArrayStore(Protocol):
+    """Reads arrays of one PyTree directory."""
+
+    def describe(self, names: Sequence[str]) -> dict[str, StoredArray]:
+        """Shape and dtype of arrays; a name that is not there is an error."""
+        ...
+
+    def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
+        """The regions of each array, as arrays of the stored dtype."""
+        ...
+
+
+def whole(shape: tuple[int, ...]) -> Region:
+    """The region that is all of an array."""
+    return tuple((0, size) for size in shape)

@@ -1,0 +1,83 @@
+"""Reads arrays that others wrote, whatever their codecs, through TensorStore."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from numpy.typing import NDArray
+
+from flax_ckpt.errors import DamagedCheckpointError, FormatError
+from flax_ckpt.storage.store import ArrayRead, StoredArray
+
+_BATCH = 256  # arrays that are open at one time
+
+
+class TensorStoreStore:
+    """Arrays of one PyTree directory; implements :class:`ArrayStore`.
+
+    Args:
+        directory: absolute path of the PyTree directory.
+        ocdbt: whether its arrays are in an OCDBT database, else in plain files.
+        zarr3: whether they are zarr version 3, else 2.
+    """
+
+    def __init__(self, directory: str, *, ocdbt: bool, zarr3: bool) -> None:
+        self._directory = directory
+        self._ocdbt = ocdbt
+        self._driver = "zarr3" if zarr3 else "zarr"
+        # No cache: every chunk is read once, and a reader must never see an old one.
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+
+    def _open(self, name: str) -> ts.Future[ts.TensorStore]:
+        if self._ocdbt:
+            base = {"driver": "file", "path": self._directory + "/"}
+            kvstore: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        else:
+            if ".." in name.split("/") or name.startswith("/") or "\0" in name:
+                raise FormatError(
+                    f"{self._directory}: the array name {name!r} leads out of the directory"
+                )
+            kvstore = {"driver": "file", "path": os.path.join(self._directory, name) + "/"}
+        if not name:
+            kvstore["path"] = "" if self._ocdbt else self._directory + "/"
+        spec = {"driver": self._driver, "kvstore": kvstore, "fill_missing_data_reads": False}
+        return ts.open(ts.Spec(spec), open=True, context=self._context)
+
+    def _opened(self, names: Sequence[str]) -> list[ts.TensorStore]:
+        pending = [self._open(name) for name in names]
+        return [self._wait(future, name) for future, name in zip(pending, names, strict=True)]
+
+    def _wait(self, future: ts.Future[Any], leaf: str) -> Any:
+        try:
+            return future.result()
+        except ValueError as error:  # TensorStore's one type for whatever is wrong with the data
+            raise DamagedCheckpointError(
+                f"{leaf}: cannot be read from {self._directory}: {error}"
+            ) from error
+
+    def describe(self, names: Sequence[str]) -> dict[str, StoredArray]:
+        """See :class:`ArrayStore`."""
+        found: dict[str, StoredArray] = {}
+        for i in range(0, len(names), _BATCH):
+            batch = names[i : i + _BATCH]
+            for name, array in zip(batch, self._opened(batch), strict=True):
+                found[name] = StoredArray(tuple(array.shape), np.dtype(array.dtype.numpy_dtype))
+        return found
+
+    def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
+        """See :class:`ArrayStore`."""
+        results: list[list[NDArray[Any]]] = []
+        for i in range(0, len(reads), _BATCH):
+            batch = reads[i : i + _BATCH]
+            arrays = self._opened([read.name for read in batch])
+            pending = [
+                [array[tuple(slice(a, b) for a, b in region)].read() for region in read.regions]
+                for read, array in zip(batch, arrays, strict=True)
+            ]
+            for read, futures in zip(batch, pending, strict=True):
+                results.append([np.asarray(self._wait(f, read.leaf)) for f in futures])
+        return results

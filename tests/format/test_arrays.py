@@ -1,0 +1,507 @@
+"""Array metadata: TensorStore opens ours, we read TensorStore's, hostile JSON is an error."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import crc32c
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorstore as ts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flax_ckpt.errors import FormatError
+from flax_ckpt.format import arrays
+from flax_ckpt.format.arrays import (
+    ArraySpec,
+    ZarrInfo,
+    choose_chunks,
+    chunk_key,
+    numpy_dtype,
+    parse_zarr2,
+    parse_zarr3,
+    zarr_dtype,
+    zarr_key,
+)
+
+NUMPY = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+)
+EXTENSIONS = (
+    *("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e4m3fnuz"),
+    *("float8_e5m2fnuz", "float8_e3m4", "float8_e8m0fnu", "float4_e2m1fn", "int2", "int4"),
+)
+MIB = 1 << 20
+
+
+def kvstore(path: Path) -> dict[str, str]:
+    return {"driver": "file", "path": f"{path}/"}
+
+
+def open_zarr(path: Path, driver: str, **spec: Any) -> ts.TensorStore:
+    return ts.open({"driver": driver, "kvstore": kvstore(path), **spec}).result()
+
+
+def sample(shape: tuple[int, ...], name: str) -> np.ndarray[Any, Any]:
+    """0 and 1 in turn: values that every dtype holds (but for float8_e8m0fnu, which has no 0)."""
+    return (np.arange(math.prod(shape)) % 2).reshape(shape).astype(numpy_dtype(name))
+
+
+def store(path: Path, name: str, spec: ArraySpec, value: np.ndarray[Any, Any]) -> None:
+    """Writes one array the way we store it, one file per key."""
+
+    def put(key: bytes, data: bytes) -> None:
+        file = path / key.decode()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+
+    put(zarr_key(name), spec.to_zarr3_json())
+    for index in itertools.product(*map(range, spec.chunk_grid)):
+        chunk = np.zeros(spec.chunk_shape, value.dtype)
+        at = tuple(slice(i * c, i * c + c) for i, c in zip(index, spec.chunk_shape, strict=True))
+        part = value[at]
+        chunk[tuple(map(slice, part.shape))] = part
+        payload = chunk.tobytes()
+        assert len(payload) == spec.chunk_nbytes
+        put(chunk_key(name, index), payload + crc32c.crc32c(payload).to_bytes(4, "little"))
+
+
+# What we write.
+
+
+@pytest.mark.parametrize("name", NUMPY + EXTENSIONS)
+def test_tensorstore_reads_every_dtype(name: str, tmp_path: Path) -> None:
+    spec = ArraySpec((5, 3), name, (2, 3))
+    value = sample(spec.shape, name)
+    store(tmp_path, "a.b", spec, value)
+    found = open_zarr(tmp_path / "a.b", "zarr3", dtype=name).read().result()
+    assert found.dtype == numpy_dtype(name)
+    assert found.tobytes() == value.tobytes()
+    info = parse_zarr3(spec.to_zarr3_json())
+    assert info == ZarrInfo((5, 3), name, (2, 3), native=True, crc32c=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk_shape", "keys"),
+    [
+        ((), (), ["c"]),
+        ((3,), (2,), ["c/0", "c/1"]),
+        ((4, 2, 3), (2, 2, 3), ["c/0/0/0", "c/1/0/0"]),
+        ((0, 4), (1, 4), []),
+        ((0,), (7,), []),
+    ],
+)
+@pytest.mark.parametrize("name", ["", "w", "a.b/ü c"])
+def test_tensorstore_reads_every_shape(
+    name: str, shape: tuple[int, ...], chunk_shape: tuple[int, ...], keys: list[str], tmp_path: Path
+) -> None:
+    spec = ArraySpec(shape, "int16", chunk_shape)
+    value = sample(shape, "int16")
+    store(tmp_path, name, spec, value)
+    array = open_zarr(tmp_path / name if name else tmp_path, "zarr3")
+    assert array.shape == shape
+    assert (array.chunk_layout.read_chunk.shape or ()) == chunk_shape
+    assert np.array_equal(array.read().result(), value)
+    root = tmp_path / name
+    chunks = (p for p in root.rglob("*") if p.is_file() and p.name != "zarr.json")
+    assert sorted(str(p.relative_to(root)) for p in chunks) == keys
+
+
+def test_tensorstore_checks_our_checksum(tmp_path: Path) -> None:
+    store(tmp_path, "w", ArraySpec((8,), "float32", (8,)), sample((8,), "float32"))
+    file = tmp_path / "w/c/0"
+    data = bytearray(file.read_bytes())
+    data[3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="Digest mismatch"):
+        open_zarr(tmp_path / "w", "zarr3").read().result()
+
+
+def test_the_document_is_compact_and_complete() -> None:
+    document = ArraySpec((0, 4), "bfloat16", (1, 4)).to_zarr3_json()
+    assert b" " not in document
+    assert json.loads(document) == {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [0, 4],
+        "data_type": "bfloat16",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, 4]}},
+        "chunk_key_encoding": {"name": "default"},
+        "fill_value": 0.0,
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+    }
+    fills = {
+        name: json.loads(ArraySpec((), name, ()).to_zarr3_json())["fill_value"] for name in NUMPY
+    }
+    assert fills["bool"] is False
+    assert fills["complex64"] == [0.0, 0.0]
+    assert (fills["uint8"], fills["float16"]) == (0, 0.0)
+    for name in ("bool", "int4", "float8_e5m2"):
+        assert b"endian" not in ArraySpec((), name, ()).to_zarr3_json()
+
+
+def test_grid_and_size() -> None:
+    spec = ArraySpec((5, 0, 6), "float64", (2, 3, 6))
+    assert spec.chunk_grid == (3, 0, 1)
+    assert spec.chunk_nbytes == 2 * 3 * 6 * 8
+    assert (ArraySpec((), "int4", ()).chunk_grid, ArraySpec((), "int4", ()).chunk_nbytes) == ((), 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "chunk_shape", "message"),
+    [
+        ((2,), "float32", (2, 1), "found rank 2 for an array of rank 1, expected the same rank"),
+        ((1,) * 33, "float32", (1,) * 33, "found rank 33 for an array of rank 33, .* at most 32"),
+        ((-1,), "float32", (1,), r"shape: found \(-1,\), expected 0 to"),
+        ((2**60,), "int8", (1,), r"shape: found \(1152921504606846976,\), expected 0 to"),
+        ((0, 2**63), "int8", (1, 1), "shape: found .*, expected 0 to"),
+        ((2,), "float32", (0,), r"chunk shape: found \(0,\), expected 1 to"),
+        ((2,), "float32", (2**60,), "chunk shape: found .*, expected 1 to"),
+        ((2,), "uint4", (2,), "dtype: found 'uint4', expected one of bool, int8"),
+    ],
+)
+def test_specs_that_cannot_be_stored(
+    shape: tuple[int, ...], dtype: str, chunk_shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(FormatError, match=message):
+        ArraySpec(shape, dtype, chunk_shape)
+
+
+# dtypes
+
+
+def test_dtype_names_go_both_ways() -> None:
+    for name in NUMPY:
+        assert numpy_dtype(name) == np.dtype(name)
+        assert zarr_dtype(np.dtype(name)) == name
+        assert zarr_dtype(np.dtype(name).newbyteorder(">")) == name
+    for name in EXTENSIONS:
+        assert numpy_dtype(name) == np.dtype(getattr(ml_dtypes, name))
+        assert zarr_dtype(np.dtype(getattr(ml_dtypes, name))) == name
+    assert numpy_dtype("int4").itemsize == numpy_dtype("int2").itemsize == 1
+    assert zarr_dtype(np.dtype("longlong")) == "int64"
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *map(np.dtype, ("O", "S3", "U3", "V4", "M8[ns]", "m8[s]", "longdouble", "f4,i2")),
+        *(np.dtype(getattr(ml_dtypes, name)) for name in ("uint2", "uint4", "float8_e4m3")),
+    ],
+    ids=str,
+)
+def test_dtypes_that_cannot_be_stored(dtype: np.dtype[Any]) -> None:
+    with pytest.raises(
+        FormatError, match=r"dtype: found .*, expected one of bool, int8, .*, int4$"
+    ):
+        zarr_dtype(dtype)
+
+
+@pytest.mark.parametrize("name", ["uint2", "uint4", "float8_e4m3", "object", "", "float128", "<f4"])
+def test_names_that_are_no_dtype(name: str) -> None:
+    with pytest.raises(FormatError, match=f"dtype: found '{name}', expected one of bool"):
+        numpy_dtype(name)
+
+
+# What we read.
+
+BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+CRC = {"name": "crc32c"}
+ZSTD = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
+SHARDED = {
+    "name": "sharding_indexed",
+    "configuration": {"chunk_shape": [2, 2], "codecs": [BYTES, ZSTD], "index_codecs": [BYTES, CRC]},
+}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "native", "crc"),
+    [
+        ({}, True, False),
+        ({"codecs": [BYTES]}, True, False),
+        ({"codecs": [BYTES, CRC]}, True, True),
+        ({"codecs": [BYTES, ZSTD]}, False, False),
+        ({"codecs": [BYTES, ZSTD, CRC]}, False, False),
+        ({"codecs": [BYTES, CRC, ZSTD]}, False, False),
+        ({"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, CRC]}, False, False),
+        (
+            {"codecs": [{"name": "transpose", "configuration": {"order": [1, 0]}}, BYTES]},
+            False,
+            False,
+        ),
+        ({"codecs": [SHARDED]}, False, False),
+        ({"chunk_key_encoding": {"name": "v2"}}, False, False),
+        (
+            {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}}},
+            False,
+            False,
+        ),
+        (
+            {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}}},
+            True,
+            False,
+        ),
+        ({"fill_value": "NaN"}, True, False),
+        ({"attributes": {"units": "m"}, "dimension_names": ["x", None]}, True, False),
+    ],
+)
+def test_zarr3_documents_of_tensorstore(
+    metadata: dict[str, Any], native: bool, crc: bool, tmp_path: Path
+) -> None:
+    grid = {"name": "regular", "configuration": {"chunk_shape": [2, 4]}}
+    full = {"shape": [3, 4], "data_type": "float32", "chunk_grid": grid, **metadata}
+    array = open_zarr(tmp_path, "zarr3", metadata=full, create=True)
+    info = parse_zarr3((tmp_path / "zarr.json").read_bytes())
+    assert info == ZarrInfo((3, 4), "float32", (2, 4), native=native, crc32c=crc)
+    if native:  # then the chunks are where and what we say
+        value = np.arange(12, dtype=np.float32).reshape(3, 4) + 1
+        array.write(value).result()
+        data = (tmp_path / chunk_key("", (0, 0)).decode()).read_bytes()
+        assert data[: len(data) - 4 * crc] == value[:2].tobytes()
+
+
+def test_zarr3_documents_of_one_byte_dtypes_need_no_byte_order() -> None:
+    spec = ArraySpec((3,), "int4", (3,))
+    document = json.loads(spec.to_zarr3_json())
+    document["codecs"] = ["bytes"]  # the short form of a codec without a configuration
+    assert parse_zarr3(json.dumps(document).encode()).native
+    document["data_type"] = "int16"
+    assert not parse_zarr3(json.dumps(document).encode()).native
+
+
+def test_zarr3_documents_of_others_are_described_but_not_native() -> None:
+    document = json.loads(ArraySpec((3,), "int8", (3,)).to_zarr3_json())
+    for change in (
+        {"data_type": {"name": "numpy.datetime64", "configuration": {"unit": "s"}}},
+        {"data_type": "r24"},
+        {"storage_transformers": [{"name": "indirection"}]},
+    ):
+        info = parse_zarr3(json.dumps(document | change).encode())
+        assert not info.native
+        assert not info.crc32c
+    assert info.shape == (3,)
+    with pytest.raises(FormatError, match="dtype: found 'r24'"):
+        numpy_dtype(parse_zarr3(json.dumps(document | {"data_type": "r24"}).encode()).dtype)
+
+
+@pytest.mark.parametrize("name", NUMPY + EXTENSIONS)
+def test_zarr2_documents_of_tensorstore(name: str, tmp_path: Path) -> None:
+    open_zarr(
+        tmp_path, "zarr", create=True, metadata={"shape": [3, 4], "chunks": [2, 4]}, dtype=name
+    )
+    info = parse_zarr2((tmp_path / ".zarray").read_bytes())
+    assert info == ZarrInfo((3, 4), name, (2, 4), native=False, crc32c=False)
+
+
+def test_zarr2_dtypes() -> None:
+    def parse(dtype: object) -> str:
+        document = {"zarr_format": 2, "shape": [], "chunks": [], "dtype": dtype}
+        return parse_zarr2(json.dumps(document).encode()).dtype
+
+    assert parse(">f4") == "float32"
+    assert parse("|b1") == "bool"
+    assert parse("<c16") == "complex128"
+    assert parse("<f3") == "<f3"  # numpy_dtype refuses it
+    assert parse("|S5") == "|S5"
+    with pytest.raises(FormatError, match=r"dtype: found \[\['x', '<f4'\]\], expected a string"):
+        parse([["x", "<f4"]])
+
+
+def changed(**fields: Any) -> bytes:
+    document = json.loads(ArraySpec((3, 4), "int32", (3, 4)).to_zarr3_json())
+    return json.dumps({**document, **fields}).encode()
+
+
+def grid(*chunk_shape: Any) -> dict[str, Any]:
+    return {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", r"zarr.json: found b'', expected a JSON object"),
+        (b"{", "expected a JSON object: Expecting property name"),
+        (b"\xff\xfe\xff", "expected a JSON object"),
+        (b"[]", r"zarr.json: found \[\], expected a JSON object"),
+        (b"[" * 100_000, "expected a JSON object: maximum recursion depth"),
+        (b'{"a":' * 100_000, "expected a JSON object: maximum recursion depth"),
+        (b'{"shape": [' + b"9" * 5000 + b"]}", "expected a JSON object: Exceeds the limit"),
+        (b'{"fill_value": NaN}', "expected a JSON object: NaN is no JSON"),
+        (b'{"shape": [Infinity]}', "expected a JSON object: Infinity is no JSON"),
+        (b" " * ((1 << 20) + 1), "found 1048577 bytes, expected at most 1048576"),
+        (b"{}", "zarr_format: found None, expected 3"),
+        (changed(zarr_format=3.0), "zarr_format: found 3.0, expected 3"),
+        (changed(zarr_format=2), "zarr_format: found 2, expected 3"),
+        (changed(node_type="group"), "node_type: found 'group', expected 'array'"),
+        (changed(shape=None), "shape: found None, expected a list of integers"),
+        (changed(shape=[3, True]), r"shape: found \[3, True\], expected a list of integers"),
+        (changed(shape=[3, 4.0]), r"shape: found \[3, 4.0\], expected a list of integers"),
+        (changed(shape={"0": 3}), r"shape: found \{'0': 3\}, expected a list of integers"),
+        (changed(shape=[3]), "found rank 2 for an array of rank 1, expected the same rank"),
+        (changed(shape=[3, -4]), r"shape: found \(3, -4\), expected 0 to"),
+        (changed(shape=[2**40, 2**40]), r"shape: found \(.*\), expected 0 to 2"),
+        (changed(shape=[0, 10**4000]), r"shape: found \(.*\), expected 0 to 2"),
+        (changed(chunk_grid=grid(3, 0)), r"chunk shape: found \(3, 0\), expected 1 to"),
+        (changed(chunk_grid=grid(3, 10**4000)), r"chunk shape: found \(.*\), expected 1 to"),
+        (changed(chunk_grid=grid(3, "4")), r"chunk_shape: found \[3, '4'\], expected a list"),
+        (changed(chunk_grid=None), "chunk_grid: found None, expected a name and a configuration"),
+        (changed(chunk_grid={"name": "rectilinear"}), "chunk_grid: found 'rectilinear', expected"),
+        (changed(chunk_grid={"name": 3}), r"chunk_grid: found \{'name': 3\}, expected a name"),
+        (changed(data_type=7), "data_type: found 7, expected a name"),
+        (changed(data_type={"name": "int8", "configuration": []}), "data_type: found .*, expected"),
+        (changed(chunk_key_encoding=[]), r"chunk_key_encoding: found \[\], expected a name"),
+        (changed(codecs="bytes"), "codecs: found 'bytes', expected a list"),
+        (changed(codecs=[None]), "codecs: found None, expected a name"),
+        (changed(codecs=[{"configuration": {}}]), "codecs: found .*, expected a name"),
+    ],
+    ids=range(34),
+)
+def test_hostile_zarr3_documents(data: bytes, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        parse_zarr3(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"[" * 100_000, r"\.zarray: found b'\[+', expected a JSON object: maximum recursion"),
+        (b'{"zarr_format":3}', "zarr_format: found 3, expected 2"),
+        (b'{"zarr_format":2,"shape":[1]}', "chunks: found None, expected a list of integers"),
+        (b'{"zarr_format":2,"shape":[1],"chunks":[0]}', r"chunk shape: found \(0,\), expected 1"),
+        (b'{"zarr_format":2,"shape":[1],"chunks":[1]}', "dtype: found None, expected a string"),
+    ],
+    ids=range(5),
+)
+def test_hostile_zarr2_documents(data: bytes, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        parse_zarr2(data)
+
+
+@pytest.mark.parametrize("parse", [parse_zarr3, parse_zarr2])
+def test_a_value_nested_almost_too_deeply_is_a_format_error(
+    parse: Callable[[bytes], ZarrInfo],
+) -> None:
+    """json reads some values that repr, one call deeper, cannot print."""
+    for depth in range(800, 1000):
+        nested = b"[" * depth + b"]" * depth
+        with pytest.raises(
+            FormatError, match=r"zarr_format: found \[\[|expected a JSON object: max"
+        ):
+            parse(b'{"zarr_format":' + nested + b"}")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "configuration", "endian", "x"]), inner)
+    ),
+    max_leaves=8,
+)
+FIELDS = sorted(json.loads(ArraySpec((), "int8", ()).to_zarr3_json()))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1, max_size=3))
+def test_fuzzed_documents_raise_format_errors_only(fields: dict[str, Any]) -> None:
+    try:
+        info = parse_zarr3(changed(**fields))
+    except FormatError as e:
+        message = str(e)
+    else:
+        message = ""
+        assert info.chunk_shape == (3, 4)
+    assert not message or (": found " in message and ", expected " in message)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 400), st.integers(0, 3), st.binary(max_size=3))
+def test_edited_documents_raise_format_errors_only(at: int, cut: int, new: bytes) -> None:
+    data = changed()
+    edited = data[:at] + new + data[at + cut :]
+    try:
+        info = parse_zarr3(edited)
+    except FormatError as e:
+        message = str(e)
+    else:
+        message = ""
+        assert isinstance(info, ZarrInfo)
+    assert not message or (" found " in message and ", expected " in message)
+
+
+def test_equal_documents_are_parsed_once() -> None:
+    first = parse_zarr3(changed(shape=[3, 5]))
+    assert parse_zarr3(changed(shape=[3, 5])) is first
+    large = changed(attributes={"note": "x" * 5000})
+    assert parse_zarr3(large) is not parse_zarr3(large)  # not kept: the cache stays small
+    assert parse_zarr3(large) == parse_zarr3(large)
+
+
+# Chunks.
+
+
+def test_chunks_of_common_shapes() -> None:
+    def chunks(*shape: int, single: bool = False, limit: int = 64 * MIB) -> tuple[int, ...]:
+        return choose_chunks(shape, 4, single_shard=single, limit=limit)
+
+    assert chunks() == ()
+    assert chunks(0, 5) == (1, 5)
+    assert chunks(4096, 4096) == (4096, 4096)  # 64 MiB
+    assert chunks(4096, 8192) == (2048, 8192)
+    assert chunks(32_000, 4096) == (4000, 4096)
+    assert chunks(8, 4096, 14336) == (1, 1024, 14336)
+    assert chunks(3, 2, 2**25) == (1, 1, 2**24)
+    # A prime number of rows: uneven if one shard is the whole array, else one large chunk.
+    assert chunks(10_007, 4096, single=True) == (3336, 4096)
+    assert chunks(10_007, 4096) == (10_007, 4096)
+    assert chunks(2 * 10_007, 4096) == (10_007, 4096)  # above the limit, yet not the whole
+    # Rows just above the limit; elements above the limit.
+    assert chunks(5, 2**24 + 2) == (1, 2**23 + 1)
+    assert choose_chunks((3, 2), 16, single_shard=False, limit=8) == (1, 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 40), max_size=4).map(tuple),
+    itemsize=st.sampled_from([1, 2, 4, 16]),
+    limit=st.sampled_from([1, 7, 64, 100, 1000, 10**6]),
+    single=st.booleans(),
+)
+def test_every_chunk_is_contiguous(
+    shape: tuple[int, ...], itemsize: int, limit: int, single: bool
+) -> None:
+    chunk = choose_chunks(shape, itemsize, single_shard=single, limit=limit)
+    assert len(chunk) == len(shape)
+    assert all(1 <= c <= max(n, 1) for c, n in zip(chunk, shape, strict=True))
+    nbytes = math.prod(chunk) * itemsize
+    divides = all(n % c == 0 for c, n in zip(chunk, shape, strict=True))
+    if single:
+        assert nbytes <= max(limit, itemsize)
+    else:
+        assert divides
+    if math.prod(max(n, 1) for n in shape) * itemsize <= limit:
+        assert chunk == tuple(max(n, 1) for n in shape)
+    elif shape:  # not tiny: more than two would not fit, or an eighth of the limit is used
+        assert nbytes * 8 >= limit or (single and 2 * nbytes + itemsize > limit)
+    position = np.arange(math.prod(shape)).reshape(shape)
+    spec = ArraySpec(shape, "int8", chunk)
+    for index in itertools.product(*map(range, spec.chunk_grid)):
+        at = tuple(slice(i * c, i * c + c) for i, c in zip(index, chunk, strict=True))
+        inside = position[at].ravel()
+        assert np.array_equal(inside, np.arange(inside[0], inside[0] + inside.size))
+
+
+def test_dtypes_and_templates_agree() -> None:
+    """Each dtype of the table has its own fixed bytes, whatever was asked before."""
+    documents = {name: ArraySpec((1,), name, (1,)).to_zarr3_json() for name in NUMPY + EXTENSIONS}
+    assert len(set(documents.values())) == len(NUMPY + EXTENSIONS)
+    assert arrays.CHUNK_CRC_BYTES == 4
+    assert all(parse_zarr3(data).dtype == name for name, data in documents.items())
