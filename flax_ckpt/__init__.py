@@ -18,3 +18,29 @@ from flax_ckpt._save import (
     save_checkpointables_async,
 )
 from flax_ckpt.context import Context
+from flax_ckpt.training.callback import CheckpointCallback
+from flax_ckpt.training.restore import Report, Restored, restore, restore_train_state
+
+__all__ = [
+    "AsyncResponse",
+    "CheckpointCallback",
+    "CheckpointMetadata",
+    "Context",
+    "Report",
+    "Restored",
+    "checkpointables_metadata",
+    "errors",
+    "handlers",
+    "load",
+    "load_async",
+    "load_checkpointables",
+    "load_checkpointables_async",
+    "metadata",
+    "options",
+    "restore",
+    "restore_train_state",
+    "save",
+    "save_async",
+    "save_checkpointables",
+    "save_checkpointables_async",
+]

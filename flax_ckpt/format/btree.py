@@ -26,7 +26,6 @@ NODE_MAGIC: Final = 0x0CDB20DE
 MAX_KEY_BYTES: Final = wire.MAX_KEY
 MAX_INLINE_BYTES: Final = 1 << 20
 MAX_NODE_ENTRIES: Final = 1 << 20
-MAX_HEIGHT: Final = 255
 # Nodes are read whole, so smaller ones cost less to change and larger ones less to list.
 DEFAULT_NODE_BYTES: Final = 8 << 20
 DEFAULT_DECODED_BYTES: Final = 100_000_000

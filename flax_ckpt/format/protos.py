@@ -132,8 +132,8 @@ def _located(text: str, error: text_format.ParseError) -> str:
     if number is None:
         return str(error)
     line = text.split("\n")[number - 1]
-    reason = str(error).partition(" : ")[2]  # the prefix is line:column, which we spell out
-    reason = reason.removeprefix(f"'{line}': ")  # some reasons begin with the line, others lack it
+    # The prefix is line:column, which we spell out; some reasons go on with the line, or with ''.
+    reason = str(error).partition(" : ")[2].removeprefix(f"'{line}': ").removeprefix("'': ")
     return f"line {number}, column {error.GetColumn()}, {line.strip()[:120]!r}: {reason}"
 
 

@@ -21,7 +21,6 @@ MAX_KEY: Final = 65_535
 MAX_OFFSET: Final = 2**63 - 1
 # Prefix coding can turn one byte into 65,535: what keys and paths of one node may grow to.
 MAX_EXPANDED: Final = 256 << 20
-_MAX_U64: Final = 2**64 - 1
 _FRAME_BYTES: Final = 18  # magic 4, length 8, version 1, compression 1, CRC 4
 
 
@@ -318,7 +317,11 @@ class Reader:
 def check_path(path: str, what: str) -> None:
     """Raises `FormatError` unless `path` names a file below the database directory."""
     parts = path.split("/")
-    if not path or path[0] == "/" or not parts[-1] or ".." in parts or "\0" in path:
+    try:
+        size = len(path.encode())
+    except UnicodeEncodeError:  # a lone surrogate
+        size = 0
+    if not 0 < size <= MAX_KEY or path[0] == "/" or not parts[-1] or ".." in parts or "\0" in path:
         raise FormatError(
             f"{what}: data file path: found {path[:200]!r}, "
             "expected a relative path inside the database"

@@ -162,7 +162,7 @@ class PyTreeHandler:
                 {n: list(found.values()) for n, found in saved.array_metadatas.items()}
             )
             partial = self._context.pytree.loading.partial_load
-            result = saved.load(abstract, rules, partial=partial)
+            result = saved.prepare(abstract, rules, partial=partial)()
         log_fallbacks(directory, rules)
         return result
 

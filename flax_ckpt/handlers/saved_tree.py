@@ -1,9 +1,8 @@
 """A saved PyTree, opened: its leaves by key path, compared with a wish, and read.
 
     with SavedTree(directory) as saved:
-        leaves = saved.read(saved.match(wanted, rules))
-
-`match` compares everything before `read` touches a byte of data.
+        read = saved.prepare(abstract, LoadRules())  # compares everything
+        tree = read()                                # reads it
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax_ckpt.errors import DamagedCheckpointError, Difference, FormatError, TreeMismatchError
@@ -119,17 +118,26 @@ class SavedTree(contextlib.ExitStack):
             described.append(handler.describe(leaf) if handler else tree.EMPTY[leaf.value_type]())
         return self._build(list(self.leaves), described)
 
-    def load(self, abstract: Any, rules: LoadRules, *, partial: bool = False) -> Any:
-        """The tree, as `abstract` wants it; None: as it was saved, in dicts and lists.
+    def prepare(
+        self, abstract: Any, rules: LoadRules, *, partial: bool = False
+    ) -> Callable[[], Any]:
+        """Compares the whole tree with a wish; what is returned then reads and builds it.
+
+        Args:
+            abstract: the tree wanted; None: as it was saved, in dicts and lists.
+            rules: how far the leaves may differ.
+            partial: whether saved leaves that are not wanted are left alone.
 
         Raises:
-            TreeMismatchError: lists every difference; nothing was read.
+            TreeMismatchError: with every difference; nothing was read.
         """
         if abstract is None:
             paths = list(self.leaves)
-            return self._build(paths, self.read(self.match([(p, None) for p in paths], rules)))
+            matches = self.match([(path, None) for path in paths], rules)
+            return lambda: self._build(paths, self.read(matches))
         wanted, treedef = keypaths.flatten(abstract)
-        return treedef.unflatten(self.read(self.match(wanted, rules, partial=partial)))
+        matches = self.match(wanted, rules, partial=partial)
+        return lambda: treedef.unflatten(self.read(matches))
 
     def _build(self, paths: Sequence[tree.KeyPath], values: Sequence[Any]) -> Any:
         return tree.build(zip(paths, values, strict=True), self.directory)

@@ -162,3 +162,8 @@ def remove(path: str) -> None:
     _rename(path, doomed)
     files.sync_path(os.path.dirname(path))
     shutil.rmtree(doomed)
+
+
+def remove_left_over(path: str) -> None:
+    """Removes a directory that an ended process left unfinished."""
+    shutil.rmtree(path, ignore_errors=True)  # another process may be doing the same

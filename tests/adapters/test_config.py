@@ -133,6 +133,7 @@ def test_every_kind_of_the_issue_comes_back_equal():
 
 def test_the_text_is_readable():
     config = {"learning_rate": 1e-3, "layers": (2, 2), "model": {"dtype": jnp.bfloat16, "é": {}}}
+    config["model"]["activation"] = "gelu"
     config |= {3: None, "on": True, "seed": 2**64, "raw": b"\0", "p": np.dtype("int4"), "s": "a\nb"}
     assert message_to_text(to_message(config)) == (
         "# proto-message: flax_ckpt.RunConfig\n"
@@ -144,6 +145,7 @@ def test_the_text_is_readable():
         "    dict {\n"
         '      field { key: "dtype" type: "jax.numpy.bfloat16" }\n'
         '      field { key: "é" dict { } }\n'
+        '      field { key: "activation" str: "gelu" }\n'
         "    }\n"
         "  }\n"
         "  field { int_key: 3 none: true }\n"

@@ -312,7 +312,7 @@ def test_keys_and_values_beyond_the_limits_are_refused() -> None:
         encode((b"a", ValueRef(FILE, 2**63 - 10, 10)))
     with pytest.raises(FormatError, match="value offset: found -1, expected 0 to"):
         encode((b"a", ValueRef(FILE, -1, 10)))
-    for path in ("", "/d/1", "../d/1", "d/../../1", "d/\0", "d/"):
+    for path in ("", "/d/1", "../d/1", "d/../../1", "d/\0", "d/", "\ud800", "é" * 32_768):
         with pytest.raises(FormatError, match="expected a relative path inside the database"):
             encode((b"a", ValueRef(path, 0, 1)))
         with pytest.raises(FormatError, match=r"data file of the B\+tree: data file path: found"):

@@ -175,7 +175,11 @@ def test_garbage_is_refused_with_its_line():
     assert "line 2" in reason
     assert "1e400000x" in reason
     assert "line 2" in _refused(header + "\0\0\0")
-    assert "line 1, column 7" in _refused(r'text: "\377"', User)
+    assert _refused(r'text: "\377" ', User) == (
+        f"not a {_NAME} in text format: line 1, column 14, 'text: \"\\\\377\"': "
+        "Couldn't parse string: 'utf-8' codec can't decode byte 0xff in position 0: "
+        "invalid start byte"
+    )
     deep = _refused("child { " * 5000, User)
     assert deep == f"not a {_NAME} in text format: nested too deeply"
 

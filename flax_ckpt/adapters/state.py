@@ -1,0 +1,66 @@
+"""A training state as named trees, and back: `params`, `opt_state`, and the rest.
+
+    parts = split(state)             # {"params": …, "opt_state": …, "train_state": {"step": …}}
+    state = merge(state, parts)      # the same type; `apply_fn` and `tx` are those of `state`
+
+A state is anything with a part called `params`: Flax's `TrainState` and its subclasses, any
+dataclass that is a PyTree, a dict, a named tuple. Any other tree is one part, `state`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar, cast
+
+PARAMS: Final = "params"
+OPT_STATE: Final = "opt_state"
+TRAIN_STATE: Final = "train_state"
+WHOLE: Final = "state"
+
+S = TypeVar("S")
+
+
+def split(state: Any) -> dict[str, Any]:
+    """The named trees of a training state; nothing is copied."""
+    fields = _fields(state)
+    if fields is None or PARAMS not in fields:
+        return {WHOLE: state}
+    rest = {name: fields[name] for name in fields if name not in (PARAMS, OPT_STATE)}
+    parts = {name: fields[name] for name in (PARAMS, OPT_STATE) if name in fields}
+    return parts | ({TRAIN_STATE: rest} if rest else {})
+
+
+def merge(like: S, parts: Mapping[str, Any]) -> S:
+    """A state of the type of `like` with the trees of `parts`; `like` is not changed."""
+    if set(parts) == {WHOLE}:
+        return parts[WHOLE]
+    values = {name: parts[name] for name in (PARAMS, OPT_STATE) if name in parts}
+    values |= parts.get(TRAIN_STATE, {})
+    state: Any = like
+    if isinstance(like, Mapping):
+        return cast(S, type(cast("Mapping[str, Any]", like))(**values))
+    if hasattr(state, "_replace"):
+        return state._replace(**values)
+    return dataclasses.replace(state, **values)
+
+
+def _fields(state: Any) -> Mapping[str, Any] | None:
+    """The fields of a state that are data; None if it has none by name."""
+    if isinstance(state, Mapping):
+        return cast("Mapping[str, Any]", state)
+    if isinstance(state, tuple) and hasattr(state, "_asdict"):
+        return cast(Any, state)._asdict()
+    if dataclasses.is_dataclass(state) and not isinstance(state, type):
+        return {
+            field.name: getattr(state, field.name)
+            for field in dataclasses.fields(state)
+            if field.metadata.get("pytree_node", True)  # flax.struct marks static fields so
+        }
+    return None
+
+
+def step_of(state: Any) -> Any:
+    """The number of updates that the state itself counts, or None."""
+    fields = _fields(state)
+    return None if fields is None else fields.get("step")

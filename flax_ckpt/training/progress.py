@@ -1,0 +1,57 @@
+"""What the one INFO line of a save or a restore says."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+
+from flax_ckpt.handlers import keypaths
+from flax_ckpt.format import tree
+
+
+def line(
+    path: str, step: int | None, nbytes: int, seconds: float, blocked: float | None = None
+) -> str:
+    """For example `step 1500 · 1.2 GB in 0.9 s (1.3 GB/s) · blocked 3 ms · checkpoints/1500`.
+
+    Args:
+        path: of the checkpoint; its last two parts are shown.
+        step: of the run, if it is one.
+        nbytes: size, in bytes.
+        seconds: from the beginning to the end.
+        blocked: seconds that the training loop stood still.
+    """
+    rate = f" ({size(nbytes / seconds)}/s)" if seconds > 0 else ""
+    what = "checkpoint" if step is None else f"step {step}"
+    parts = [what, f"{size(nbytes)} in {duration(seconds)}{rate}"]
+    if blocked is not None:
+        parts.append(f"blocked {duration(blocked)}")
+    parts.append(os.path.join(os.path.basename(os.path.dirname(path)), os.path.basename(path)))
+    return " · ".join(parts)
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: `1.2 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `3 ms`, `0.9 s`."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 0.1 else f"{seconds:.1f} s"
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of the arrays of a tree; of one that is sharded over processes, all of them."""
+    return sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(value))
+
+
+def leaf_names(value: Any) -> tuple[str, ...]:
+    """Key paths of the leaves of a tree."""
+    found, _ = keypaths.flatten(value)
+    return tuple(tree.show(path) for path, leaf in found if not keypaths.is_empty(leaf))

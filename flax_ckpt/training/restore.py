@@ -1,0 +1,274 @@
+"""`restore`: a training state from a run or a step, in the type it is wanted in.
+
+    state = fc.restore_train_state("/runs/7/checkpoints", jax.eval_shape(init_fn))
+    out = fc.restore("/runs/7/checkpoints", abstract_state, step=1500)
+    out.state, out.step, out.config
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Generic, Literal, TypeVar, cast
+
+import jax
+import numpy as np
+from etils import epath
+from google.protobuf.message import Message
+
+from flax_ckpt._load import Layout, load_layout
+from flax_ckpt._metadata import CheckpointMetadata
+from flax_ckpt.adapters import config as configs
+from flax_ckpt.adapters import state as states
+from flax_ckpt.context import Context, resolve
+from flax_ckpt.errors import (
+    CheckpointNotFoundError,
+    Difference,
+    FormatError,
+    StateError,
+    TreeMismatchError,
+)
+from flax_ckpt.format import names, protos
+from flax_ckpt.handlers.pytree import log_fallbacks
+from flax_ckpt.handlers.saved_tree import SavedTree, mismatch
+from flax_ckpt.leaves.base import LoadRules
+from flax_ckpt.storage.paths import local_path
+from flax_ckpt.storage.record import Record
+from flax_ckpt.training import progress, steps
+
+S = TypeVar("S")
+PathLike = str | os.PathLike[str]
+logger = logging.getLogger("flax_ckpt")
+
+CONFIG = "config"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a restore did.
+
+    Attributes:
+        loaded: names of the leaves that were read, such as `params/dense/kernel`.
+        nbytes: size of what was loaded, in bytes.
+        seconds: how long it took.
+        damaged: steps that were passed over, each with the reason.
+    """
+
+    loaded: tuple[str, ...]
+    nbytes: int
+    seconds: float
+    damaged: tuple[tuple[int, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored(Generic[S]):
+    """What :func:`restore` returns.
+
+    Attributes:
+        state: of the type of `like`; without one, a dict of what was saved.
+        step: the number of completed updates; None for a checkpoint that is no step of a run.
+        metrics: what was given to `on_step_end`, or None.
+        config: the run's config: an `ml_collections.ConfigDict`, or the user's own message if its
+            class was given or is registered in this process; else None.
+        config_text: the config as it is in the file.
+        report: what was done.
+    """
+
+    state: S
+    step: int | None
+    metrics: dict[str, Any] | None
+    config: Any
+    config_text: str | None
+    report: Report
+
+
+def restore_train_state(
+    path: PathLike,
+    like: S,
+    *,
+    step: int | Literal["latest"] | CheckpointMetadata[Any] | None = None,
+    cast: bool = False,
+    unexpected: Literal["error", "ignore"] = "error",
+    context: Context | None = None,
+) -> S:
+    """The state of :func:`restore`, which has the arguments and errors.
+
+    >>> import tempfile, flax_ckpt as fc, jax.numpy as jnp
+    >>> root = tempfile.mkdtemp()
+    >>> with fc.CheckpointCallback(root, every_n_steps=1) as ckpt:
+    ...     ckpt.on_step_end(1, {"params": {"w": jnp.ones(2)}, "step": 1})
+    True
+    >>> fc.restore_train_state(root, {"params": {"w": jnp.zeros(2)}, "step": 0})
+    {'params': {'w': Array([1., 1.], dtype=float32)}, 'step': 1}
+    """
+    return restore(
+        path, like, step=step, cast=cast, unexpected=unexpected, context=context
+    ).state
+
+
+def restore(
+    path: PathLike,
+    like: S | None = None,
+    *,
+    step: int | Literal["latest"] | CheckpointMetadata[Any] | None = None,
+    cast: bool = False,
+    unexpected: Literal["error", "ignore"] = "error",
+    config: type[Message] | None = None,
+    context: Context | None = None,
+) -> Restored[S]:
+    """Restores a training state.
+
+    Args:
+        path: the root of a run, or one step of it.
+        like: a state of the wanted type, concrete or abstract (`jax.eval_shape`): a Flax
+            `TrainState` or any other dataclass, dict or tuple with a part `params`, or any tree
+            that was saved as it is. Parts of the checkpoint that it has no place for are not
+            read. It is not changed. None: everything, in dicts and lists.
+        step: which step of a root; None or "latest": the newest, or if that is damaged the newest
+            whole one, with a warning.
+        cast: whether a dtype that differs is cast. Rank-0 numbers match anyway if they fit.
+        unexpected: "ignore" to leave alone saved leaves that `like` lacks in parts that it has.
+        config: class of the config's message; None: the one that the file names.
+        context: options; None: the active ones.
+
+    Raises:
+        CheckpointNotFoundError: no such path, step or part; says what is there.
+        TreeMismatchError: lists every leaf that differs; no data was read.
+        DamagedCheckpointError: an explicit step is damaged, or every one is.
+    """
+    here = local_path(path)
+    context = resolve(context)
+    rules = _Rules(cast, unexpected == "ignore", config, context)
+    if isinstance(step, CheckpointMetadata):
+        here, step = local_path(step.path), None
+    if steps.is_checkpoint(here):
+        number = int(os.path.basename(here)) if os.path.basename(here).isdigit() else None
+        if isinstance(step, int) and step != number:
+            raise CheckpointNotFoundError(f"{here} is one checkpoint, not a root with step {step}")
+        return _restore_one(here, like, number, rules)
+    found = steps.require_steps(here)
+    if isinstance(step, int):
+        if step not in found:
+            raise CheckpointNotFoundError(
+                f"{here} has no step {step}; it has: {', '.join(map(str, found))}"
+            )
+        return _restore_one(steps.path_of(here, step), like, step, rules)
+    if step not in (None, "latest"):
+        raise ValueError(f"step must be a number or 'latest', got {step!r}")
+    return _restore_newest(here, found, like, rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+    cast: bool
+    ignore_unexpected: bool
+    config: type[Message] | None
+    context: Context
+
+
+def _restore_newest(root: str, found: list[int], like: S | None, rules: _Rules) -> Restored[S]:
+    damaged: list[tuple[int, str]] = []
+    failure: FormatError | None = None
+    for number in reversed(found):
+        try:
+            result = _restore_one(steps.path_of(root, number), like, number, rules)
+        except FormatError as error:
+            logger.warning("step %d is damaged, trying the one before it: %s", number, error)
+            damaged.append((number, str(error)))
+            failure = error
+        else:
+            report = dataclasses.replace(result.report, damaged=tuple(damaged))
+            return dataclasses.replace(result, report=report)
+    assert failure is not None
+    failure.add_note(f"none of the steps {found} of {root} is whole")
+    raise failure
+
+
+def _restore_one(path: str, like: S | None, number: int | None, rules: _Rules) -> Restored[S]:
+    started = time.perf_counter()
+    layout = Layout.of(path)
+    parts = _load_parts(layout, like, rules)
+    state = cast(S, parts if like is None else states.merge(like, parts))
+    loaded = progress.leaf_names(parts)
+    nbytes = progress.nbytes(parts)
+    report = Report(loaded, nbytes, time.perf_counter() - started)
+    logger.info("restored %s", progress.line(path, number, nbytes, report.seconds))
+    config_text, config = _load_config(layout, rules.config)
+    return Restored(state, number, _load_metrics(layout, rules), config, config_text, report)
+
+
+def _load_parts(layout: Layout, like: Any, rules: _Rules) -> dict[str, Any]:
+    if like is None:
+        trees = [name for name, path in layout.items.items() if _is_tree(path)]
+        wanted: dict[str, Any] = {name: None for name in trees}
+    else:
+        wanted = states.split(like)
+    load_rules = LoadRules(strict=like is not None and not rules.cast)
+    differences: list[Difference] = []
+    opened: dict[str, tuple[SavedTree, Any]] = {}
+    try:
+        for name in wanted:
+            opened[name] = _open_part(layout, name), wanted[name]
+        matched: dict[str, Callable[[], Any]] = {}
+        for name, (saved, abstract) in opened.items():
+            try:
+                matched[name] = saved.prepare(
+                    abstract, load_rules, partial=rules.ignore_unexpected
+                )
+            except TreeMismatchError as error:
+                differences += [
+                    dataclasses.replace(d, path=f"{name}/{d.path}") for d in error.differences
+                ]
+        if differences:
+            raise mismatch(layout.path, differences)
+        parts = {name: read() for name, read in matched.items()}
+    finally:
+        for saved, _ in opened.values():
+            saved.close()
+    log_fallbacks(epath.Path(layout.path), load_rules)
+    return parts
+
+
+def _is_tree(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, names.TREE_METADATA))
+
+
+def _open_part(layout: Layout, name: str) -> SavedTree:
+    if name in layout.items:
+        return SavedTree(layout.items[name])
+    if name == states.WHOLE:
+        raise StateError(
+            f"{layout.path} holds the parts {', '.join(layout.items)} of a training state, and the"
+            " value given has no part `params`: give a TrainState, or any dataclass or dict with"
+            " a field `params`"
+        )
+    raise CheckpointNotFoundError(
+        f"{layout.path} has no {name!r}, which the wanted state has; it has:"
+        f" {', '.join(layout.items)}"
+    )
+
+
+def _load_metrics(layout: Layout, rules: _Rules) -> dict[str, Any] | None:
+    if names.METRICS not in layout.items:
+        return None
+    return load_layout(layout, {names.METRICS: None}, rules.context)[names.METRICS]
+
+
+def _load_config(layout: Layout, message_type: type[Message] | None) -> tuple[str | None, Any]:
+    if CONFIG not in layout.items:
+        return None, None
+    record = Record(layout.items[CONFIG])
+    if not record.lists(names.PROTO_FILE):
+        return None, None
+    text = record.read(names.PROTO_FILE).decode()
+    try:
+        message = protos.text_to_message(text, message_type)
+    except FormatError as error:
+        if message_type is not None:
+            raise
+        logger.debug("%s: the config stays text: %s", layout.path, error)
+        return text, None
+    return text, configs.from_message(message)
