@@ -1,8 +1,8 @@
 """`load` and its kin: checkpointables from a directory, and what is in it without loading.
 
-    params = fc.load("/ckpt/params", abstract_params)
-    parts = fc.load_checkpointables("/ckpt/100", {"params": abstract_params, "config": None})
-    fc.metadata("/ckpt/params").metadata["w"].shape
+params = fc.load("/ckpt/params", abstract_params)
+parts = fc.load_checkpointables("/ckpt/100", {"params": abstract_params, "config": None})
+fc.metadata("/ckpt/params").metadata["w"].shape
 """
 
 from __future__ import annotations

@@ -127,9 +127,7 @@ def save_checkpointables_async(
     """Saves several checkpointables in the background; see :func:`save_checkpointables`."""
     for name in checkpointables:
         if name in names.RESERVED:
-            raise ValueError(
-                f"{name!r} is a reserved name; call the checkpointable something else"
-            )
+            raise ValueError(f"{name!r} is a reserved name; call the checkpointable something else")
     return start(
         path, checkpointables, resolve(), overwrite=overwrite, custom_metadata=custom_metadata
     )

@@ -51,12 +51,8 @@ class Context:
         self._pytree = _inherit(context, "pytree", options.PyTreeOptions)
         self._asynchronous = _inherit(context, "asynchronous", options.AsyncOptions)
         self._file = _inherit(context, "file", options.FileOptions)
-        self._multiprocessing = _inherit(
-            context, "multiprocessing", options.MultiprocessingOptions
-        )
-        self._checkpointables = _inherit(
-            context, "checkpointables", options.CheckpointablesOptions
-        )
+        self._multiprocessing = _inherit(context, "multiprocessing", options.MultiprocessingOptions)
+        self._checkpointables = _inherit(context, "checkpointables", options.CheckpointablesOptions)
         self._memory = _inherit(context, "memory", options.MemoryOptions)
 
     # Read-only on purpose: a group is changed through its own attributes, never replaced.

@@ -113,9 +113,7 @@ class Integrity:
                 " damaged; restore another step"
             )
         raw = jsons.parse_object(body, what)
-        version, crcs, writers = (
-            raw.get(key) for key in ("format_version", "crc32c", "writers")
-        )
+        version, crcs, writers = (raw.get(key) for key in ("format_version", "crc32c", "writers"))
         if version != FORMAT_VERSION:
             raise FormatError(
                 f"{what}: format version {version!r}; this release reads {FORMAT_VERSION}:"

@@ -97,7 +97,9 @@ class TreeMetadata:
         try:
             entries = [_entry_from_json(value) for value in tree.values()]
         except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{what}: an entry of `tree_metadata` is malformed: {error}") from error
+            raise FormatError(
+                f"{what}: an entry of `tree_metadata` is malformed: {error}"
+            ) from error
         ocdbt = raw.get("use_ocdbt")
         return cls(
             tuple(_without_leftovers(entries)),

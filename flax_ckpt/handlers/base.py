@@ -1,14 +1,14 @@
 """The vocabulary of checkpointables: what handlers, registries and paths in the making are.
 
-    class ListHandler:                                   # a handler needs no base class
-        async def save(self, directory, checkpointable):
-            snapshot = list(checkpointable)              # blocks the caller: keep it short
-            return self._write(directory, snapshot)      # runs in the background
+class ListHandler:                                   # a handler needs no base class
+    async def save(self, directory, checkpointable):
+        snapshot = list(checkpointable)              # blocks the caller: keep it short
+        return self._write(directory, snapshot)      # runs in the background
 
-        async def _write(self, directory, snapshot):
-            directory = await directory.await_creation()
-            (directory / "items.txt").write_text("\\n".join(snapshot))
-        ...
+    async def _write(self, directory, snapshot):
+        directory = await directory.await_creation()
+        (directory / "items.txt").write_text("\\n".join(snapshot))
+    ...
 """
 
 from __future__ import annotations

@@ -69,9 +69,9 @@ class PyTreeHandler:
         partial_save_mode: for `partial.save`, in the next release.
 
     >>> import tempfile, flax_ckpt as fc
-    >>> state_pytree = {'weights': [1.0, 2.0], 'bias': 0.0}
+    >>> state_pytree = {"weights": [1.0, 2.0], "bias": 0.0}
     >>> registry = fc.handlers.local_registry()
-    >>> _ = registry.add(fc.handlers.PyTreeHandler, checkpointable_name='model_state')
+    >>> _ = registry.add(fc.handlers.PyTreeHandler, checkpointable_name="model_state")
     >>> ctx = fc.Context()
     >>> ctx.checkpointables.registry = registry
     >>> path = tempfile.mkdtemp() + "/ckpt"
@@ -101,9 +101,7 @@ class PyTreeHandler:
         self._validator = array_metadata_validator or ArrayMetadataValidator()
         self._leaves = leaf_handler_registry or LeafRegistry()
 
-    async def save(
-        self, directory: PathAwaitingCreation, checkpointable: Any
-    ) -> Awaitable[None]:
+    async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
         """See :class:`CheckpointableHandler`.
 
         When it returns, the caller may donate or delete the JAX arrays and overwrite the NumPy
@@ -175,8 +173,7 @@ class PyTreeHandler:
         """True if every leaf can be saved."""
         found, _ = keypaths.flatten(checkpointable)
         return all(
-            keypaths.is_empty(leaf) or self._leaves.for_value(leaf) is not None
-            for _, leaf in found
+            keypaths.is_empty(leaf) or self._leaves.for_value(leaf) is not None for _, leaf in found
         )
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:

@@ -144,9 +144,7 @@ def register_handler(
     secondary_typestrs: Sequence[str] | None = None,
 ) -> H:
     """Registers a handler class globally; also as a decorator. Arguments as `Registry.add`."""
-    _global.add(
-        cls, checkpointable_name=checkpointable_name, secondary_typestrs=secondary_typestrs
-    )
+    _global.add(cls, checkpointable_name=checkpointable_name, secondary_typestrs=secondary_typestrs)
     return cls
 
 

@@ -1,8 +1,8 @@
 """A saved PyTree, opened: its leaves by key path, compared with a wish, and read.
 
-    with SavedTree(directory) as saved:
-        read = saved.prepare(abstract, LoadRules())  # compares everything
-        tree = read()                                # reads it
+with SavedTree(directory) as saved:
+    read = saved.prepare(abstract, LoadRules())  # compares everything
+    tree = read()                                # reads it
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ class SavedTree(contextlib.ExitStack):
         path = os.path.join(directory, names.TREE_METADATA)
         self._metadata = tree.TreeMetadata.from_bytes(self._record.read(names.TREE_METADATA), path)
         self._store = self.enter_context(
-            open_store(
-                self._record, ocdbt=self._metadata.use_ocdbt, zarr3=self._metadata.use_zarr3
-            )
+            open_store(self._record, ocdbt=self._metadata.use_ocdbt, zarr3=self._metadata.use_zarr3)
         )
         try:
             self.array_metadatas = self._read_array_metadatas()
@@ -178,9 +176,7 @@ class SavedTree(contextlib.ExitStack):
             raise mismatch(self.directory, differences)
         return matches
 
-    def _match_one(
-        self, path: tree.KeyPath, abstract: Any, rules: LoadRules
-    ) -> Match | Difference:
+    def _match_one(self, path: tree.KeyPath, abstract: Any, rules: LoadRules) -> Match | Difference:
         saved = self.leaves.get(path)
         empty = keypaths.is_empty(abstract)
         if saved is None:

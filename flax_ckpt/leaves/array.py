@@ -40,11 +40,15 @@ class ArrayLeaf:
         not change, and one that is donated or deleted lives on until the save lets go of it."""
         array = cast("jax.Array", value)
         placed = array.sharding
-        shards = [
-            Shard(tuple(s.start or 0 for s in shard.index), np.asarray(shard.data))
-            for shard in array.addressable_shards
-            if shard.replica_id == 0
-        ] if placed.num_devices > 1 else [Shard((0,) * array.ndim, np.asarray(array))]
+        shards = (
+            [
+                Shard(tuple(s.start or 0 for s in shard.index), np.asarray(shard.data))
+                for shard in array.addressable_shards
+                if shard.replica_id == 0
+            ]
+            if placed.num_devices > 1
+            else [Shard((0,) * array.ndim, np.asarray(array))]
+        )
         return LeafWrite(
             tree.ARRAY,
             array.shape,
@@ -80,9 +84,7 @@ class ArrayLeaf:
         resolved = jax.ShapeDtypeStruct(shape, dtype, sharding=placed, weak_type=weak)
         return Target(saved, regions(placed, shape), resolved)
 
-    def build(
-        self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]
-    ) -> list[Any]:
+    def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`. Aligned memory is adopted by JAX on CPU without a copy."""
         result: list[Any] = [None] * len(targets)
         unplaced: list[int] = []

@@ -157,8 +157,6 @@ class LeafHandler(Protocol):
         """What to read for `abstract`, or how the wish reads where it cannot be met."""
         ...
 
-    def build(
-        self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]
-    ) -> list[Any]:
+    def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """The leaves, in order, from the regions read."""
         ...

@@ -80,9 +80,7 @@ class NumpyLeaf:
             return f"{show_array(wish.shape, wish.dtype)} (numpy)"
         return Target(saved, (whole(saved.shape),), (wish, _is_scalar(abstract)))
 
-    def build(
-        self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]
-    ) -> list[Any]:
+    def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`."""
         result: list[Any] = []
         for target, (part,) in zip(targets, data, strict=True):

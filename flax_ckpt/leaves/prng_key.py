@@ -56,9 +56,7 @@ class KeyLeaf:
         wish = jax.ShapeDtypeStruct(saved.shape, np.dtype(np.uint32), sharding=placed)
         return _ARRAYS.target(saved, wish, rules)
 
-    def build(
-        self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]
-    ) -> list[Any]:
+    def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`."""
         arrays = _ARRAYS.build(targets, data)
         return [
@@ -69,4 +67,3 @@ class KeyLeaf:
 
 def _key_dtype(saved: SavedLeaf) -> Any:
     return jax.eval_shape(lambda: jax.random.key(0, impl=saved.key_impl)).dtype
-

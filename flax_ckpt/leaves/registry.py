@@ -50,4 +50,6 @@ class LeafRegistry:
             return self._keys if is_array and saved.key_impl is not None else handler
         if saved.key_impl is not None:
             return self._keys
-        return next((h for h in reversed(self._handlers) if saved.value_type in h.value_types), None)
+        return next(
+            (h for h in reversed(self._handlers) if saved.value_type in h.value_types), None
+        )

@@ -59,9 +59,7 @@ class ScalarLeaf:
             return f"a Python {wanted.__name__}"
         return Target(saved, ((),), (wanted, rules.strict))
 
-    def build(
-        self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]
-    ) -> list[Any]:
+    def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`."""
         result: list[Any] = []
         for target, (part,) in zip(targets, data, strict=True):

@@ -36,8 +36,6 @@ class StringLeaf:
         """See :class:`LeafHandler`."""
         return Target(saved, (), str) if saved.value_type == tree.STRING else "a string"
 
-    def build(
-        self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]
-    ) -> list[Any]:
+    def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """Strings have no regions: `handlers.saved_tree` fills them in."""
         return [None for _ in targets]

@@ -69,7 +69,11 @@ class Database:
             raise DamagedCheckpointError(
                 f"{self.directory}: the database has no {key.decode(errors='replace')!r}"
             )
-        return value if isinstance(value, bytes) else self._fetch(value.file, value.offset, value.length)
+        return (
+            value
+            if isinstance(value, bytes)
+            else self._fetch(value.file, value.offset, value.length)
+        )
 
     def close(self) -> None:
         """Closes the data files."""

@@ -224,7 +224,9 @@ def _contiguous(
     They do if the chunk splits one axis, has one element on those before, and covers the region
     on those after. At the array's end its padding then comes last and is not part of the box.
     """
-    if any(low < first or high > last for (low, high), (first, last) in zip(box, region, strict=True)):
+    if any(
+        low < first or high > last for (low, high), (first, last) in zip(box, region, strict=True)
+    ):
         return None
     split = next((axis for axis, step in enumerate(chunk_shape) if step > 1), len(box))
     for axis in range(split + 1, len(box)):

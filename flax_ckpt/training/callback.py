@@ -1,11 +1,11 @@
 """The callback of a training loop: saves in the background, resumes, keeps what is to be kept.
 
-    with fc.CheckpointCallback(workdir / "checkpoints", every_n_steps=500, config=config) as ckpt:
-        state, step = ckpt.restore_or_init(abstract_state, init=init_fn)
-        while step < config.num_steps:
-            state, metrics = train_step(state, next(batches))
-            step += 1
-            ckpt.on_step_end(step, state, metrics=metrics)
+with fc.CheckpointCallback(workdir / "checkpoints", every_n_steps=500, config=config) as ckpt:
+    state, step = ckpt.restore_or_init(abstract_state, init=init_fn)
+    while step < config.num_steps:
+        state, metrics = train_step(state, next(batches))
+        step += 1
+        ckpt.on_step_end(step, state, metrics=metrics)
 """
 
 from __future__ import annotations

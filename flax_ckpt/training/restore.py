@@ -1,8 +1,8 @@
 """`restore`: a training state from a run or a step, in the type it is wanted in.
 
-    state = fc.restore_train_state("/runs/7/checkpoints", jax.eval_shape(init_fn))
-    out = fc.restore("/runs/7/checkpoints", abstract_state, step=1500)
-    out.state, out.step, out.config
+state = fc.restore_train_state("/runs/7/checkpoints", jax.eval_shape(init_fn))
+out = fc.restore("/runs/7/checkpoints", abstract_state, step=1500)
+out.state, out.step, out.config
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ def restore_train_state(
     >>> fc.restore_train_state(root, {"params": {"w": jnp.zeros(2)}, "step": 0})
     {'params': {'w': Array([1., 1.], dtype=float32)}, 'step': 1}
     """
-    return restore(
-        path, like, step=step, cast=cast, unexpected=unexpected, context=context
-    ).state
+    return restore(path, like, step=step, cast=cast, unexpected=unexpected, context=context).state
 
 
 def restore(
@@ -215,9 +213,7 @@ def _load_parts(layout: Layout, like: Any, rules: _Rules) -> dict[str, Any]:
         matched: dict[str, Callable[[], Any]] = {}
         for name, (saved, abstract) in opened.items():
             try:
-                matched[name] = saved.prepare(
-                    abstract, load_rules, partial=rules.ignore_unexpected
-                )
+                matched[name] = saved.prepare(abstract, load_rules, partial=rules.ignore_unexpected)
             except TreeMismatchError as error:
                 differences += [
                     dataclasses.replace(d, path=f"{name}/{d.path}") for d in error.differences
