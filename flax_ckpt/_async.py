@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import concurrent.futures.thread  # its exit hook must be registered before ours
+import concurrent.futures
 import contextvars
 import logging
 import os
@@ -154,7 +154,8 @@ def _set_exit_code() -> None:
     os._exit(_exit_code)
 
 
-# `threading._register_atexit` runs its hooks in reverse order, ours before the one that closes the
-# executors; `atexit` alone would come after it. Tried on CPython 3.11 and 3.13.
+# `threading._register_atexit` runs its hooks in reverse order. Ours must run before the one that
+# closes the executors, which naming the class registers; `atexit` would come after it.
+concurrent.futures.ThreadPoolExecutor  # noqa: B018
 threading._register_atexit(_finish_pending)  # type: ignore[attr-defined]
 atexit.register(_set_exit_code)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from etils import epath
 
@@ -284,7 +284,9 @@ def _no_checkpoint(path: str) -> InvalidLayoutError:
 
 
 def _unwrapped(abstract: Any) -> Any:
-    return abstract.metadata if isinstance(abstract, CheckpointMetadata) else abstract
+    if isinstance(abstract, CheckpointMetadata):
+        return cast("CheckpointMetadata[Any]", abstract).metadata
+    return abstract
 
 
 def _handler(layout: Layout, name: str, abstract: Any, context: Context) -> Any:

@@ -56,7 +56,7 @@ class Difference:
     """One leaf or node where the saved and the wanted tree differ.
 
     Attributes:
-        path: key path as `jax.tree_util.keystr` prints it, with `.`-free names: `params/dense/kernel`.
+        path: key path of the leaf: `params/dense/kernel`.
         saved: what the checkpoint has, e.g. `float32[3,4]`, or `nothing`.
         wanted: what the caller asked for.
     """

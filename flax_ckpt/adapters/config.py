@@ -14,6 +14,7 @@ of the same value, a named tuple a tuple, a member of an `IntEnum` or `StrEnum` 
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import importlib
 import re
@@ -23,6 +24,8 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast
 
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from google.protobuf.message import Message
 
@@ -33,10 +36,14 @@ from flax_ckpt.format.config_pb import RunConfig
 # Each level is two nested messages, and protobuf's own limit for a binary message is 100.
 _MAX_DEPTH: Final = 40
 _MAX_BITS: Final = 2048  # 617 digits: Python may be set to print and read no more than 640
-_INT64: Final = range(-(2**63), 2**63)
 _BUILTIN_TYPES: Final = (bool, int, float, complex)
-# `jnp.floating` is `np.floating`: NumPy first, so that a file asks for JAX only where it must.
-_TYPE_MODULES: Final = ("builtins", "numpy", "ml_dtypes", "jax.numpy")
+# Where a type's name in a file is looked up, and nowhere else. The first that has it names it.
+_TYPE_MODULES: Final[Mapping[str, Any]] = {
+    "builtins": builtins,
+    "numpy": np,
+    "ml_dtypes": ml_dtypes,
+    "jax.numpy": jnp,
+}
 _MISSING: Final = object()
 _New: TypeAlias = Callable[[bool], MutableMapping[str | int, object]]
 
@@ -218,7 +225,7 @@ def _scalar(value: Any) -> tuple[str, object]:
 
 
 def _integer(value: int) -> tuple[str, object]:
-    if value in _INT64:
+    if -(2**63) <= value < 2**63:
         return "int", int(value)
     if value.bit_length() > _MAX_BITS:
         raise _Problem(f"an int of {value.bit_length()} bits, at most {_MAX_BITS}; store bytes")
@@ -252,9 +259,9 @@ def _is_scalar_type(value: type) -> bool:
 
 
 def _type_name(value: type) -> str:
-    for module in filter(sys.modules.get, _TYPE_MODULES):
-        if getattr(sys.modules[module], value.__name__, None) is value:
-            return f"{module}.{value.__name__}"
+    for name, module in _TYPE_MODULES.items():
+        if getattr(module, value.__name__, None) is value:
+            return f"{name}.{value.__name__}"
     raise _Problem(_advice(value))
 
 
@@ -324,7 +331,7 @@ def _read(entry: RunConfig.Entry, path: str, reading: _Reading, new: _New) -> ob
         case "dtype" | "type":
             try:
                 return reading.lookup(kind, value)
-            except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
+            except (KeyError, AttributeError, TypeError, ValueError, SyntaxError) as error:
                 raise ConfigError(f"{path}: this process has no {kind} {value!r}") from error
         case _:
             return None if kind == "none" else value
@@ -352,12 +359,9 @@ def _plain_dict(message: Message, lookup: Callable[[str, str], object]) -> dict[
 
 def _find_type(kind: str, name: str) -> object:
     if kind == "dtype":
-        importlib.import_module("ml_dtypes")  # NumPy then knows "bfloat16"
         return np.dtype(name)
     module, _, attribute = name.rpartition(".")
-    if module not in _TYPE_MODULES:  # a file does not get to import what it names
-        raise ImportError(module)
-    found = getattr(importlib.import_module(module), attribute)
+    found = getattr(_TYPE_MODULES[module], attribute)
     if not isinstance(found, type) or not _is_scalar_type(found):
         raise TypeError(found)
     return found

@@ -49,8 +49,8 @@ def _fields(state: Any) -> Mapping[str, Any] | None:
     """The fields of a state that are data; None if it has none by name."""
     if isinstance(state, Mapping):
         return cast("Mapping[str, Any]", state)
-    if isinstance(state, tuple) and hasattr(state, "_asdict"):
-        return cast(Any, state)._asdict()
+    if hasattr(state, "_asdict"):
+        return state._asdict()
     if dataclasses.is_dataclass(state) and not isinstance(state, type):
         return {
             field.name: getattr(state, field.name)

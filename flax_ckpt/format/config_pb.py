@@ -108,6 +108,8 @@ def _file() -> descriptor_pb2.FileDescriptorProto:
 
 # The pool takes the same bytes twice without complaint, so importing this again is harmless.
 descriptor_pool.Default().AddSerializedFile(_file().SerializeToString(deterministic=True))
-RunConfig = message_factory.GetMessageClass(
-    descriptor_pool.Default().FindMessageTypeByName("flax_ckpt.RunConfig")
-)
+_descriptor = descriptor_pool.Default().FindMessageTypeByName("flax_ckpt.RunConfig")
+RunConfig = message_factory.GetMessageClass(_descriptor)
+for _nested in _descriptor.nested_types:
+    if not hasattr(RunConfig, _nested.name):  # protobuf in pure Python leaves that to the compiler
+        setattr(RunConfig, _nested.name, message_factory.GetMessageClass(_nested))

@@ -275,7 +275,7 @@ def decode_array_metadatas(data: bytes, what: str) -> dict[str, ArrayMetadata]:
     try:
         for item in raw["array_metadatas"]:
             array = item["array_metadata"]
-            extra = array.get("ext_metadata") or {}
+            extra: dict[str, Any] = array.get("ext_metadata") or {}
             found[array["param_name"]] = ArrayMetadata(
                 str(array["param_name"]),
                 tuple(array["write_shape"]),

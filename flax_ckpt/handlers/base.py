@@ -7,7 +7,7 @@ class ListHandler:                                   # a handler needs no base c
 
     async def _write(self, directory, snapshot):
         directory = await directory.await_creation()
-        (directory / "items.txt").write_text("\\n".join(snapshot))
+        (directory / "items.txt").write_text(repr(snapshot))
     ...
 """
 

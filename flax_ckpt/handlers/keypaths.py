@@ -6,16 +6,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, default_registry
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from flax_ckpt.format import tree
 
+_tree_util: Any = jax.tree_util  # jaxlib says nothing about the types of its trees
 _CERTAIN_LEAVES = (jax.Array, np.ndarray, str, int, float, np.generic, jax.ShapeDtypeStruct)
 
 
 def flatten(value: Any) -> tuple[list[tuple[tree.KeyPath, Any]], Any]:
     """Leaves and empty nodes by key path, and the treedef that takes as many values."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_empty)
+    leaves, treedef = _tree_util.tree_flatten_with_path(value, is_leaf=is_empty)
     return [(tuple([_key(key) for key in path]), leaf) for path, leaf in leaves], treedef
 
 
@@ -35,12 +36,11 @@ def is_empty(node: Any) -> bool:
     """Whether a node of a tree is None or a container without children."""
     if node is None:
         return True
-    kind = type(node)
-    if kind is dict or kind is list or kind is tuple:
+    if type(node) in (dict, list, tuple):
         return not node
     if isinstance(node, _CERTAIN_LEAVES):
         return False
-    children = default_registry.flatten_one_level(node)
+    children = _tree_util.default_registry.flatten_one_level(node)
     return children is not None and not any(True for _ in children[0])
 
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, ClassVar, final
 
-import jax
 from etils import epath
 
 from flax_ckpt.context import Context, resolve
@@ -189,11 +188,10 @@ def log_fallbacks(directory: epath.Path, rules: LoadRules) -> None:
     """Says once which arrays came to one device because the saved ones are not here."""
     if rules.fallbacks:
         logger.info(
-            "%s: the devices that %d arrays were saved on are not here; loaded to %s. Give"
-            " shardings to place them",
+            "%s: the devices that %d arrays were saved on are not here; they were loaded to one"
+            " device. Give shardings to place them",
             directory,
             len(rules.fallbacks),
-            jax.devices()[0],
         )
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from flax_ckpt.errors import DamagedCheckpointError, Difference, FormatError, TreeMismatchError
+from flax_ckpt.errors import Difference, FormatError, TreeMismatchError
 from flax_ckpt.format import names, tree
 from flax_ckpt.handlers import keypaths
 from flax_ckpt.leaves.base import LeafHandler, LoadRules, SavedLeaf, Target
@@ -80,33 +80,39 @@ class SavedTree(contextlib.ExitStack):
             self._record.read(f"{names.ARRAY_METADATAS}/process_0")  # names the missing file
         return found
 
-    def _describe(self) -> list[SavedLeaf]:
+    def _describe(self) -> Iterator[SavedLeaf]:
         shardings: dict[str, str] = {}
         if self._record.lists(names.SHARDING):
             path = os.path.join(self.directory, names.SHARDING)
             shardings = tree.decode_shardings(self._record.read(names.SHARDING), path)
-        impls = next(iter(self.array_metadatas.values()), {})
-        entries = self._metadata.entries
-        arrays = [e.name for e in entries if e.value_type not in (*tree.EMPTY, tree.STRING)]
+        impls = next(iter(self.array_metadatas.values()), dict[str, tree.ArrayMetadata]())
+        texts = [e.name for e in self._metadata.entries if e.value_type == tree.STRING]
+        strings: dict[str, str] = {}
+        if texts:
+            path = os.path.join(self.directory, names.STRINGS)
+            strings = tree.decode_strings(self._record.read(names.STRINGS), texts, path)
+        arrays = [
+            entry.name
+            for entry in self._metadata.entries
+            if entry.value_type not in tree.EMPTY and entry.value_type != tree.STRING
+        ]
         stored = self._store.describe(arrays)
-        leaves: list[SavedLeaf] = []
-        for entry in entries:
-            array = stored.get(entry.name) if entry.value_type not in tree.EMPTY else None
-            if entry.value_type in tree.EMPTY or entry.value_type == tree.STRING or array is None:
-                leaves.append(SavedLeaf(entry.path, entry.value_type))
-                continue
-            impl = impls[entry.name].key_impl if entry.name in impls else None
-            leaves.append(
-                SavedLeaf(
+        for entry in self._metadata.entries:
+            if entry.value_type in tree.EMPTY:
+                yield SavedLeaf(entry.path, entry.value_type)
+            elif entry.value_type == tree.STRING:
+                yield SavedLeaf(entry.path, entry.value_type, string=strings[entry.name])
+            else:
+                array = stored[entry.name]
+                known = impls.get(entry.name) if entry.value_type == tree.ARRAY else None
+                yield SavedLeaf(
                     entry.path,
                     entry.value_type,
                     array.shape,
                     array.dtype,
                     shardings.get(entry.name),
-                    impl if entry.value_type == tree.ARRAY else None,
+                    known.key_impl if known else None,
                 )
-            )
-        return leaves
 
     def abstract(self) -> Any:
         """The tree in dicts and lists, each leaf in the abstract form that loads it as saved."""
@@ -223,33 +229,21 @@ class SavedTree(contextlib.ExitStack):
         Raises:
             DamagedCheckpointError: names the first leaf whose bytes are not those saved.
         """
-        targets = [m.target for m in matches if m.target is not None and m.target.regions]
-        reads = [ArrayRead(t.saved.name, t.regions, tree.show(t.saved.path)) for t in targets]
-        data = dict(zip(map(id, targets), self._store.read_arrays(reads), strict=True))
-        strings = self._read_strings(matches)
-        values: list[Any] = [match.value for match in matches]
-        for handler in dict.fromkeys(m.handler for m in matches if m.handler is not None):
-            mine = [(i, m.target) for i, m in enumerate(matches) if m.handler is handler]
-            chosen = [target for _, target in mine if target is not None]
-            built = handler.build(chosen, [data.get(id(target), []) for target in chosen])
-            for (i, target), value in zip(mine, built, strict=True):
-                is_string = target is not None and target.saved.value_type == tree.STRING
-                values[i] = strings[target.saved.name] if is_string else value
-        return values
-
-    def _read_strings(self, matches: Sequence[Match]) -> dict[str, str]:
-        wanted = [
-            m.target.saved.name
-            for m in matches
-            if m.target is not None and m.target.saved.value_type == tree.STRING
+        found = [(i, m.handler, m.target) for i, m in enumerate(matches) if m.target is not None]
+        reads = [
+            ArrayRead(target.saved.name, target.regions, tree.show(target.saved.path))
+            for _, _, target in found
+            if target.regions
         ]
-        if not wanted:
-            return {}
-        path = os.path.join(self.directory, names.STRINGS)
-        try:
-            return tree.decode_strings(self._record.read(names.STRINGS), wanted, path)
-        except FormatError as error:
-            raise DamagedCheckpointError(str(error)) from error
+        data = iter(self._store.read_arrays(reads))
+        parts = [next(data) if target.regions else [] for _, _, target in found]
+        values: list[Any] = [match.value for match in matches]
+        for handler in dict.fromkeys(handler for _, handler, _ in found if handler is not None):
+            mine = [k for k, (_, other, _) in enumerate(found) if other is handler]
+            built = handler.build([found[k][2] for k in mine], [parts[k] for k in mine])
+            for k, value in zip(mine, built, strict=True):
+                values[found[k][0]] = value
+        return values
 
 
 def show_abstract(abstract: Any) -> str:

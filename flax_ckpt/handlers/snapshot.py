@@ -84,10 +84,11 @@ class Snapshot:
 
 def _start_transfers(leaves: Iterable[Any]) -> None:
     """Lets all device-to-host copies run at once before the first one is waited for."""
+    if jax.default_backend() == "cpu":
+        return
     for leaf in leaves:
-        if isinstance(leaf, jax.Array) and leaf.is_fully_addressable and not leaf.is_deleted():
-            if next(iter(leaf.sharding.device_set)).platform != "cpu":
-                leaf.copy_to_host_async()
+        if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+            leaf.copy_to_host_async()
 
 
 def _writes(
@@ -145,7 +146,8 @@ def _write_shape(write: LeafWrite) -> tuple[int, ...] | None:
 
 
 def _array(name: str, write: LeafWrite, limit: int) -> ArrayWrite:
-    assert write.shape is not None and write.dtype is not None
+    assert write.shape is not None
+    assert write.dtype is not None
     single = write.shard_shape == write.shape
     chunk = arrays.choose_chunks(
         write.shard_shape, write.dtype.itemsize, single_shard=single, limit=limit

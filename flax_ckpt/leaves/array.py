@@ -36,8 +36,9 @@ class ArrayLeaf:
         )
 
     def write(self, value: Any, *, copy: bool) -> LeafWrite:
-        """See :class:`LeafHandler`. On CPU the memory is referenced, not copied: JAX arrays do
-        not change, and one that is donated or deleted lives on until the save lets go of it."""
+        """See :class:`LeafHandler`."""
+        # On CPU the memory is referenced, not copied: JAX arrays do not change, and one that is
+        # donated or deleted lives on until the save lets go of it.
         array = cast("jax.Array", value)
         placed = array.sharding
         shards = (
@@ -107,7 +108,7 @@ class ArrayLeaf:
 
 def is_key(dtype: Any) -> bool:
     """Whether a dtype is that of typed PRNG keys."""
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return dtypes.is_kind(dtype, jax.dtypes.prng_key)
 
 
 def _show(abstract: Any) -> str:

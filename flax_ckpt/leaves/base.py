@@ -62,6 +62,7 @@ class SavedLeaf:
         dtype: dtype of the stored array.
         sharding: JSON text of the saved sharding, if recorded.
         key_impl: set for a typed PRNG key; shape and dtype are then those of its key data.
+        string: the value of a string leaf.
     """
 
     path: tree.KeyPath
@@ -70,6 +71,7 @@ class SavedLeaf:
     dtype: np.dtype[Any] | None = None
     sharding: str | None = None
     key_impl: str | None = None
+    string: str | None = None
 
     @property
     def name(self) -> str:

@@ -16,6 +16,12 @@ from numpy.typing import NDArray
 from flax_ckpt.errors import TreeMismatchError
 
 
+def is_kind(dtype: Any, parent: Any) -> bool:
+    """`jax.dtypes.issubdtype`, which knows the dtypes that NumPy does not."""
+    dtypes: Any = jax.dtypes
+    return dtypes.issubdtype(dtype, parent)
+
+
 def kind(dtype: Any) -> str:
     """`bool`, `int`, `float`, `complex`, or `other` for what is no number."""
     for name, parent in (
@@ -24,7 +30,7 @@ def kind(dtype: Any) -> str:
         ("float", np.floating),
         ("complex", np.complexfloating),
     ):
-        if jax.dtypes.issubdtype(dtype, parent):
+        if is_kind(dtype, parent):
             return name
     if dtype in (np.dtype(ml_dtypes.int2), np.dtype(ml_dtypes.int4)):
         return "int"

@@ -65,7 +65,8 @@ class NumpyLeaf:
 
     def describe(self, saved: SavedLeaf) -> Any:
         """A :class:`NumpyShapeDtype`."""
-        assert saved.shape is not None and saved.dtype is not None
+        assert saved.shape is not None
+        assert saved.dtype is not None
         return NumpyShapeDtype(saved.shape, saved.dtype)
 
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
@@ -99,9 +100,10 @@ def _is_scalar(abstract: Any) -> bool:
 
 
 def _wish(saved: SavedLeaf, abstract: Any) -> NumpyShapeDtype | None:
-    if isinstance(abstract, type) and issubclass(abstract, np.generic):
+    is_type = isinstance(abstract, type)
+    if is_type and _is_scalar(abstract):
         return NumpyShapeDtype((), np.dtype(abstract))
-    if hasattr(abstract, "shape") and not isinstance(abstract, type):
+    if not is_type and hasattr(abstract, "shape"):
         return NumpyShapeDtype(tuple(abstract.shape), np.dtype(abstract.dtype).newbyteorder("="))
     if saved.shape is None or saved.dtype is None:
         return None

@@ -1,4 +1,4 @@
-"""Typed PRNG keys (`jax.random.key`): their key data as an array, their implementation beside it."""
+"""Typed PRNG keys (`jax.random.key`): their key data as an array, the implementation beside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from flax_ckpt.format import tree
 from flax_ckpt.leaves.array import ArrayLeaf, is_key
 from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show_array
 

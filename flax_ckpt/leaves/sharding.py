@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -15,6 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.sharding import SingleDeviceSharding as OneDevice
 
 from flax_ckpt.format import jsons
+
+_jax: Any = jax  # jaxlib says nothing about the types of devices
 
 # For arrays that live on no device, so that Orbax loads them without a sharding of the caller's.
 HOST = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"})
@@ -24,9 +26,10 @@ HOST = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0
 def to_json(sharding: Sharding) -> str:
     """The text for one sharding; of a kind that has none, its first device."""
     if not isinstance(sharding, NamedSharding):
-        device = min(sharding.device_set, key=lambda d: d.id)
+        devices: Any = sharding
+        device = min(devices.device_set, key=lambda d: d.id)
         return json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": str(device)})
-    mesh = sharding.mesh
+    mesh: Any = sharding.mesh
     ids = np.vectorize(lambda device: device.id, otypes=[int])(mesh.devices)  # type: ignore[misc]
     return json.dumps(
         {
@@ -41,7 +44,7 @@ def to_json(sharding: Sharding) -> str:
 
 
 def _axes(part: Any) -> Any:
-    return list(part) if isinstance(part, tuple) else part
+    return list(cast("tuple[Any, ...]", part)) if isinstance(part, tuple) else part
 
 
 def _nest(ids: Any) -> Any:
@@ -64,17 +67,17 @@ def from_json(text: str) -> Sharding | None:
     return None
 
 
-def _device(text: str) -> jax.Device | None:
+def _device(text: str) -> Any:
     legacy = text.replace("TFRT_CPU_", "cpu:")  # older JAX printed CPU devices so
-    return next((d for d in jax.devices() if str(d) in (text, legacy)), None)
+    return next((d for d in _jax.devices() if str(d) in (text, legacy)), None)
 
 
 def _named(raw: dict[str, Any]) -> NamedSharding | None:
     shape = tuple(raw["shape"])
-    by_id = {device.id: device for device in jax.devices()}
+    by_id = {device.id: device for device in _jax.devices()}
     recorded = raw.get("device_mesh")
     if jsons.is_object(recorded):
-        ids = [int(item["id"]) for item in _flatten(recorded["mesh"])]
+        ids: list[int] = [int(item["id"]) for item in _flatten(recorded["mesh"])]
     else:
         ids = sorted(by_id)[: int(np.prod(shape))]
     if not set(ids) <= by_id.keys() or len(ids) != int(np.prod(shape)):
@@ -83,7 +86,7 @@ def _named(raw: dict[str, Any]) -> NamedSharding | None:
     axis_types = tuple(AxisType[t.rpartition(".")[2]] for t in types) if types else None
     devices = np.array([by_id[i] for i in ids], dtype=object).reshape(shape)
     mesh = Mesh(devices, tuple(raw["axis_names"]), axis_types=axis_types)
-    spec = [tuple(part) if isinstance(part, list) else part for part in raw["partition_spec"]]
+    spec = [tuple(part) if jsons.is_list(part) else part for part in raw["partition_spec"]]
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 

@@ -36,7 +36,7 @@ class DataFileWriter:
 
     def __init__(self, path: str) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._queue: list[Bytes | bytes] = []
+        self._queue: list[memoryview] = []
         self._queued = 0
         self.offset = 0
 
@@ -49,25 +49,25 @@ class DataFileWriter:
             The chunk's offset and its CRC-32C.
         """
         offset = self.offset
-        crc = crc32c.crc32c(data)
-        self._append(data)
+        crc = crc32c.crc32c(data.data)
+        self._append(data.data)
         while padding > 0:
             zeros = bytes(min(padding, 1 << 20))
             crc = crc32c.crc32c(zeros, crc)
-            self._append(zeros)
+            self._append(memoryview(zeros))
             padding -= len(zeros)
         trailer = crc.to_bytes(TRAILER, "little")
         gap = -(self.offset + TRAILER) % ALIGNMENT
-        self._append(trailer + _ZEROS[:gap])
+        self._append(memoryview(trailer + _ZEROS[:gap]))
         return offset, crc
 
     def append(self, data: bytes) -> int:
         """Appends bytes as they are; returns their offset."""
         offset = self.offset
-        self._append(data)
+        self._append(memoryview(data))
         return offset
 
-    def _append(self, data: Bytes | bytes) -> None:
+    def _append(self, data: memoryview) -> None:
         if not len(data):
             return
         self._queue.append(data)
@@ -77,7 +77,7 @@ class DataFileWriter:
             self._flush()
 
     def _flush(self) -> None:
-        pending = [memoryview(data) for data in self._queue]
+        pending = self._queue
         while pending:
             call: list[memoryview] = []
             room = _MAX_CALL
@@ -92,8 +92,7 @@ class DataFileWriter:
                     pending[0] = pending[0][written:]
                     break
                 written -= len(pending.pop(0))
-        self._queue.clear()
-        self._queued = 0
+        self._queue, self._queued = [], 0
 
     def __enter__(self) -> DataFileWriter:
         return self
@@ -139,7 +138,7 @@ class DataFileReader:
         Raises:
             DamagedCheckpointError: the file ends before.
         """
-        pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        pending = [buffer.data for buffer in buffers if len(buffer)]
         while pending:
             call = [pending[0][:_MAX_CALL], *(pending[1:] if len(pending[0]) < _MAX_CALL else [])]
             count = os.preadv(self._fd, call, offset)

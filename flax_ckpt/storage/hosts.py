@@ -11,10 +11,12 @@ import itertools
 from typing import Any
 
 import jax
+from jax._src import distributed  # the coordination client has no public name
 
 from flax_ckpt.errors import BarrierTimeoutError
 
 _operations = itertools.count()
+_distributed: Any = distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,4 @@ def current(
 
 
 def _client() -> Any:
-    # JAX has no public name for the coordination client.
-    from jax._src.distributed import global_state
-
-    return global_state.client
+    return _distributed.global_state.client

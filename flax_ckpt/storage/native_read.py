@@ -190,9 +190,9 @@ class NativeStore:
     def _check(self, chunk: _Chunk, data: Bytes, rest: Bytes, where: str) -> None:
         """Compares a chunk with its checksums; `rest` is padding, if any, and the trailer."""
         padding = len(rest) - (TRAILER if chunk.has_trailer else 0)
-        crc = crc32c.crc32c(data)
+        crc = crc32c.crc32c(data.data)
         if padding:
-            crc = crc32c.crc32c(rest[:padding], crc)
+            crc = crc32c.crc32c(rest[:padding].data, crc)
         own = int.from_bytes(rest[padding:].tobytes(), "little") if chunk.has_trailer else crc
         table = self._database.crcs.get(chunk.key, own)
         if crc == own == table:

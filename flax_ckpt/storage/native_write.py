@@ -13,7 +13,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import crc32c
 import numpy as np
@@ -69,7 +69,7 @@ def _write_database(directory: str, arrays: Sequence[ArrayWrite], *, with_specs:
 
 
 @contextlib.contextmanager
-def _new_data_file(directory: str) -> Iterator[tuple[str, DataFileWriter]]:
+def _new_data_file(directory: str) -> Generator[tuple[str, DataFileWriter]]:
     file = f"{names.DATA_DIR}/{uuid.uuid4().hex}"
     os.makedirs(os.path.join(directory, names.DATA_DIR), exist_ok=True)
     with DataFileWriter(os.path.join(directory, file)) as out:

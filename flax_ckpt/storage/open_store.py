@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from flax_ckpt.format import names
 from flax_ckpt.format.ocdbt import NumberedManifestError
@@ -16,7 +16,7 @@ from flax_ckpt.storage.tensor_store import TensorStoreStore
 
 
 @contextlib.contextmanager
-def open_store(record: Record, *, ocdbt: bool | None, zarr3: bool) -> Iterator[ArrayStore]:
+def open_store(record: Record, *, ocdbt: bool | None, zarr3: bool) -> Generator[ArrayStore]:
     """The arrays of a directory.
 
     A foreign database's index is decoded here first, which checks that no path in it leads out of

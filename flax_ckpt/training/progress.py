@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from flax_ckpt.handlers import keypaths
 from flax_ckpt.format import tree
+from flax_ckpt.handlers import keypaths
 
 
 def line(

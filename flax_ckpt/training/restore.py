@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar, cast
 
-import jax
-import numpy as np
 from etils import epath
 from google.protobuf.message import Message
 
@@ -201,7 +199,7 @@ def _restore_one(path: str, like: S | None, number: int | None, rules: _Rules) -
 def _load_parts(layout: Layout, like: Any, rules: _Rules) -> dict[str, Any]:
     if like is None:
         trees = [name for name, path in layout.items.items() if _is_tree(path)]
-        wanted: dict[str, Any] = {name: None for name in trees}
+        wanted: dict[str, Any] = dict.fromkeys(trees)
     else:
         wanted = states.split(like)
     load_rules = LoadRules(strict=like is not None and not rules.cast)
