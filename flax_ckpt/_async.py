@@ -86,9 +86,13 @@ class Response(Generic[T]):
         """Whether the work has ended, well or not."""
         return not self._thread.is_alive()
 
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for the end, without asking how it went."""
+        self._thread.join(timeout)
+
     def result(self, timeout: float | None = None) -> T:
         """See :meth:`AsyncResponse.result`."""
-        self._thread.join(timeout)
+        self.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"{self.what}: still running after {timeout} s")
         if self.error is not None:

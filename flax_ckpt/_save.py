@@ -14,6 +14,7 @@ import concurrent.futures
 import importlib.metadata
 import os
 import time
+import weakref
 from collections.abc import Awaitable, Coroutine, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from etils import epath
 from flax_ckpt import _async
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt.context import Context, resolve
-from flax_ckpt.errors import FormatError
+from flax_ckpt.errors import CheckpointExistsError, FormatError
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.registry import Handler
@@ -32,6 +33,9 @@ from flax_ckpt.storage.commit import DeferredPath, Staging
 from flax_ckpt.storage.paths import local_path
 
 PathLike = str | os.PathLike[str]
+
+# Two saves to one path must not share a staging directory: the later waits for the earlier.
+_in_flight: weakref.WeakValueDictionary[str, _async.Response[None]] = weakref.WeakValueDictionary()
 
 
 def save(
@@ -151,9 +155,14 @@ def start(
         raise FormatError(f"custom_metadata: JSON cannot hold it: {error}") from error
     if not checkpointables:
         raise ValueError("there is nothing to save: `checkpointables` is empty")
+    before = _in_flight.get(target)
+    if before is not None and not before.done() and not overwrite:
+        raise CheckpointExistsError(f"{target} is being saved right now; save to another path")
     with context:
         work = _Save(target, checkpointables, context, overwrite, custom_metadata or {})
-        return _async.Response(work.finish, f"checkpoint {target}")
+        response = _async.Response(lambda: work.finish(before), f"checkpoint {target}")
+    _in_flight[target] = response
+    return response
 
 
 def _check(name: Any, value: Any) -> None:
@@ -212,8 +221,14 @@ class _Save:
             raise
         return writing
 
-    def finish(self) -> None:
-        """Writes, syncs and commits; on failure the target is what it was."""
+    def finish(self, before: _async.Response[None] | None) -> None:
+        """Writes, syncs and commits; on failure the target is what it was.
+
+        Args:
+            before: a save to the same path that has to end first.
+        """
+        if before is not None:
+            before.join()
         try:
             asyncio.run(self._write())
             self._hosts.barrier("written")

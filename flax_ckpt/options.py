@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from etils import epath
 
 from flax_ckpt.errors import ContextFrozenError
-
-if TYPE_CHECKING:
-    from numpy.typing import DTypeLike
 
 __all__ = [
     "ArrayOptions",
@@ -145,11 +142,9 @@ class ArrayOptions(_Options):
             """How one array is stored.
 
             Attributes:
-                dtype: floating-point arrays are cast to this dtype before they are written.
                 chunk_byte_size: upper bound of a chunk, in bytes; None: 64 MiB.
             """
 
-            dtype: DTypeLike | None = None
             chunk_byte_size: int | None = None
 
         storage_options: StorageOptions = dataclasses.field(default_factory=StorageOptions)

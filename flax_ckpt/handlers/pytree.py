@@ -11,12 +11,12 @@ import os
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, ClassVar, final
 
+import jax
 from etils import epath
 
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import TreeMismatchError
 from flax_ckpt.format import names, tree
-from flax_ckpt.handlers import keypaths
 from flax_ckpt.handlers.base import PathAwaitingCreation
 from flax_ckpt.handlers.saved_tree import SavedTree
 from flax_ckpt.handlers.snapshot import Snapshot
@@ -169,19 +169,14 @@ class PyTreeHandler:
             return saved.abstract()
 
     def is_handleable(self, checkpointable: Any) -> bool:
-        """True if every leaf can be saved."""
-        found, _ = keypaths.flatten(checkpointable)
-        return all(
-            keypaths.is_empty(leaf) or self._leaves.for_value(leaf) is not None for _, leaf in found
-        )
+        """True if there is a leaf handler for one leaf of each type in the tree."""
+        leaves = {type(leaf): leaf for leaf in jax.tree.leaves(checkpointable)}
+        return all(self._leaves.for_value(leaf) is not None for leaf in leaves.values())
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
-        """True if every leaf says how it is to be loaded."""
-        found, _ = keypaths.flatten(abstract_checkpointable)
-        return all(
-            keypaths.is_empty(leaf) or self._leaves.for_abstract(leaf) is not None
-            for _, leaf in found
-        )
+        """Likewise of the abstract leaves."""
+        leaves = {type(leaf): leaf for leaf in jax.tree.leaves(abstract_checkpointable)}
+        return all(self._leaves.for_abstract(leaf) is not None for leaf in leaves.values())
 
 
 def log_fallbacks(directory: epath.Path, rules: LoadRules) -> None:

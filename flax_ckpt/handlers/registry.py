@@ -159,20 +159,24 @@ def typestr(handler_type: HandlerType) -> str:
 def for_save(registry: CheckpointableHandlerRegistry, name: str, value: Any) -> Handler:
     """The handler to save `value` as `name` with.
 
+    A tree with leaves that cannot be saved goes to the PyTree handler, which names them.
+
     Raises:
         NoEntryError: no handler accepts it.
     """
     if registry.has(name):
         return _build(registry.get(name))
-    for handler_type, bound in reversed(registry.get_all_entries()):
-        if bound is None:
-            handler = _build(handler_type)
-            if handler.is_handleable(value):
-                return handler
+    entries = [h for h, bound in reversed(registry.get_all_entries()) if bound is None]
+    for handler_type in entries:
+        handler = _build(handler_type)
+        if handler.is_handleable(value):
+            return handler
+    for handler_type in entries:
+        if typestr(handler_type) == names.TYPE_PYTREE:
+            return _build(handler_type)
     raise NoEntryError(
         f"checkpointable {name!r}: no handler accepts a {type(value).__name__}; registered:"
-        f" {_shown(registry)}. Register one with flax_ckpt.handlers.register_handler, or bind one"
-        f" to the name. If it is a tree, one of its leaves cannot be saved"
+        f" {_shown(registry)}. Register one with flax_ckpt.handlers.register_handler"
     )
 
 

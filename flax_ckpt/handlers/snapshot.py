@@ -6,7 +6,6 @@ so the snapshot is good for as long as it is held, whatever becomes of the array
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,8 +16,7 @@ from flax_ckpt.context import Context
 from flax_ckpt.errors import FormatError, UnsupportedLeafError
 from flax_ckpt.format import arrays, names, tree
 from flax_ckpt.handlers import keypaths
-from flax_ckpt.leaves import dtypes
-from flax_ckpt.leaves.base import LeafWrite, Shard
+from flax_ckpt.leaves.base import LeafWrite
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage.store import ArrayWrite
 
@@ -95,7 +93,6 @@ def _writes(
     found: list[tuple[tree.KeyPath, Any]], registry: LeafRegistry, context: Context
 ) -> list[LeafWrite | None]:
     copy = context.memory.deepcopy_host_arrays
-    cast = context.array.saving.storage_options.dtype
     writes: list[LeafWrite | None] = []
     refused: list[str] = []
     for path, leaf in found:
@@ -107,8 +104,7 @@ def _writes(
         if handler is None or reason:
             refused.append(f"  {tree.show(path)}: {reason}")
             continue
-        write = handler.write(leaf, copy=copy)
-        writes.append(write if cast is None else _cast(write, np.dtype(cast)))
+        writes.append(handler.write(leaf, copy=copy))
     if refused:
         raise UnsupportedLeafError(
             f"{len(refused)} of {len(found)} leaves cannot be saved:\n"
@@ -131,14 +127,6 @@ def _describe(leaf: Any) -> str:
     if isinstance(leaf, jax.Array | np.ndarray | np.generic):
         return f"{'jax.Array' if isinstance(leaf, jax.Array) else kind} of dtype {leaf.dtype}"
     return f"the int {leaf}" if isinstance(leaf, int) else f"a {type(leaf).__module__}.{kind}"
-
-
-def _cast(write: LeafWrite, dtype: np.dtype[Any]) -> LeafWrite:
-    """The write in another storage dtype; only arrays of floating-point numbers are cast."""
-    if write.value_type not in (tree.ARRAY, tree.NUMPY) or dtypes.kind(write.dtype) != "float":
-        return write
-    shards = [Shard(shard.start, shard.data.astype(dtype)) for shard in write.shards]
-    return dataclasses.replace(write, dtype=dtype, shards=shards)
 
 
 def _write_shape(write: LeafWrite) -> tuple[int, ...] | None:

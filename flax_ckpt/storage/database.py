@@ -6,7 +6,7 @@ import os
 import threading
 from types import TracebackType
 
-from flax_ckpt.errors import DamagedCheckpointError
+from flax_ckpt.errors import DamagedCheckpointError, FormatError
 from flax_ckpt.format import chunktable, names, ocdbt
 from flax_ckpt.storage.datafile import DataFileReader
 from flax_ckpt.storage.record import Record
@@ -55,7 +55,10 @@ class Database:
         """The data file, by its path relative to the directory."""
         with self._lock:
             if file not in self._readers:
-                self._readers[file] = DataFileReader(os.path.join(self.directory, file))
+                path = os.path.realpath(os.path.join(self.directory, file))
+                if path != os.path.join(os.path.realpath(self.directory), file):
+                    raise FormatError(f"{self.directory}: {file} is a link that leads to {path}")
+                self._readers[file] = DataFileReader(path)
             return self._readers[file]
 
     def read(self, key: bytes) -> bytes:

@@ -121,13 +121,13 @@ class DataFileReader:
     """Reads stretches of one file; safe from several threads; must be closed.
 
     Args:
-        path: the file; a symbolic link is refused, it could lead out of the checkpoint.
+        path: the file.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise DamagedCheckpointError(f"{path}: the data file is missing") from error
         self.size = os.fstat(self._fd).st_size

@@ -128,7 +128,8 @@ class CheckpointCallback(Generic[S]):
             TreeMismatchError: the checkpoint does not fit `like`.
             DamagedCheckpointError: the step asked for, or every one, is damaged.
         """
-        steps.clean(self.directory)
+        if jax.process_index() == self._context.multiprocessing.primary_host:
+            steps.clean(self.directory)
         if not steps.committed(self.directory) and step == "latest":
             state = like if init is None else init()
             if init is None:
@@ -245,7 +246,7 @@ class CheckpointCallback(Generic[S]):
         try:
             response.result()
         except Exception as error:
-            self._response = None
+            self._response = self._last_step = None
             failure = SaveFailedError(
                 f"{response.what} (step {step}) was not saved: {type(error).__name__}: {error}",
                 path=steps.path_of(self.directory, step or 0),

@@ -1,0 +1,281 @@
+"""`CheckpointCallback` in a loop: when it saves, what it keeps, what it says."""
+
+import logging
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import flax_ckpt as fc
+from flax_ckpt.training import steps
+from tests.training.states import assert_same, create, train
+
+
+def tree(step: int) -> Any:
+    return {"params": {"w": np.full(3, step)}, "step": step}
+
+
+def run(ckpt: fc.CheckpointCallback, first: int, last: int) -> list[int]:
+    return [step for step in range(first, last) if ckpt.on_step_end(step, tree(step))]
+
+
+def test_it_saves_every_n_steps_and_keeps_the_last(tmp_path: Path):
+    with fc.CheckpointCallback(tmp_path, every_n_steps=2, keep_last=2) as ckpt:
+        assert run(ckpt, 1, 9) == [2, 4, 6, 8]
+    assert steps.committed(str(tmp_path)) == [6, 8]
+    assert ckpt.latest_step == 8
+    assert fc.restore(tmp_path, tree(0)).state["params"]["w"].tolist() == [8, 8, 8]
+
+
+def test_leaving_the_block_saves_the_last_state_once(tmp_path: Path):
+    with fc.CheckpointCallback(tmp_path, every_n_steps=2) as ckpt:
+        run(ckpt, 1, 4)
+    assert steps.committed(str(tmp_path)) == [2, 3]
+    with fc.CheckpointCallback(tmp_path / "b", every_n_steps=2, at_end=False) as ckpt:
+        run(ckpt, 1, 4)
+    assert steps.committed(str(tmp_path / "b")) == [2]
+
+
+def test_without_a_with_block_close_does_the_same(tmp_path: Path):
+    ckpt = fc.CheckpointCallback(tmp_path, every_n_steps=2)
+    run(ckpt, 1, 4)
+    ckpt.wait()
+    assert ckpt.latest_step == 2
+    ckpt.close()
+    assert ckpt.latest_step == 3
+    ckpt.close()
+
+
+def test_an_exception_finishes_what_is_in_flight_and_saves_nothing_more(tmp_path: Path):
+    with pytest.raises(ZeroDivisionError), fc.CheckpointCallback(tmp_path, every_n_steps=2) as ckpt:
+        run(ckpt, 1, 4)
+        raise ZeroDivisionError
+    assert steps.committed(str(tmp_path)) == [2]
+
+
+def test_should_save_is_decided_once_per_step(tmp_path: Path):
+    with fc.CheckpointCallback(tmp_path, every_n_steps=3) as ckpt:
+        wanted = [step for step in range(1, 7) if ckpt.should_save(step)]
+        assert wanted == [3, 6]
+        assert ckpt.should_save(3) == ckpt.on_step_end(3, tree(3)) is True
+        assert ckpt.on_step_end(3, tree(3)) is False
+
+
+def test_force_saves_in_any_case(tmp_path: Path):
+    with fc.CheckpointCallback(tmp_path, every_n_steps=100) as ckpt:
+        assert ckpt(7, tree(7), force=True)
+        assert not ckpt(7, tree(7), force=True), "it is saved already"
+    assert steps.committed(str(tmp_path)) == [7]
+
+
+def test_resume_gives_the_state_and_its_step(tmp_path: Path):
+    abstract = jax.eval_shape(create)
+    with fc.CheckpointCallback(tmp_path, every_n_steps=2) as ckpt:
+        state, step = ckpt.restore_or_init(abstract, init=create)
+        assert step == 0
+        state = train(state, 0, 2)
+        ckpt.on_step_end(2, state)
+    again = fc.CheckpointCallback(tmp_path, every_n_steps=2)
+    resumed, step = again.restore_or_init(abstract, init=lambda: pytest.fail("must not run"))
+    assert step == 2
+    assert_same(resumed, state)
+    assert not again.should_save(2), "the step that was restored is not saved again"
+
+
+def test_a_concrete_state_is_its_own_beginning(tmp_path: Path):
+    first = tree(0)
+    state, step = fc.CheckpointCallback(tmp_path).restore_or_init(first)
+    assert state is first
+    assert step == 0
+
+
+def test_an_abstract_state_needs_init(tmp_path: Path):
+    ckpt = fc.CheckpointCallback(tmp_path)
+    with pytest.raises(fc.errors.StateError, match="no step to restore, .* abstract: pass init="):
+        ckpt.restore_or_init(jax.eval_shape(create))
+
+
+def test_steps_after_the_one_resumed_from_are_moved_aside_at_the_first_save(tmp_path, caplog):
+    with fc.CheckpointCallback(tmp_path, every_n_steps=1) as ckpt:
+        run(ckpt, 1, 4)
+    with fc.CheckpointCallback(tmp_path, every_n_steps=1) as ckpt:
+        _, step = ckpt.restore_or_init(tree(0), step=1)
+        assert step == 1
+        assert steps.committed(str(tmp_path)) == [1, 2, 3], "restoring alone moves nothing"
+        with caplog.at_level(logging.WARNING, "flax_ckpt"):
+            run(ckpt, 2, 3)
+    assert steps.committed(str(tmp_path)) == [1, 2]
+    moved = sorted(path.name.partition("-")[0] for path in (tmp_path / "superseded").iterdir())
+    assert moved == ["2", "3"]
+    assert "goes on from step 1: the later steps [2, 3] were moved to" in caplog.text
+    (kept,) = (tmp_path / "superseded").glob("3-*")
+    assert fc.load_checkpointables(kept)["params"]["w"].tolist() == [3, 3, 3]
+
+
+class Refuses:
+    """A checkpointable whose writing fails in the background."""
+
+
+class RefusingHandler:
+    async def save(self, directory, checkpointable):
+        async def write():
+            await directory.await_creation()
+            raise OSError(28, "No space left on device", str(directory.path))
+
+        return write()
+
+    async def load(self, directory, abstract_checkpointable=None):
+        raise AssertionError
+
+    async def metadata(self, directory):
+        return None
+
+    def is_handleable(self, checkpointable):
+        return True
+
+    def is_abstract_handleable(self, abstract_checkpointable):
+        return True
+
+
+@pytest.fixture
+def failing() -> fc.Context:
+    """A context in which saving `params` fails."""
+    context = fc.Context()
+    context.checkpointables.registry = fc.handlers.local_registry().add(
+        RefusingHandler, checkpointable_name="params"
+    )
+    return context
+
+
+def test_a_background_failure_is_raised_at_the_next_call(tmp_path: Path, failing: fc.Context):
+    ckpt = fc.CheckpointCallback(tmp_path, every_n_steps=1, context=failing)
+    assert ckpt.on_step_end(1, tree(1))
+    with pytest.raises(fc.errors.SaveFailedError) as caught:
+        ckpt.on_step_end(2, tree(2))
+    assert re.search(r"checkpoint .*/1 \(step 1\) was not saved: OSError: .*No space", str(caught.value))
+    assert (caught.value.step, caught.value.path) == (1, str(tmp_path / "1"))
+    assert isinstance(caught.value.__cause__, OSError)
+    assert ckpt.latest_step is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_is_raised_by_wait_and_by_leaving_the_block(tmp_path: Path, failing: fc.Context):
+    ckpt = fc.CheckpointCallback(tmp_path, every_n_steps=1, context=failing)
+    ckpt.on_step_end(1, tree(1))
+    with pytest.raises(fc.errors.SaveFailedError):
+        ckpt.wait()
+    ckpt.wait()
+    with pytest.raises(fc.errors.SaveFailedError), ckpt:
+        ckpt.on_step_end(2, tree(2))
+
+
+def test_on_error_warn_goes_on_and_saves_the_next_step(tmp_path: Path, failing, caplog):
+    ckpt = fc.CheckpointCallback(tmp_path, every_n_steps=1, on_error="warn", context=failing)
+    ckpt.on_step_end(1, tree(1))
+    ckpt.wait()
+    assert "(step 1) was not saved: OSError" in caplog.text
+    failing.checkpointables.registry = None
+    assert ckpt.on_step_end(2, tree(2))
+    ckpt.close()
+    assert steps.committed(str(tmp_path)) == [2]
+
+
+def test_a_step_that_cannot_be_saved_is_an_error_of_its_own_call(tmp_path: Path):
+    with fc.CheckpointCallback(tmp_path, every_n_steps=1, at_end=False) as ckpt:
+        with pytest.raises(fc.errors.UnsupportedLeafError, match="params/f: a .*function"):
+            ckpt.on_step_end(1, {"params": {"f": lambda: None}})
+        donated = jnp.ones(3)
+        donated.delete()
+        with pytest.raises(fc.errors.UnsupportedLeafError, match="params/w: .* donated or deleted"):
+            ckpt.on_step_end(2, {"params": {"w": donated}})
+
+
+def test_another_step_than_the_state_counts_is_warned_of_once(tmp_path: Path, caplog):
+    with fc.CheckpointCallback(tmp_path, every_n_steps=1) as ckpt:
+        ckpt.on_step_end(1, tree(2))
+        ckpt.on_step_end(2, tree(3))
+    assert caplog.text.count("pass the number of completed updates") == 1
+
+
+def test_one_line_per_save_and_per_restore(tmp_path: Path, caplog):
+    with caplog.at_level(logging.INFO, "flax_ckpt"):
+        with fc.CheckpointCallback(tmp_path, every_n_steps=1) as ckpt:
+            ckpt.on_step_end(1, tree(1))
+        fc.restore(tmp_path, tree(0))
+    saved, restored = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(
+        rf"saved step 1 · 32 B in .*s \(.*/s\) · blocked .*s · {tmp_path.name}/1", saved
+    ), saved
+    assert re.fullmatch(rf"restored step 1 · 32 B in .*s \(.*/s\) · {tmp_path.name}/1", restored)
+
+
+def test_changes_of_the_config_are_logged_on_resume(tmp_path: Path, caplog):
+    config = ConfigDict({"learning_rate": 1e-3, "width": 64})
+    with fc.CheckpointCallback(tmp_path, every_n_steps=1, config=config) as ckpt:
+        ckpt.on_step_end(1, tree(1))
+    config.learning_rate = 3e-4
+    with caplog.at_level(logging.INFO, "flax_ckpt"):
+        fc.CheckpointCallback(tmp_path, config=config).restore_or_init(tree(0))
+    assert "config changed since the checkpoint: learning_rate 0.001 → 0.0003" in caplog.text
+
+
+def test_a_config_that_cannot_be_saved_is_refused_at_once(tmp_path: Path):
+    with pytest.raises(fc.errors.ConfigError, match="model.activation"):
+        fc.CheckpointCallback(tmp_path, config={"model": {"activation": jax.nn.relu}})
+
+
+def test_left_overs_of_a_killed_run_are_removed_and_nothing_else(tmp_path: Path):
+    for name in ("5.orbax-checkpoint-tmp", "3.deleted.orbax-checkpoint-tmp"):
+        (tmp_path / name / "params").mkdir(parents=True)
+    (tmp_path / "notes.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "plots").mkdir()
+    fc.CheckpointCallback(tmp_path).restore_or_init(tree(0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "notes.orbax-checkpoint-tmp",
+        "plots",
+    ]
+
+
+def test_a_directory_that_is_no_checkpoint_is_not_a_step(tmp_path: Path):
+    (tmp_path / "12").mkdir()
+    with fc.CheckpointCallback(tmp_path, every_n_steps=1) as ckpt:
+        ckpt.on_step_end(3, tree(3))
+    assert ckpt.latest_step == 3
+
+
+def test_a_due_save_waits_for_the_one_in_flight(tmp_path: Path):
+    release = threading.Event()
+
+    class Slow(RefusingHandler):
+        async def save(self, directory, checkpointable):
+            async def write():
+                path = await directory.await_creation()
+                assert release.wait(60)
+                (path / "done").write_text("yes")
+
+            return write()
+
+    context = fc.Context()
+    context.checkpointables.registry = fc.handlers.local_registry().add(
+        Slow, checkpointable_name="params"
+    )
+    ckpt = fc.CheckpointCallback(tmp_path, every_n_steps=1, context=context)
+    ckpt.on_step_end(1, tree(1))
+    assert ckpt.latest_step is None
+    threading.Timer(0.2, release.set).start()
+    ckpt.on_step_end(2, tree(2))
+    assert ckpt.latest_step == 1, "step 2 begins only when step 1 is durable"
+    ckpt.close()
+    assert ckpt.latest_step == 2
+
+
+def test_the_repr_says_where_and_how_far(tmp_path: Path):
+    with fc.CheckpointCallback(tmp_path, every_n_steps=1) as ckpt:
+        ckpt.on_step_end(1, tree(1))
+    assert repr(ckpt) == f"CheckpointCallback({str(tmp_path)!r}, latest_step=1, idle)"
