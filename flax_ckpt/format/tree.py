@@ -40,18 +40,15 @@ class Entry:
 
     Attributes:
         path: its key path.
+        name: of its data on disk, from :func:`name_of`.
         value_type: `jax.Array`, `np.ndarray`, `scalar`, `string`, or the kind of an empty node.
         write_shape: shape of what one process wrote at a time; only for `jax.Array`.
     """
 
     path: KeyPath
+    name: str
     value_type: str
     write_shape: tuple[int, ...] | None = None
-
-    @property
-    def name(self) -> str:
-        """The name of the leaf's data on disk."""
-        return ".".join([key for key, _ in self.path])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +129,19 @@ def _entry_from_json(raw: dict[str, Any]) -> Entry:
     value_type, shape = value["value_type"], value.get("write_shape")
     if not isinstance(value_type, str):
         raise TypeError(f"value_type {value_type!r}")
-    return Entry(tuple(path), value_type, None if shape is None else tuple(shape))
+    place = tuple(path)
+    return Entry(place, name_of(place), value_type, None if shape is None else tuple(shape))
 
 
 def _without_leftovers(entries: list[Entry]) -> list[Entry]:
     """Drops entries whose path is the beginning of another's: partial saves leave such."""
     inner = {e.path[:n] for e in entries for n in range(len(e.path))}
     return [e for e in entries if e.path not in inner]
+
+
+def name_of(path: KeyPath) -> str:
+    """The name of a leaf's data on disk: `params.dense.kernel`."""
+    return ".".join([key for key, _ in path])
 
 
 def show(path: KeyPath) -> str:

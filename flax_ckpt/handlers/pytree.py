@@ -110,7 +110,7 @@ class PyTreeHandler:
             UnsupportedLeafError: lists every leaf that cannot be saved.
             DuplicateNameError: lists the leaves that would share a name on disk.
         """
-        snapshot = Snapshot(checkpointable, self._leaves, self._context)
+        snapshot = Snapshot(directory.name, checkpointable, self._leaves, self._context)
         options = self._context.multiprocessing
         together = hosts.current(
             primary=options.primary_host,

@@ -99,14 +99,16 @@ class SavedTree(contextlib.ExitStack):
         stored = self._store.describe(arrays)
         for entry in self._metadata.entries:
             if entry.value_type in tree.EMPTY:
-                yield SavedLeaf(entry.path, entry.value_type)
+                yield SavedLeaf(entry.path, entry.name, entry.value_type)
             elif entry.value_type == tree.STRING:
-                yield SavedLeaf(entry.path, entry.value_type, string=strings[entry.name])
+                text = strings[entry.name]
+                yield SavedLeaf(entry.path, entry.name, entry.value_type, string=text)
             else:
                 array = stored[entry.name]
                 known = impls.get(entry.name) if entry.value_type == tree.ARRAY else None
                 yield SavedLeaf(
                     entry.path,
+                    entry.name,
                     entry.value_type,
                     array.shape,
                     array.dtype,

@@ -25,6 +25,7 @@ class Snapshot:
     """What a save writes of one tree.
 
     Args:
+        name: of the checkpointable, for error messages.
         value: the tree.
         registry: handlers of its leaves.
         context: options.
@@ -39,14 +40,14 @@ class Snapshot:
         DuplicateNameError: lists the leaves that would share a name on disk.
     """
 
-    def __init__(self, value: Any, registry: LeafRegistry, context: Context) -> None:
+    def __init__(self, name: str, value: Any, registry: LeafRegistry, context: Context) -> None:
         found, _ = keypaths.flatten(value)
         _start_transfers(leaf for _, leaf in found)
-        writes = _writes(found, registry, context)
+        writes = _writes(name, found, registry, context)
         self.entries = [
-            tree.Entry(path, keypaths.empty_kind(leaf))
+            tree.Entry(path, tree.name_of(path), keypaths.empty_kind(leaf))
             if write is None
-            else tree.Entry(path, write.value_type, _write_shape(write))
+            else tree.Entry(path, tree.name_of(path), write.value_type, _write_shape(write))
             for (path, leaf), write in zip(found, writes, strict=True)
         ]
         named = [(e, w) for e, w in zip(self.entries, writes, strict=True) if w is not None]
@@ -90,7 +91,7 @@ def _start_transfers(leaves: Iterable[Any]) -> None:
 
 
 def _writes(
-    found: list[tuple[tree.KeyPath, Any]], registry: LeafRegistry, context: Context
+    name: str, found: list[tuple[tree.KeyPath, Any]], registry: LeafRegistry, context: Context
 ) -> list[LeafWrite | None]:
     copy = context.memory.deepcopy_host_arrays
     writes: list[LeafWrite | None] = []
@@ -107,7 +108,7 @@ def _writes(
         writes.append(handler.write(leaf, copy=copy))
     if refused:
         raise UnsupportedLeafError(
-            f"{len(refused)} of {len(found)} leaves cannot be saved:\n"
+            f"checkpointable {name!r}: {len(refused)} of {len(found)} leaves cannot be saved:\n"
             + "\n".join(refused)
             + "\nLeaves may be JAX and NumPy arrays of the dtypes that zarr has, typed PRNG keys,"
             " int from -2**63 to 2**64 - 1, float, bool, str and None. Convert these leaves, take"

@@ -57,6 +57,7 @@ class SavedLeaf:
 
     Attributes:
         path: key path.
+        name: of its data on disk.
         value_type: as in `_METADATA`; for an empty node its kind.
         shape: shape of the stored array; None for strings and empty nodes.
         dtype: dtype of the stored array.
@@ -66,17 +67,13 @@ class SavedLeaf:
     """
 
     path: tree.KeyPath
+    name: str
     value_type: str
     shape: tuple[int, ...] | None = None
     dtype: np.dtype[Any] | None = None
     sharding: str | None = None
     key_impl: str | None = None
     string: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Its name on disk."""
-        return ".".join([key for key, _ in self.path])
 
     @property
     def is_empty(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
@@ -54,8 +55,15 @@ class NativeStore:
     def __init__(self, database: Database, other: ArrayStore) -> None:
         self._database = database
         self._other = other
+        self._infos: dict[str, zarr.ZarrInfo] = {}
 
     def _info(self, name: str) -> zarr.ZarrInfo:
+        info = self._infos.get(name)
+        if info is None:
+            info = self._infos[name] = self._read_info(name)
+        return info
+
+    def _read_info(self, name: str) -> zarr.ZarrInfo:
         key = zarr.zarr_key(name)
         data = self._database.read(key)
         expected = self._database.crcs.get(key)
@@ -97,45 +105,46 @@ class NativeStore:
     ) -> Iterator[_Chunk]:
         """The chunks that a region needs; the region's array is added to `parts`."""
         dtype = zarr.numpy_dtype(info.dtype)
-        shape = tuple(stop - start for start, stop in region)
+        shape = tuple([stop - start for start, stop in region])
         position = len(parts)
-        parts.append(np.empty(0))
+        nbytes = math.prod(info.chunk_shape) * dtype.itemsize
         if 0 in shape:
-            parts[position] = np.empty(shape, dtype)
+            parts.append(np.empty(shape, dtype))
             return
-        grid = [
-            range(start // step, -(-stop // step))
-            for (start, stop), step in zip(region, info.chunk_shape, strict=True)
-        ]
-        boxes = [_box(index, info) for index in itertools.product(*grid)]
-        spec = zarr.ArraySpec(info.shape, info.dtype, info.chunk_shape)
-        if boxes == [region] and spec.chunk_nbytes <= _SMALL and shape == info.chunk_shape:
+        if info.chunk_shape == info.shape == shape and nbytes <= _SMALL:
+            parts.append(np.empty(0))
 
             def adopt(data: Bytes) -> None:
                 parts[position] = data.view(dtype).reshape(shape)
 
-            yield self._chunk(read, info, next(itertools.product(*grid)), spec, None, adopt)
+            yield self._chunk(read, info, (0,) * len(shape), nbytes, None, adopt)
             return
-        flat = aligned_empty(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-        parts[position] = array = flat.view(dtype).reshape(shape)
-        for index, box in zip(itertools.product(*grid), boxes, strict=True):
+        flat = aligned_empty(math.prod(shape) * dtype.itemsize)
+        array = flat.view(dtype).reshape(shape)
+        parts.append(array)
+        grid = [
+            range(start // step, -(-stop // step))
+            for (start, stop), step in zip(region, info.chunk_shape, strict=True)
+        ]
+        for index in itertools.product(*grid):
+            box = _box(index, info)
             span = _contiguous(box, region, info.chunk_shape, dtype.itemsize)
             into = None if span is None else flat[span[0] : span[1]]
             place = None if into is not None else _copier(array, region, box, info, dtype)
-            yield self._chunk(read, info, index, spec, into, place)
+            yield self._chunk(read, info, index, nbytes, into, place)
 
     def _chunk(
         self,
         read: ArrayRead,
         info: zarr.ZarrInfo,
         index: tuple[int, ...],
-        spec: zarr.ArraySpec,
+        nbytes: int,
         into: Bytes | None,
         place: Callable[[Bytes], None] | None,
     ) -> _Chunk:
         key = zarr.chunk_key(read.name, index)
         ref = self._database.values.get(key)
-        expected = spec.chunk_nbytes + (TRAILER if info.crc32c else 0)
+        expected = nbytes + (TRAILER if info.crc32c else 0)
         length = len(ref) if isinstance(ref, bytes) else ref.length if ref else 0
         if ref is None or length != expected:
             found = "is missing" if ref is None else f"has {length} bytes"

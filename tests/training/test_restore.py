@@ -238,7 +238,8 @@ def test_a_damaged_latest_step_is_passed_over_with_a_warning(tmp_path: Path, cap
     assert_same(out.state, saved[1])
     assert out.report.damaged[0][0] == 2
     assert "step 2 is damaged, trying the one before it" in caplog.text
-    with pytest.raises(fc.errors.DamagedCheckpointError, match="BatchNorm_0/bias: damaged: bytes 0 to 24 of .*/2/params/d/"):
+    message = "BatchNorm_0/bias: damaged: bytes 0 to 24 of .*/2/params/d/"
+    with pytest.raises(fc.errors.DamagedCheckpointError, match=message):
         fc.restore(tmp_path, abstract(), step=2)
 
 
