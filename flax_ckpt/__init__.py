@@ -18,6 +18,7 @@ from flax_ckpt._save import (
     save_checkpointables_async,
 )
 from flax_ckpt.context import Context
+from flax_ckpt.handlers import CheckpointableHandler, StatefulCheckpointable
 from flax_ckpt.training.callback import CheckpointCallback
 from flax_ckpt.training.restore import Report, Restored, restore, restore_train_state
 
@@ -25,9 +26,11 @@ __all__ = [
     "AsyncResponse",
     "CheckpointCallback",
     "CheckpointMetadata",
+    "CheckpointableHandler",
     "Context",
     "Report",
     "Restored",
+    "StatefulCheckpointable",
     "checkpointables_metadata",
     "errors",
     "handlers",

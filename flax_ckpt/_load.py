@@ -197,7 +197,7 @@ class Layout:
         found = {entry.name: entry.path for entry in os.scandir(here) if _is_item(entry)}
         if not has_metadata and not any(map(_holds_tree, found.values())):
             raise _no_checkpoint(here)
-        missing = record.items() - found.keys()
+        missing = {name for name in record.listed() if record.listed(f"{name}/")} - found.keys()
         items = found | {name: os.path.join(here, name) for name in missing}
         return cls(here, dict(sorted(items.items())), root)
 

@@ -188,13 +188,7 @@ class _Save:
         self._started = time.time_ns()
         mode = context.file.path_permission_mode
         self._staging = Staging(target, overwrite=overwrite, mode=mode)
-        options = context.multiprocessing
-        self._hosts = hosts.current(
-            primary=options.primary_host,
-            active=options.active_processes,
-            prefix=options.barrier_sync_key_prefix,
-            timeout_secs=context.asynchronous.timeout_secs,
-        )
+        self._hosts = hosts.current(context.multiprocessing, context.asynchronous.timeout_secs)
         self._custom_metadata = custom_metadata
         self._callback = context.asynchronous.post_finalization_callback
         self._created: concurrent.futures.Future[None] = concurrent.futures.Future()

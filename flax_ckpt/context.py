@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import contextvars
 from types import TracebackType
-from typing import TypeVar, final
+from typing import final, get_type_hints
 
 from flax_ckpt import options
-
-T = TypeVar("T")
 
 # The stack of active contexts of this thread and task; copied into what they start.
 _ACTIVE: contextvars.ContextVar[tuple[Context, ...]] = contextvars.ContextVar(
@@ -34,6 +32,15 @@ class Context:
     Args:
         context: the parent to copy the options of.
 
+    Attributes:
+        array: how arrays are saved.
+        pytree: how trees are loaded.
+        asynchronous: how saves run in the background.
+        file: how directories and files are made.
+        multiprocessing: which processes take part.
+        checkpointables: which handlers are used.
+        memory: how host memory is used.
+
     >>> parent = Context()
     >>> parent.asynchronous.timeout_secs = 60
     >>> child = Context(parent)
@@ -46,50 +53,23 @@ class Context:
     flax_ckpt.errors.ContextFrozenError: cannot set AsyncOptions.timeout_secs: the Context ...
     """
 
+    array: options.ArrayOptions
+    pytree: options.PyTreeOptions
+    asynchronous: options.AsyncOptions
+    file: options.FileOptions
+    multiprocessing: options.MultiprocessingOptions
+    checkpointables: options.CheckpointablesOptions
+    memory: options.MemoryOptions
+
     def __init__(self, context: Context | None = None) -> None:
-        self._array = _inherit(context, "array", options.ArrayOptions)
-        self._pytree = _inherit(context, "pytree", options.PyTreeOptions)
-        self._asynchronous = _inherit(context, "asynchronous", options.AsyncOptions)
-        self._file = _inherit(context, "file", options.FileOptions)
-        self._multiprocessing = _inherit(context, "multiprocessing", options.MultiprocessingOptions)
-        self._checkpointables = _inherit(context, "checkpointables", options.CheckpointablesOptions)
-        self._memory = _inherit(context, "memory", options.MemoryOptions)
+        for name, group in get_type_hints(Context).items():
+            value = group() if context is None else options.copy(getattr(context, name))
+            object.__setattr__(self, name, value)
 
-    # Read-only on purpose: a group is changed through its own attributes, never replaced.
-    @property
-    def array(self) -> options.ArrayOptions:
-        """How arrays are saved and loaded."""
-        return self._array
-
-    @property
-    def pytree(self) -> options.PyTreeOptions:
-        """How trees are saved and loaded."""
-        return self._pytree
-
-    @property
-    def asynchronous(self) -> options.AsyncOptions:
-        """How saves run in the background."""
-        return self._asynchronous
-
-    @property
-    def file(self) -> options.FileOptions:
-        """How directories and files are made."""
-        return self._file
-
-    @property
-    def multiprocessing(self) -> options.MultiprocessingOptions:
-        """Which processes take part."""
-        return self._multiprocessing
-
-    @property
-    def checkpointables(self) -> options.CheckpointablesOptions:
-        """Which handlers are used."""
-        return self._checkpointables
-
-    @property
-    def memory(self) -> options.MemoryOptions:
-        """How host memory is used."""
-        return self._memory
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(
+            f"set an option of a group, not Context.{name}; groups: {', '.join(vars(self))}"
+        )
 
     def __enter__(self) -> Context:
         for group in vars(self).values():
@@ -108,12 +88,8 @@ class Context:
             options.freeze(group, -1)
 
     def __repr__(self) -> str:
-        groups = ", ".join(f"{name[1:]}={group!r}" for name, group in vars(self).items())
+        groups = ", ".join(f"{name}={group!r}" for name, group in vars(self).items())
         return f"Context({groups})"
-
-
-def _inherit(parent: Context | None, name: str, default: type[T]) -> T:
-    return default() if parent is None else options.copy(getattr(parent, name))
 
 
 def resolve(context: Context | None = None) -> Context:

@@ -13,7 +13,6 @@ import flax_ckpt as fc
 
 FUNCTIONS = {
     "checkpointables_metadata",
-    "delete",
     "load",
     "load_async",
     "load_checkpointables",
@@ -28,22 +27,20 @@ FUNCTIONS = {
 }
 CLASSES = {
     "AsyncResponse",
-    "Best",
+    "CheckpointMetadata",
+    "CheckpointableHandler",
     "CheckpointCallback",
     "Context",
+    "Report",
     "Restored",
     "StatefulCheckpointable",
-}
-CONSTANTS = {
-    "PLACEHOLDER",
 }
 MODULES = {
     "errors",
     "handlers",
     "options",
-    "training",
 }
-PUBLIC = FUNCTIONS | CLASSES | CONSTANTS | MODULES
+PUBLIC = FUNCTIONS | CLASSES | MODULES
 
 # Loaded when a value of theirs is met, or never. They cost a user seconds, or a conflict.
 NOT_LOADED = ("absl", "flax", "grain", "ml_collections", "orbax", "safetensors", "sklearn")

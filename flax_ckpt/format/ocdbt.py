@@ -1,7 +1,8 @@
-"""OCDBT databases: the manifest, and everything else that callers need to read or write one.
+"""OCDBT databases: sorted keys with values, stored inline or somewhere in a data file.
 
-A database is a directory with `manifest.ocdbt` and data files. Written from TensorStore's public
-description of the format (`kvstore/ocdbt/index.rst`); no I/O here, callers pass bytes in and out.
+A database is a directory with `manifest.ocdbt`, which says where the root of a B+tree is, and data
+files. Written from TensorStore's public description of the format (`kvstore/ocdbt/index.rst`).
+We write uncompressed nodes and read any. No I/O here, callers pass bytes in and out:
 
     blobs, root = encode_nodes(entries, file=file, offset=size)      # append blobs to `file`
     manifest = encode_manifest(root, uuid=uuid, commit_time_ns=now)  # write as manifest.ocdbt
@@ -10,93 +11,165 @@ description of the format (`kvstore/ocdbt/index.rst`); no I/O here, callers pass
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+import operator
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from flax_ckpt.errors import FormatError
+from flax_ckpt.errors import DuplicateNameError, FormatError
 from flax_ckpt.format import wire
-from flax_ckpt.format.btree import (
-    DEFAULT_DECODED_BYTES,
-    DEFAULT_NODE_BYTES,
-    EMPTY_ROOT,
-    MAX_INLINE_BYTES,
-    MAX_KEY_BYTES,
-    Entry,
-    Node,
-    NodeRef,
-    Value,
-    ValueRef,
-    decode_node,
-    encode_nodes,
-)
 
-__all__ = [
-    "DEFAULT_NODE_BYTES",
-    "EMPTY_ROOT",
-    "MAX_INLINE_BYTES",
-    "MAX_KEY_BYTES",
-    "Entry",
-    "Manifest",
-    "Node",
-    "NodeRef",
-    "NumberedManifestError",
-    "Value",
-    "ValueRef",
-    "decode_manifest",
-    "decode_node",
-    "encode_manifest",
-    "encode_nodes",
-    "read_tree",
-]
-
-MANIFEST_MAGIC: Final = 0x0CDB3A2A
-# What Orbax configures. Readers ignore them; a later writer of the database follows them.
-_MAX_INLINE_VALUE_BYTES: Final = 1024
-_ARITY_LOG2: Final = 4
-_MAX_ARITY_LOG2: Final = 16
-_MAX_MANIFEST_BYTES: Final = 64 << 20
-_MAX_U32: Final = 2**32 - 1
-_MAX_U64: Final = 2**64 - 1
-# A node may exceed the configured size by one entry; a damaged configuration must not reach far.
-_LEAST_NODE_LIMIT: Final = 16 << 20
-_MOST_NODE_LIMIT: Final = 1 << 30
-# What an entry, and a node with the time to read it, count for in `max_bytes` of `read_tree`.
-_ENTRY_COST: Final = 128
+MANIFEST_MAGIC: Final = b"\x0c\xdb\x3a\x2a"
+NODE_MAGIC: Final = b"\x0c\xdb\x20\xde"
+# What Orbax configures. Readers ignore it; a later writer of the database follows it: manifest kind
+# 0 (single), inline values up to 1 KiB, decoded nodes up to 100 MB, arity 2**4, no compression.
+_CONFIG: Final = (0, 1024, 100_000_000, 4, 0)
+_MAX_INLINE_BYTES: Final = 1 << 20
+# Nodes are read whole, so smaller ones cost less to change and larger ones less to list.
+_LEAF_BYTES: Final = 8 << 20
+# Most memory that reading a tree may take, roughly: a tree may name one node many times, so that
+# a small file could describe a result without end. A node and a row in it count for this much.
+_MAX_TREE_BYTES: Final = 2 << 30
 _NODE_COST: Final = 4096
+_ROW_COST: Final = 128
 
 
 class NumberedManifestError(FormatError):
     """The database keeps its versions in numbered manifests, which only TensorStore reads."""
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a manifest says about the newest version of a database.
+class ValueRef(NamedTuple):
+    """A value that is stored outside of the tree.
 
     Attributes:
-        uuid: 16 bytes.
-        max_inline_value_bytes: larger values are written out of line.
-        max_decoded_node_bytes: about the largest node, before compression.
-        generation: number of the newest version, counted from 1.
-        root: root node of the newest version; `root.is_empty` if it has no keys.
-        commit_time_ns: when that was written, in nanoseconds since 1970.
+        file: data file, relative to the database directory: `d/<32 hex digits>`.
+        offset: its first byte in that file.
+        length: its size in bytes.
     """
 
-    uuid: bytes
-    max_inline_value_bytes: int
-    max_decoded_node_bytes: int
-    generation: int
-    root: NodeRef
-    commit_time_ns: int
+    file: str
+    offset: int
+    length: int
 
-    @property
-    def node_limit(self) -> int:
-        """Most bytes that we let a node decode to."""
-        wanted = self.max_decoded_node_bytes + MAX_INLINE_BYTES + MAX_KEY_BYTES
-        return min(max(wanted, _LEAST_NODE_LIMIT), _MOST_NODE_LIMIT)
+
+Value: TypeAlias = bytes | ValueRef
+Entry: TypeAlias = tuple[bytes, Value]
+
+
+class NodeRef(NamedTuple):
+    """Where a node is, and what its parent (for a root: the manifest) says about it.
+
+    Attributes:
+        height: 0 for a leaf.
+        file: data file, relative to the database directory; "" if the database is empty.
+        offset: its first byte in that file.
+        length: its size in bytes.
+        prefix: start of all keys below it, which the nodes leave out.
+        base: what the paths in it are relative to; "" or a path that ends in "/".
+        counts: of a root: all keys, bytes of nodes and bytes of out-of-line values of its tree.
+    """
+
+    height: int
+    file: str
+    offset: int
+    length: int
+    prefix: bytes = b""
+    base: str = ""
+    counts: tuple[int, int, int] = (0, 0, 0)
+
+    def __str__(self) -> str:
+        return f"B+tree node {self.file}[{self.offset}:{self.offset + self.length}]"
+
+
+EMPTY_ROOT: Final = NodeRef(0, "", wire.MAX_UINT64, wire.MAX_UINT64)
+
+
+def encode_nodes(
+    entries: Sequence[Entry], *, file: str, offset: int
+) -> tuple[list[bytes], NodeRef]:
+    """The B+tree of a database: leaves of about 8 MB, and a root above them if there are several.
+
+    Args:
+        entries: (key, value), keys strictly increasing.
+        file: data file that the blobs will be appended to, relative to the database directory.
+        offset: size of that file in bytes before the first blob.
+
+    Returns:
+        The blobs in file order, to be written without a gap, and the root for `encode_manifest`.
+
+    Raises:
+        DuplicateNameError: a key occurs twice.
+        FormatError: keys out of order; a key above 65,535 bytes; an inline value above 1 MiB;
+            a path or a range that the format cannot hold.
+    """
+    _check(entries, file)
+    if not entries:
+        return [], EMPTY_ROOT
+    ends = np.cumsum([16 + len(k) + (len(v) if isinstance(v, bytes) else 0) for k, v in entries])
+    total = int(ends[-1])
+    groups = (ends - 1) * -(-total // _LEAF_BYTES) // total
+    cuts = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(entries)]
+    blobs: list[bytes] = []
+    rows: list[tuple[int, int, int, int, int]] = []  # offset, length, then the counts of a leaf
+    for start, end in pairwise(cuts):
+        blob, outside = _leaf(entries[start:end])
+        rows.append((offset, len(blob), end - start, len(blob), outside))
+        blobs.append(blob)
+        offset += len(blob)
+    if height := int(len(rows) > 1):
+        first_keys = wire.encode_strings([entries[start][0] for start in cuts[:-1]], marked=True)
+        columns = map(wire.encode_varints, zip(*rows, strict=True))
+        head = (b"\1", wire.encode_files([file]), first_keys, bytes(len(rows)))
+        blobs.append(wire.encode_frame(NODE_MAGIC, *head, *columns))
+        rows.append((offset, len(blobs[-1]), 0, len(blobs[-1]), 0))
+    _, _, keys, nodes, outside = map(sum, zip(*rows, strict=True))
+    return blobs, NodeRef(height, file, *rows[-1][:2], counts=(keys, nodes, outside))
+
+
+def _check(entries: Sequence[Entry], file: str) -> None:
+    for (last, _), (key, _) in pairwise(entries):
+        if last == key:
+            raise DuplicateNameError(f"key {key[:80]!r} occurs twice in one database")
+        if last > key:
+            raise FormatError(f"key {key[:80]!r}: found after {last[:80]!r}, expected before it")
+    files = {file}
+    for key, value in entries:
+        if len(key) > wire.MAX_KEY:
+            raise FormatError(f"key {key[:80]!r}: found {len(key)} bytes, expected at most 65535")
+        if isinstance(value, ValueRef):
+            files.add(value.file)
+            _check_place(value, "out-of-line value")
+        elif len(value) > _MAX_INLINE_BYTES:
+            raise FormatError(
+                f"key {key[:80]!r}: found a value of {len(value)} bytes, expected at most 1048576"
+            )
+    for path in files:
+        wire.check_path(path, "B+tree")
+
+
+def _check_place(ref: ValueRef | NodeRef, what: str) -> None:
+    if not ref.file or not 0 <= ref.offset <= ref.offset + ref.length <= wire.MAX_OFFSET:
+        raise FormatError(f"{what}: found {ref!r}, expected a file and an end below 2**63")
+
+
+def _leaf(entries: Sequence[Entry]) -> tuple[bytes, int]:
+    """A leaf, and the size of all its out-of-line values."""
+    refs = [v for _, v in entries if isinstance(v, ValueRef)]
+    ids = {file: i for i, file in enumerate(sorted({ref.file for ref in refs}))}
+    blob = wire.encode_frame(
+        NODE_MAGIC,
+        b"\0",
+        wire.encode_files(ids),
+        wire.encode_strings([key for key, _ in entries]),
+        wire.encode_varints([v.length if isinstance(v, ValueRef) else len(v) for _, v in entries]),
+        bytes(isinstance(v, ValueRef) for _, v in entries),
+        wire.encode_varints([ids[ref.file] for ref in refs]),
+        wire.encode_varints([ref.offset for ref in refs]),
+        *(v for _, v in entries if isinstance(v, bytes)),
+    )
+    return blob, sum(ref.length for ref in refs)
 
 
 def encode_manifest(root: NodeRef, *, uuid: bytes, commit_time_ns: int) -> bytes:
@@ -106,35 +179,22 @@ def encode_manifest(root: NodeRef, *, uuid: bytes, commit_time_ns: int) -> bytes
         root: from `encode_nodes`.
         uuid: 16 random bytes.
         commit_time_ns: now, in nanoseconds since 1970.
-
-    Raises:
-        FormatError: an argument that the format cannot hold.
     """
-    if root.base or root.prefix:
-        raise FormatError(f"{root}: found a node of another database, expected one of this")
-    if len(uuid) != 16:
-        raise FormatError(f"uuid: found {len(uuid)} bytes, expected 16")
-    if not 0 <= commit_time_ns <= wire.MAX_OFFSET:
-        raise FormatError(f"commit_time_ns: found {commit_time_ns}, expected 0 to 2**63 - 1")
-    config = (0, _MAX_INLINE_VALUE_BYTES, DEFAULT_DECODED_BYTES, _ARITY_LOG2, 0)
-    place = (0, root.offset, root.length)
-    counts = (root.num_keys, root.num_tree_bytes, root.num_indirect_value_bytes)
-    one_version, generation, no_version_nodes = 1, 1, 0
-    parts = [
+    one_version, generation, file_id = 1, 1, 0
+    version = (one_version, generation, root.height, file_id, root.offset, root.length)
+    return wire.encode_frame(
+        MANIFEST_MAGIC,
         uuid,
-        *map(wire.encode_varint, config),
+        wire.encode_varints(_CONFIG),
         wire.encode_files([root.file]),
-        *map(wire.encode_varint, (one_version, generation)),
-        bytes([root.height]),
-        *map(wire.encode_varint, place + counts),
+        wire.encode_varints((*version, *root.counts)),
         commit_time_ns.to_bytes(8, "little"),
-        wire.encode_varint(no_version_nodes),
-    ]
-    return wire.encode_frame(MANIFEST_MAGIC, parts)
+        b"\0",  # no nodes of older versions
+    )
 
 
-def decode_manifest(data: bytes, *, what: str = "manifest.ocdbt") -> Manifest:
-    """The newest version that a manifest records.
+def decode_manifest(data: bytes, *, what: str = "manifest.ocdbt") -> NodeRef:
+    """The root of the newest version that a manifest records; `EMPTY_ROOT` if it has no keys.
 
     Args:
         data: the whole file.
@@ -145,119 +205,100 @@ def decode_manifest(data: bytes, *, what: str = "manifest.ocdbt") -> Manifest:
         NumberedManifestError: the versions are in other files; read them through TensorStore.
         FormatError: a valid checksum over contents that break the format.
     """
-    reader = wire.open_frame(data, MANIFEST_MAGIC, what, _MAX_MANIFEST_BYTES)
-    uuid = reader.take(16, "uuid")
-    if (kind := reader.byte("manifest kind")) > 1:
-        raise reader.error("manifest kind", kind, "0 (single) or 1 (numbered)")
-    max_inline = reader.varint("max_inline_value_bytes", _MAX_U32)
-    max_decoded = reader.varint("max_decoded_node_bytes", _MAX_U32)
-    arity_log2 = reader.byte("version_tree_arity_log2")
-    if not 1 <= arity_log2 <= _MAX_ARITY_LOG2:
-        raise reader.error("version_tree_arity_log2", arity_log2, f"1 to {_MAX_ARITY_LOG2}")
-    if reader.varint("compression method", 1):
-        reader.take(4, "zstd level")
-    if kind:
-        reader.finish()
+    reader = wire.open_frame(data, MANIFEST_MAGIC, what)
+    reader.take(16, "uuid")
+    if reader.varint("manifest kind", 1):
         raise NumberedManifestError(
             f"{what}: manifest kind: found 1 (numbered), expected 0 (single): "
             "numbered manifests are read through TensorStore"
         )
+    reader.varints(3, "configuration")
+    if reader.varint("compression method", 1):
+        reader.take(4, "zstd level")
     files = reader.files("")
-    generation, root, time = _read_versions(reader, files, 1 << arity_log2)
-    _read_version_nodes(reader, files, 63 // arity_log2)
-    reader.finish()
-    return Manifest(uuid, max_inline, max_decoded, generation, root, time)
-
-
-def _read_versions(
-    reader: wire.Reader, files: list[wire.DataFile], most: int
-) -> tuple[int, NodeRef, int]:
-    """Generation, root and commit time of the last of the inline versions."""
-    count = reader.varint("version count", most)
-    if not count:
+    if not (count := reader.varint("version count", wire.MAX_OFFSET)):
         raise reader.error("version count", 0, "at least 1")
-    generations = reader.varints(count, "generation")
-    if int(generations[0]) < 1 or np.any(generations[1:] <= generations[:-1]):
-        raise reader.error("generations", generations.tolist()[:20], "increasing numbers from 1")
-    height = reader.take(count, "root heights")[-1]
-    file = reader.pick(files, count)[-1]
-    offset, length = (
-        int(reader.varints(count, name, _MAX_U64)[-1]) for name in ("root offset", "root length")
-    )
-    keys, tree, indirect = (
-        int(reader.varints(count, name, _MAX_U64)[-1])
-        for name in ("number of keys", "number of tree bytes", "number of indirect value bytes")
-    )
-    time = int(reader.uint64s(count, "commit time")[-1])
-    if offset == length == _MAX_U64:
-        if height or keys or file.path:
-            raise reader.error(
-                "root", f"{keys} keys at height {height} without a node", "0 keys at height 0"
-            )
-        return int(generations[-1]), EMPTY_ROOT, time
-    if offset + length > wire.MAX_OFFSET:
-        raise reader.error("end of the root", offset + length, f"at most {wire.MAX_OFFSET}")
-    if not file.path:
-        raise reader.error("data file path", "''", "a relative path inside the database")
-    root = NodeRef(height, file.path, offset, length, keys, tree, indirect, base=file.base)
-    return int(generations[-1]), root, time
+    reader.varints(count, "generation")  # increasing: the last version is the newest
+    height = reader.take(count, "root height")[-1]
+    file, base = reader.pick(files, count)[-1]
+    columns = [reader.varints(count, "root place", wire.MAX_UINT64) for _ in range(5)]
+    offset, length, keys, nodes, outside = (int(column[-1]) for column in columns)
+    # Commit times and references to older versions follow.
+    return NodeRef(height, file, offset, length, base=base, counts=(keys, nodes, outside))
 
 
-def _read_version_nodes(reader: wire.Reader, files: list[wire.DataFile], most: int) -> None:
-    """Checks the references to older versions; we never follow them."""
-    count = reader.varint("version node count", most)
-    reader.varints(count, "version node generation")
-    reader.pick(files, count)
-    for name in ("offset", "length", "generation count"):
-        reader.varints(count, f"version node {name}")
-    reader.uint64s(count, "version node commit time")
-    reader.take(count, "version node height")
-
-
-def read_tree(
-    manifest: Manifest,
-    fetch: Callable[[str, int, int], bytes],
-    *,
-    max_bytes: int = 2 << 30,
-) -> list[Entry]:
-    """All keys of the newest version, in order, with their values or where those are.
+def read_tree(root: NodeRef, fetch: Callable[[str, int, int], bytes]) -> list[Entry]:
+    """All keys of a database, in order, with their values or where those are.
 
     Args:
-        manifest: from `decode_manifest`.
+        root: from `decode_manifest`.
         fetch: `fetch(file, offset, length)` returns these bytes; `file` is relative to the
             database directory and checked to stay inside it. What it raises passes through.
-        max_bytes: most memory that the nodes and the result may take, roughly. A tree may name
-            one node many times, so that a small file could describe a result without end.
 
     Raises:
-        DamagedCheckpointError, FormatError: as `decode_node`; keys of different nodes out of
-            order; more than `max_bytes`.
+        DamagedCheckpointError: not the bytes that were written.
+        FormatError: a valid checksum over contents that break the format, or a tree that would
+            take more than about 2 GB of memory.
     """
     entries: list[Entry] = []
-    todo = [] if manifest.root.is_empty else [manifest.root]
-    longest = 2 * manifest.node_limit
+    todo = [root] if root.file else []
     spent = 0
     while todo:
         ref = todo.pop()
-        if ref.length > longest:
-            raise FormatError(f"{ref}: found {ref.length} bytes, expected at most {longest}")
-        spent = _spend(ref, spent, _NODE_COST + ref.length, max_bytes)
-        data = fetch(ref.file, ref.offset, ref.length)
-        node = decode_node(data, ref, max_decoded_bytes=manifest.node_limit)
-        size = sum(_ENTRY_COST + len(key) for key, _ in node.entries)
-        size += sum(_ENTRY_COST + 2 * len(child.min_key) for child in node.children)
-        spent = _spend(ref, spent, size, max_bytes)
-        if entries and node.entries and node.entries[0][0] <= entries[-1][0]:
-            first, last = wire.shorten(node.entries[0][0]), wire.shorten(entries[-1][0])
-            raise FormatError(f"{ref}: first key: found {first}, expected one after {last}")
-        todo.extend(reversed(node.children))
-        entries += node.entries
+        _check_place(ref, "B+tree node")
+        spent += _NODE_COST + ref.length
+        if ref.length > wire.MAX_NODE or spent > _MAX_TREE_BYTES:
+            raise FormatError(
+                f"{ref}: found a node of {ref.length} bytes in a tree of {spent}, "
+                f"expected at most {wire.MAX_NODE} in {_MAX_TREE_BYTES}"
+            )
+        rows, children = _decode_node(fetch(ref.file, ref.offset, ref.length), ref)
+        spent += sum(len(key) + (len(v) if isinstance(v, bytes) else 0) for key, v in rows)
+        spent += sum(len(child.prefix) for child in children)
+        spent += _ROW_COST * (len(rows) + len(children))
+        keys = [key for key, _ in (*entries[-1:], *rows)]
+        if any(map(operator.ge, keys, keys[1:])):
+            raise FormatError(f"{ref}: found keys out of order, expected strictly increasing keys")
+        entries += rows
+        todo += reversed(children)
+    if len(entries) != root.counts[0]:
+        raise FormatError(f"{root}: found {len(entries)} keys, expected {root.counts[0]}")
     return entries
 
 
-def _spend(ref: NodeRef, spent: int, size: int, most: int) -> int:
-    if spent + size > most:
-        raise FormatError(
-            f"{ref}: found a tree above {spent + size} bytes, expected at most {most}"
-        )
-    return spent + size
+def _decode_node(data: bytes, ref: NodeRef) -> tuple[list[Entry], list[NodeRef]]:
+    """The entries of a leaf or the children of an interior node."""
+    what = str(ref)
+    reader = wire.open_frame(data, NODE_MAGIC, what)
+    if (height := reader.take(1, "height")[0]) != ref.height:
+        raise reader.error("height", height, ref.height)
+    files = reader.files(ref.base)
+    keys, marks = reader.strings("key", ref.prefix, marked=height > 0)
+    entries: list[Entry] = []
+    children: list[NodeRef] = []
+    if height:
+        places = reader.pick(files, len(keys))
+        offsets = reader.varints(len(keys), "node offset").tolist()
+        lengths = reader.varints(len(keys), "node length").tolist()
+        reader.varints(3 * len(keys), "node counts")
+        columns = (keys, marks.tolist(), places, offsets, lengths)
+        for key, mark, (file, base), offset, length in zip(*columns, strict=True):
+            children.append(NodeRef(height - 1, file, offset, length, key[:mark], base))
+    else:
+        lengths = reader.varints(len(keys), "value length").tolist()
+        kinds = reader.take(len(keys), "value kind")
+        if (kind := max(kinds, default=0)) > 1:
+            raise reader.error("value kind", kind, "0 or 1")
+        places = reader.pick(files, sum(kinds))
+        offsets = reader.varints(len(places), "value offset").tolist()
+        outside = zip(places, offsets, strict=True)
+        for key, kind, length in zip(keys, kinds, lengths, strict=True):
+            if kind:
+                (file, _), offset = next(outside)
+                value = ValueRef(file, offset, length)
+                _check_place(value, what)
+            else:
+                value = reader.take(length, "inline value")
+            entries.append((key, value))
+    reader.finish()
+    return entries, children

@@ -271,20 +271,17 @@ def encode_array_metadatas(arrays: Sequence[ArrayMetadata]) -> bytes:
     )
 
 
-def decode_array_metadatas(data: bytes, what: str) -> dict[str, ArrayMetadata]:
-    """The opposite of :func:`encode_array_metadatas`, by name."""
+def decode_array_metadatas(data: bytes, what: str) -> list[ArrayMetadata]:
+    """The opposite of :func:`encode_array_metadatas`."""
     raw = jsons.parse_object(data, what)
-    found: dict[str, ArrayMetadata] = {}
+    found: list[ArrayMetadata] = []
     try:
         for item in raw["array_metadatas"]:
             array = item["array_metadata"]
             extra: dict[str, Any] = array.get("ext_metadata") or {}
-            found[array["param_name"]] = ArrayMetadata(
-                str(array["param_name"]),
-                tuple(array["write_shape"]),
-                tuple(array["chunk_shape"]),
-                extra.get("random_key_impl"),
-            )
+            shapes = tuple(array["write_shape"]), tuple(array["chunk_shape"])
+            impl = extra.get("random_key_impl")
+            found.append(ArrayMetadata(str(array["param_name"]), *shapes, impl))
     except (KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{what}: malformed entry: {error!r}") from error
     return found

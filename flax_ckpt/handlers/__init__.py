@@ -4,13 +4,12 @@ from flax_ckpt.handlers.base import (
     AbstractCheckpointable,
     Checkpointable,
     CheckpointableHandler,
-    CheckpointableHandlerRegistry,
     PathAwaitingCreation,
     StatefulCheckpointable,
 )
 from flax_ckpt.handlers.pytree import ArrayMetadataValidator, PyTreeHandler
 from flax_ckpt.handlers.registry import (
-    Registry,
+    CheckpointableHandlerRegistry,
     global_registry,
     local_registry,
     register_handler,
@@ -28,7 +27,6 @@ __all__ = [
     "PathAwaitingCreation",
     "ProtoHandler",
     "PyTreeHandler",
-    "Registry",
     "StatefulCheckpointable",
     "global_registry",
     "local_registry",

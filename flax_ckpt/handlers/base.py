@@ -14,7 +14,7 @@ class ListHandler:                                   # a handler needs no base c
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from etils import epath
@@ -103,33 +103,3 @@ class StatefulCheckpointable(Protocol):
 
 
 HandlerType = type[CheckpointableHandler[Any, Any]]
-
-
-class CheckpointableHandlerRegistry(Protocol):
-    """Which handlers there are: for one name, or for every checkpointable they accept."""
-
-    def add(
-        self,
-        handler_type: HandlerType,
-        *,
-        checkpointable_name: str | None = None,
-        secondary_typestrs: Sequence[str] | None = None,
-    ) -> CheckpointableHandlerRegistry:
-        """Registers a handler class; returns the registry."""
-        ...
-
-    def get(self, checkpointable_name: str) -> HandlerType:
-        """The handler bound to a name."""
-        ...
-
-    def has(self, checkpointable_name: str) -> bool:
-        """Whether a handler is bound to the name."""
-        ...
-
-    def get_all_entries(self) -> Sequence[tuple[HandlerType, str | None]]:
-        """All handlers in order of registration, each with the name it is bound to, or None."""
-        ...
-
-    def get_secondary_typestrs(self, handler_type: HandlerType) -> Sequence[str]:
-        """Further type strings under which checkpoints may name the handler."""
-        ...

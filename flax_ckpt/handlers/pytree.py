@@ -18,11 +18,12 @@ from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import TreeMismatchError
 from flax_ckpt.format import names, tree
 from flax_ckpt.handlers.base import PathAwaitingCreation
-from flax_ckpt.handlers.saved_tree import SavedTree
+from flax_ckpt.handlers.saved_tree import SavedTree, read_array_metadatas
 from flax_ckpt.handlers.snapshot import Snapshot
 from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage import files, hosts, native_write
+from flax_ckpt.storage.record import Record
 
 logger = logging.getLogger("flax_ckpt")
 
@@ -111,13 +112,8 @@ class PyTreeHandler:
             DuplicateNameError: lists the leaves that would share a name on disk.
         """
         snapshot = Snapshot(directory.name, checkpointable, self._leaves, self._context)
-        options = self._context.multiprocessing
-        together = hosts.current(
-            primary=options.primary_host,
-            active=options.active_processes,
-            prefix=options.barrier_sync_key_prefix,
-            timeout_secs=self._context.asynchronous.timeout_secs,
-        )
+        timeout = self._context.asynchronous.timeout_secs
+        together = hosts.current(self._context.multiprocessing, timeout)
         return self._write(directory, snapshot, together)
 
     async def _write(
@@ -133,7 +129,7 @@ class PyTreeHandler:
         if together.is_primary:
             for name, data in snapshot.files().items():
                 files.write(os.path.join(path, name), data)
-            self._validator.validate_all_array_metadatas(_read_metadatas(folder))
+            self._validator.validate_all_array_metadatas(read_array_metadatas(Record(path)))
 
     async def load(
         self, directory: epath.Path, abstract_checkpointable: Any = None
@@ -155,9 +151,7 @@ class PyTreeHandler:
     async def _load(self, directory: epath.Path, abstract: Any) -> Any:
         rules = LoadRules()
         with SavedTree(os.fspath(directory), self._leaves) as saved:
-            self._validator.validate_all_array_metadatas(
-                {n: list(found.values()) for n, found in saved.array_metadatas.items()}
-            )
+            self._validator.validate_all_array_metadatas(saved.array_metadatas)
             partial = self._context.pytree.loading.partial_load
             result = saved.prepare(abstract, rules, partial=partial)()
         log_fallbacks(directory, rules)
@@ -170,12 +164,14 @@ class PyTreeHandler:
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """True if there is a leaf handler for one leaf of each type in the tree."""
-        leaves = {type(leaf): leaf for leaf in jax.tree.leaves(checkpointable)}
+        leaves: dict[Any, Any] = {type(leaf): leaf for leaf in jax.tree.leaves(checkpointable)}
         return all(self._leaves.for_value(leaf) is not None for leaf in leaves.values())
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Likewise of the abstract leaves."""
-        leaves = {type(leaf): leaf for leaf in jax.tree.leaves(abstract_checkpointable)}
+        leaves: dict[Any, Any] = {
+            type(leaf): leaf for leaf in jax.tree.leaves(abstract_checkpointable)
+        }
         return all(self._leaves.for_abstract(leaf) is not None for leaf in leaves.values())
 
 
@@ -188,13 +184,3 @@ def log_fallbacks(directory: epath.Path, rules: LoadRules) -> None:
             directory,
             len(rules.fallbacks),
         )
-
-
-def _read_metadatas(folder: str) -> dict[int, list[tree.ArrayMetadata]]:
-    """What all processes wrote about their arrays: the primary reads it back to compare."""
-    found: dict[int, list[tree.ArrayMetadata]] = {}
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-        path = os.path.join(folder, name)
-        decoded = tree.decode_array_metadatas(files.read(path), path)
-        found[int(name.removeprefix("process_"))] = list(decoded.values())
-    return found

@@ -19,18 +19,17 @@ from typing import Any, TypeVar
 
 from flax_ckpt.errors import AlreadyExistsError, NoEntryError
 from flax_ckpt.format import names
-from flax_ckpt.handlers.base import (
-    CheckpointableHandler,
-    CheckpointableHandlerRegistry,
-    HandlerType,
-)
+from flax_ckpt.handlers.base import CheckpointableHandler, HandlerType
 
 Handler = CheckpointableHandler[Any, Any]
 H = TypeVar("H", bound=HandlerType)
 
 
-class Registry:
-    """The registry that :func:`local_registry` and :func:`global_registry` return."""
+class CheckpointableHandlerRegistry:
+    """Which handlers there are: for one name, or for every checkpointable they accept.
+
+    Made by :func:`local_registry`; any object with these methods will do in its place.
+    """
 
     def __init__(self) -> None:
         self._entries: list[tuple[HandlerType, str | None]] = []
@@ -42,7 +41,7 @@ class Registry:
         *,
         checkpointable_name: str | None = None,
         secondary_typestrs: Sequence[str] | None = None,
-    ) -> Registry:
+    ) -> CheckpointableHandlerRegistry:
         """Registers a handler class.
 
         Args:
@@ -102,13 +101,13 @@ class Registry:
             f"{handler.__name__}" + (f" for {name!r}" if name else "")
             for handler, name in self._entries
         )
-        return f"Registry({shown})"
+        return f"CheckpointableHandlerRegistry({shown})"
 
 
-_global = Registry()
+_global = CheckpointableHandlerRegistry()
 
 
-def global_registry() -> Registry:
+def global_registry() -> CheckpointableHandlerRegistry:
     """The registry that every Context without one of its own uses."""
     return _global
 
@@ -117,14 +116,14 @@ def local_registry(
     other_registry: CheckpointableHandlerRegistry | None = None,
     *,
     include_global_registry: bool = True,
-) -> Registry:
+) -> CheckpointableHandlerRegistry:
     """A new registry, to change without touching the global one.
 
     Args:
         other_registry: its entries come last, so they win.
         include_global_registry: whether to start with the global entries.
     """
-    registry = Registry()
+    registry = CheckpointableHandlerRegistry()
     for source in ([_global] if include_global_registry else []) + (
         [other_registry] if other_registry is not None else []
     ):

@@ -43,7 +43,7 @@ class SavedTree(contextlib.ExitStack):
 
     Attributes:
         leaves: what is saved, empty nodes included, by key path.
-        array_metadatas: what each process wrote about its arrays, by process.
+        array_metadatas: what each process wrote about the arrays, by its index.
 
     Raises:
         DamagedCheckpointError: a file that describes the tree is missing or changed.
@@ -61,31 +61,19 @@ class SavedTree(contextlib.ExitStack):
             open_store(self._record, ocdbt=self._metadata.use_ocdbt, zarr3=self._metadata.use_zarr3)
         )
         try:
-            self.array_metadatas = self._read_array_metadatas()
+            self.array_metadatas = read_array_metadatas(self._record)
             self.leaves = {leaf.path: leaf for leaf in self._describe()}
         except BaseException:
             self.close()
             raise
-
-    def _read_array_metadatas(self) -> dict[int, dict[str, tree.ArrayMetadata]]:
-        folder = os.path.join(self.directory, names.ARRAY_METADATAS)
-        found: dict[int, dict[str, tree.ArrayMetadata]] = {}
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            index = name.removeprefix("process_")
-            if name.startswith("process_") and index.isdigit():
-                data = self._record.read(f"{names.ARRAY_METADATAS}/{name}")
-                path = os.path.join(folder, name)
-                found[int(index)] = tree.decode_array_metadatas(data, path)
-        if not found and self._record.lists(f"{names.ARRAY_METADATAS}/process_0"):
-            self._record.read(f"{names.ARRAY_METADATAS}/process_0")  # names the missing file
-        return found
 
     def _describe(self) -> Iterator[SavedLeaf]:
         shardings: dict[str, str] = {}
         if self._record.lists(names.SHARDING):
             path = os.path.join(self.directory, names.SHARDING)
             shardings = tree.decode_shardings(self._record.read(names.SHARDING), path)
-        impls = next(iter(self.array_metadatas.values()), dict[str, tree.ArrayMetadata]())
+        recorded = list(self.array_metadatas.values())
+        impls = {array.name: array.key_impl for array in recorded[0]} if recorded else {}
         texts = [e.name for e in self._metadata.entries if e.value_type == tree.STRING]
         strings: dict[str, str] = {}
         if texts:
@@ -105,7 +93,7 @@ class SavedTree(contextlib.ExitStack):
                 yield SavedLeaf(entry.path, entry.name, entry.value_type, string=text)
             else:
                 array = stored[entry.name]
-                known = impls.get(entry.name) if entry.value_type == tree.ARRAY else None
+                impl = impls.get(entry.name) if entry.value_type == tree.ARRAY else None
                 yield SavedLeaf(
                     entry.path,
                     entry.name,
@@ -113,7 +101,7 @@ class SavedTree(contextlib.ExitStack):
                     array.shape,
                     array.dtype,
                     shardings.get(entry.name),
-                    known.key_impl if known else None,
+                    impl,
                 )
 
     def abstract(self) -> Any:
@@ -246,6 +234,19 @@ class SavedTree(contextlib.ExitStack):
             for k, value in zip(mine, built, strict=True):
                 values[found[k][0]] = value
         return values
+
+
+def read_array_metadatas(record: Record) -> dict[int, list[tree.ArrayMetadata]]:
+    """What each process wrote about the arrays of a PyTree directory, by its index."""
+    folder = os.path.join(record.directory, names.ARRAY_METADATAS)
+    present = os.listdir(folder) if os.path.isdir(folder) else []
+    found: dict[int, list[tree.ArrayMetadata]] = {}
+    for name in sorted({*present, *record.listed(f"{names.ARRAY_METADATAS}/")}):
+        index = name.removeprefix("process_")
+        if index != name and index.isdigit():
+            data = record.read(f"{names.ARRAY_METADATAS}/{name}")
+            found[int(index)] = tree.decode_array_metadatas(data, os.path.join(folder, name))
+    return found
 
 
 def show_abstract(abstract: Any) -> str:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from flax_ckpt.context import Context
-from flax_ckpt.errors import FormatError, UnsupportedLeafError
+from flax_ckpt.errors import UnsupportedLeafError
 from flax_ckpt.format import arrays, names, tree
 from flax_ckpt.handlers import keypaths
 from flax_ckpt.leaves.base import LeafWrite
@@ -141,8 +141,5 @@ def _array(name: str, write: LeafWrite, limit: int) -> ArrayWrite:
     chunk = arrays.choose_chunks(
         write.shard_shape, write.dtype.itemsize, single_shard=single, limit=limit
     )
-    try:
-        spec = arrays.ArraySpec(write.shape, arrays.zarr_dtype(write.dtype), chunk)
-    except FormatError as error:
-        raise FormatError(f"{name}: {error}") from error
-    return ArrayWrite(name, spec, [(shard.start, shard.data) for shard in write.shards])
+    spec = arrays.ArraySpec(write.shape, arrays.zarr_dtype(write.dtype), chunk)
+    return ArrayWrite(name, spec, write.shards)

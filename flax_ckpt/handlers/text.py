@@ -28,8 +28,7 @@ async def _write(directory: PathAwaitingCreation, filename: str, data: bytes, wa
 
 
 def _is_primary() -> bool:
-    options = resolve().multiprocessing
-    return hosts.current(primary=options.primary_host, active=options.active_processes).is_primary
+    return hosts.current(resolve().multiprocessing).is_primary
 
 
 @final

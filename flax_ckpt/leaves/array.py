@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flax_ckpt.format import arrays, tree
 from flax_ckpt.leaves import dtypes, sharding
-from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Shard, Target, show_array
+from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show_array
 from flax_ckpt.storage.store import Region, whole
 
 
@@ -41,23 +41,18 @@ class ArrayLeaf:
         # donated or deleted lives on until the save lets go of it.
         array = cast("jax.Array", value)
         placed = array.sharding
-        shards = (
-            [
-                Shard(tuple(s.start or 0 for s in shard.index), np.asarray(shard.data))
+        shape = array.shape
+        if placed.num_devices == 1:
+            shards = [((0,) * array.ndim, np.asarray(array))]
+        else:
+            shape = placed.shard_shape(shape)
+            shards = [
+                (tuple([s.start or 0 for s in shard.index]), np.asarray(shard.data))
                 for shard in array.addressable_shards
                 if shard.replica_id == 0
             ]
-            if placed.num_devices > 1
-            else [Shard((0,) * array.ndim, np.asarray(array))]
-        )
-        return LeafWrite(
-            tree.ARRAY,
-            array.shape,
-            np.dtype(array.dtype),
-            placed.shard_shape(array.shape) if placed.num_devices > 1 else array.shape,
-            shards,
-            sharding.to_json(placed),
-        )
+        dtype, text = np.dtype(array.dtype), sharding.to_json(placed)
+        return LeafWrite(tree.ARRAY, array.shape, dtype, shape, shards, text)
 
     def describe(self, saved: SavedLeaf) -> Any:
         """A `jax.ShapeDtypeStruct`, with the saved sharding if its devices are here."""

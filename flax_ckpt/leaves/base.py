@@ -17,13 +17,8 @@ from numpy.typing import NDArray
 from flax_ckpt.format import tree
 from flax_ckpt.storage.store import Region
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Shard:
-    """A part of an array in host memory, and where it begins in the array."""
-
-    start: tuple[int, ...]
-    data: NDArray[Any]
+# Where a part of an array begins in it, and the part, in host memory.
+Shard = tuple[tuple[int, ...], NDArray[Any]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flax_ckpt.format import arrays, tree
 from flax_ckpt.leaves import dtypes, sharding
-from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Shard, Target, show_array
+from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show_array
 from flax_ckpt.storage.store import whole
 
 
@@ -59,7 +59,7 @@ class NumpyLeaf:
             native.shape,
             native.dtype,
             native.shape,
-            [Shard((0,) * native.ndim, native)],
+            [((0,) * native.ndim, native)],
             sharding.HOST,
         )
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from flax_ckpt.errors import TreeMismatchError
 from flax_ckpt.format import tree
 from flax_ckpt.leaves import dtypes, sharding
-from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Shard, Target
+from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target
 
 _KINDS: Final[dict[str, type]] = {"bool": bool, "int": int, "float": float}
 
@@ -41,8 +41,7 @@ class ScalarLeaf:
         if isinstance(value, int) and not isinstance(value, bool):
             dtype = np.int64 if value < 2**63 else np.uint64
         array = np.asarray(value, dtype)
-        shards = [Shard((), array)]
-        return LeafWrite(tree.SCALAR, (), array.dtype, (), shards, sharding.HOST)
+        return LeafWrite(tree.SCALAR, (), array.dtype, (), [((), array)], sharding.HOST)
 
     def describe(self, saved: SavedLeaf) -> Any:
         """The zero of its type, as Orbax has it: `0`, `0.0` or `False`."""

@@ -59,7 +59,7 @@ class Staging:
         """Makes the staging directory and those in it, after removing what a crash left there."""
         if os.path.lexists(self.path):
             shutil.rmtree(self.path)
-        os.makedirs(os.path.dirname(self.target), exist_ok=True)
+        files.make_directory(os.path.dirname(self.target))
         for path in [self.path, *(os.path.join(self.path, name) for name in directories)]:
             os.mkdir(path)
             if self._mode is not None:

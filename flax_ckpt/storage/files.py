@@ -41,6 +41,15 @@ def sync_tree(root: str) -> None:
         sync_path(directory)
 
 
+def make_directory(path: str) -> None:
+    """Makes a directory and those above it that are missing, each durably."""
+    if os.path.isdir(path):
+        return
+    make_directory(os.path.dirname(path))
+    os.makedirs(path, exist_ok=True)  # another process may have been faster
+    sync_path(os.path.dirname(path))
+
+
 def write(path: str, data: bytes) -> None:
     """Creates a file with these bytes; it is durable after :func:`sync_tree`."""
     with open(path, "xb") as file:

@@ -14,6 +14,7 @@ import jax
 from jax._src import distributed  # the coordination client has no public name
 
 from flax_ckpt.errors import BarrierTimeoutError
+from flax_ckpt.options import MultiprocessingOptions
 
 _operations = itertools.count()
 _distributed: Any = distributed
@@ -68,29 +69,22 @@ class Hosts:
             ) from error
 
 
-def current(
-    *,
-    primary: int = 0,
-    active: set[int] | None = None,
-    prefix: str | None = None,
-    timeout_secs: float = 1200,
-) -> Hosts:
+def current(options: MultiprocessingOptions, timeout_secs: float = 0) -> Hosts:
     """The hosts of a new operation, seen from this process.
 
     Args:
-        primary: index of the primary process.
-        active: indices of the processes that take part; None: all.
-        prefix: put before the names of barriers.
+        options: who takes part.
         timeout_secs: seconds that a barrier waits.
     """
-    everyone = range(jax.process_count()) if active is None else sorted(active)
-    if primary not in everyone:
+    everyone = tuple(options.active_processes or range(jax.process_count()))
+    if options.primary_host not in everyone:
         raise ValueError(
-            f"multiprocessing.primary_host is {primary}, which is not among the active processes"
-            f" {list(everyone)}; set primary_host to one of them"
+            f"multiprocessing.primary_host is {options.primary_host}, which is not among the"
+            f" active processes {list(everyone)}; set primary_host to one of them"
         )
-    operation = f"{prefix or ''}flax_ckpt/{next(_operations)}"
-    return Hosts(jax.process_index(), tuple(everyone), primary, operation, timeout_secs)
+    operation = f"{options.barrier_sync_key_prefix or ''}flax_ckpt/{next(_operations)}"
+    index = jax.process_index()
+    return Hosts(index, tuple(sorted(everyone)), options.primary_host, operation, timeout_secs)
 
 
 def _client() -> Any:

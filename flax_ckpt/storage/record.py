@@ -44,10 +44,11 @@ class Record:
         """Whether every file is checked."""
         return self._integrity is not None
 
-    def items(self) -> set[str]:
-        """Names of the checkpointables that were saved; empty without a record."""
+    def listed(self, within: str = "") -> set[str]:
+        """First parts of the paths that were saved in a sub-directory; empty without a record."""
+        start = self._prefix + within
         listed = self._integrity.crc32c if self._integrity is not None else {}
-        return {path.partition("/")[0] for path in listed if "/" in path}
+        return {path[len(start) :].partition("/")[0] for path in listed if path.startswith(start)}
 
     def lists(self, name: str) -> bool:
         """Whether the file is there, or should be."""

@@ -24,7 +24,7 @@ from flax_ckpt import _async, _save
 from flax_ckpt.adapters import config as configs
 from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
-from flax_ckpt.errors import FormatError, SaveFailedError, StateError
+from flax_ckpt.errors import ConfigError, FormatError, SaveFailedError, StateError
 from flax_ckpt.format import names, protos
 from flax_ckpt.storage.paths import local_path
 from flax_ckpt.training import policies, progress, steps
@@ -146,11 +146,10 @@ class CheckpointCallback(Generic[S]):
         if self._config is None or saved is None:
             return
         try:
-            before = protos.text_to_message(saved, type(self._config))
-        except FormatError as error:
+            changes = configs.diff(protos.text_to_message(saved), self._config)
+        except (FormatError, ConfigError) as error:
             logger.warning("the saved config cannot be compared with this run's: %s", error)
             return
-        changes = configs.diff(before, self._config)
         if changes:
             logger.info("config changed since the checkpoint: %s", "; ".join(changes))
 

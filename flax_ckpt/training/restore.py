@@ -24,6 +24,7 @@ from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import (
     CheckpointNotFoundError,
+    ConfigError,
     Difference,
     FormatError,
     StateError,
@@ -259,10 +260,9 @@ def _load_config(layout: Layout, message_type: type[Message] | None) -> tuple[st
         return None, None
     text = record.read(names.PROTO_FILE).decode()
     try:
-        message = protos.text_to_message(text, message_type)
-    except FormatError as error:
+        return text, configs.from_message(protos.text_to_message(text, message_type))
+    except (FormatError, ConfigError) as error:
         if message_type is not None:
             raise
         logger.debug("%s: the config stays text: %s", layout.path, error)
         return text, None
-    return text, configs.from_message(message)

@@ -22,7 +22,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict, config_dict
 
-from flax_ckpt.adapters.config import diff, from_message, to_message, to_plain
+from flax_ckpt.adapters.config import diff, from_message, to_message
 from flax_ckpt.errors import ConfigError
 from flax_ckpt.format.config_pb import RunConfig
 from flax_ckpt.format.protos import message_to_text, text_to_message
@@ -40,7 +40,12 @@ def _restored(config):
 
 
 def _same(saved, read, *, ordered=True) -> bool:
-    """Equal, with equal types, float bits and, if `ordered`, key order; NaN is NaN."""
+    """Equal, with equal types, float bits and, if `ordered`, key order; NaN is NaN.
+
+    A scalar type is the same as its dtype.
+    """
+    if isinstance(saved, type) and isinstance(read, type | np.dtype):
+        return np.dtype(saved) == np.dtype(read)
     if type(saved) is not type(read):
         return False
     if isinstance(saved, dict | ConfigDict):
@@ -57,10 +62,10 @@ def _same(saved, read, *, ordered=True) -> bool:
     return saved == read
 
 
-_DTYPES = [np.dtype(n) for n in ("float32", "bfloat16", "int4", ">f4", "bool", "S3", "M8[ns]")]
+_DTYPES = [np.dtype(n) for n in ("float32", "bfloat16", "int4", "bool", "M8[ns]", "complex64")]
 _TYPES = [jnp.bfloat16, jnp.float32, jnp.int4, jnp.bool_, np.float32, np.bool_, np.longdouble]
-_TYPES += [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, jnp.floating, float, int, bool, complex]
-_KEYS = st.text(max_size=8) | st.text("ab._-", max_size=3) | st.integers()
+_TYPES += [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, float, int, bool, complex]
+_KEYS = st.text(max_size=8) | st.text("ab._-", max_size=3) | st.integers(-(2**63), 2**63 - 1)
 _LEAVES = (
     st.none()
     | st.booleans()
@@ -71,7 +76,6 @@ _LEAVES = (
     | st.text("\\xu01\"'\n\r\0\x85\u2028{}")
     | st.binary()
     | st.sampled_from(_DTYPES)
-    | st.sampled_from(_TYPES)
 )
 
 
@@ -80,7 +84,8 @@ def _containers(children):
     return lists | lists.map(tuple) | st.dictionaries(_KEYS, children, max_size=4)
 
 
-_CONFIGS = st.dictionaries(_KEYS, st.recursive(_LEAVES, _containers, max_leaves=12), max_size=5)
+def _dicts(leaves):
+    return st.dictionaries(_KEYS, st.recursive(leaves, _containers, max_leaves=12), max_size=5)
 
 
 def _as_config_dict(value):
@@ -91,13 +96,12 @@ def _as_config_dict(value):
     return out
 
 
-@given(_CONFIGS)
+@given(_dicts(_LEAVES | st.sampled_from(_TYPES)))
 @example({"a": -0.0, "b": math.nan, "c": -math.inf, "d": 5e-324, "e": 2**53 + 1})
 @example({"a": [-(2**63), 2**63 - 1, 2**63, -(2**63) - 1, True, 1, 1.0], 1: "int", "1": "str"})
-@example({"": {"": ()}, "a.b": [{"a.b": {}}], 2**64: {}})
+@example({"": {"": ()}, "a.b": [{"a.b": {}}], 2**63 - 1: {}})
 def test_a_nested_config_comes_back_from_its_text(config):
     message = _through_text(config)
-    assert _same(config, to_plain(message))
     assert _same(_as_config_dict(config), from_message(message))
     assert diff(to_message(config), message) == []
 
@@ -117,6 +121,7 @@ def test_every_kind_of_the_issue_comes_back_equal():
             "blocks": [ConfigDict({"width": 1}), {"width": 2}],
             "nested": {"deeper": {"steps": reference}},
             "lookup": {1: "one", -5: "minus five"},
+            "empty": config_dict.placeholder(int),
         }
     )
     config.twice = reference * 2
@@ -127,44 +132,47 @@ def test_every_kind_of_the_issue_comes_back_equal():
     assert restored.nested.deeper.steps == 3
     assert type(restored.blocks[0]) is ConfigDict
     assert type(restored.blocks[1]) is dict
-    assert restored.dtype is jnp.bfloat16
+    assert restored.dtype == jnp.bfloat16
     assert restored["nested.deeper.steps"] == 3  # as in any ConfigDict without dotted keys
 
 
 def test_the_text_is_readable():
     config = {"learning_rate": 1e-3, "layers": (2, 2), "model": {"dtype": jnp.bfloat16, "é": {}}}
-    config["model"]["activation"] = "gelu"
+    config["model"] |= {"activation": "gelu", "blocks": [{"width": 2}, {"width": 3}]}
     config |= {3: None, "on": True, "seed": 2**64, "raw": b"\0", "p": np.dtype("int4"), "s": "a\nb"}
     assert message_to_text(to_message(config)) == (
         "# proto-message: flax_ckpt.RunConfig\n"
-        "config {\n"
-        '  field { key: "learning_rate" float: 0.001 }\n'
-        '  field { key: "layers" tuple { item { int: 2 } item { int: 2 } } }\n'
-        "  field {\n"
-        '    key: "model"\n'
-        "    dict {\n"
-        '      field { key: "dtype" type: "jax.numpy.bfloat16" }\n'
-        '      field { key: "é" dict { } }\n'
-        '      field { key: "activation" str: "gelu" }\n'
+        'item { key: "learning_rate" float: 0.001 }\n'
+        'item { key: "layers" tuple { item { int: 2 } item { int: 2 } } }\n'
+        "item {\n"
+        '  key: "model"\n'
+        "  dict {\n"
+        '    item { key: "dtype" dtype: "bfloat16" }\n'
+        '    item { key: "é" dict { } }\n'
+        '    item { key: "activation" str: "gelu" }\n'
+        "    item {\n"
+        '      key: "blocks"\n'
+        "      list {\n"
+        '        item { dict { item { key: "width" int: 2 } } }\n'
+        '        item { dict { item { key: "width" int: 3 } } }\n'
+        "      }\n"
         "    }\n"
         "  }\n"
-        "  field { int_key: 3 none: true }\n"
-        '  field { key: "on" bool: true }\n'
-        '  field { key: "seed" big_int: "18446744073709551616" }\n'
-        '  field { key: "raw" bytes: "\\000" }\n'
-        '  field { key: "p" dtype: "int4" }\n'
-        '  field { key: "s" str: "a\\nb" }\n'
         "}\n"
+        "item { int_key: 3 none: true }\n"
+        'item { key: "on" bool: true }\n'
+        'item { key: "seed" big_int: "18446744073709551616" }\n'
+        'item { key: "raw" bytes: "\\000" }\n'
+        'item { key: "p" dtype: "int4" }\n'
+        'item { key: "s" str: "a\\nb" }\n'
     )
 
 
 @pytest.mark.parametrize("value", [*_DTYPES, *_TYPES], ids=repr)
-def test_dtypes_and_scalar_types_come_back_as_the_same_kind(value):
+def test_dtypes_and_scalar_types_come_back_as_the_dtype_they_equal(value):
     restored = _restored({"dtype": value}).dtype
+    assert isinstance(restored, np.dtype)
     assert restored == value
-    assert type(restored) is type(value)
-    if isinstance(value, type):
-        assert restored is value
 
 
 @pytest.mark.parametrize(
@@ -201,7 +209,7 @@ def test_subclasses_come_back_as_the_value_they_equal():
 
     pair = namedtuple("pair", "x y")(1, 2)
     config = {"level": Level.LOW, "name": Name.SGD, "old": Old.ADAM, "pair": pair}
-    plain = to_plain(_through_text({**config, Name.SGD: 1, Level.LOW: 2}))
+    plain = _restored({**config, Name.SGD: 1, Level.LOW: 2}).to_dict()
     assert plain == {"level": 1, "name": "sgd", "old": "adam", "pair": (1, 2), "sgd": 1, 1: 2}
     assert [type(value) for value in plain.values()] == [int, str, str, tuple, int, int]
 
@@ -220,7 +228,7 @@ def test_every_shape_of_a_config_is_accepted():
 
     plain = {"model": {"width": 64, "layers": (2, 2)}, "steps": 3}
     as_dataclass = Config(Model(), [Model(1)])
-    assert to_plain(_through_text(as_dataclass)) == dataclasses.asdict(as_dataclass)
+    assert _restored(as_dataclass) == ConfigDict(dataclasses.asdict(as_dataclass))
     configs = [ConfigDict(plain), FrozenConfigDict(plain), plain, OrderedDict(plain)]
     configs += [MappingProxyType(plain), FrozenDict(plain), ConfigDict(plain).lock()]
     for config in configs:
@@ -229,19 +237,21 @@ def test_every_shape_of_a_config_is_accepted():
         assert restored == ConfigDict(plain)
         assert not restored.is_locked
     assert _restored({}) == ConfigDict()
-    assert to_message({}).HasField("config")
 
 
-def test_placeholders_come_back_as_none_and_order_is_kept():
-    config = ConfigDict({"z": 1, "a": config_dict.placeholder(int)}, sort_keys=False)
-    config.required = config_dict.required_placeholder(str)
-    restored = _restored({**config._fields, "derived": config.get_ref("required") + "x"})
-    assert list(restored.items()) == [("z", 1), ("a", None), ("required", None), ("derived", None)]
-    assert list(_restored(ConfigDict({"z": 1, "a": 2}))) == ["a", "z"]  # as it iterates
+def test_order_is_kept():
+    config = {"z": {"z": 1, "a": 2}, "a": None}
+    assert (
+        list(_restored(config))
+        == list(_restored(ConfigDict(config, sort_keys=False)))
+        == ["z", "a"]
+    )
+    assert list(_restored(config).z) == ["z", "a"]
+    assert list(_restored(ConfigDict(config))) == ["a", "z"]  # as it iterates
 
 
 def test_a_dict_with_int_keys_and_with_dots():
-    config = {"m": {1: "a", "1": "b", -(2**80): "c"}, "a.b": {"c.d": 1}, "x": {"y": 2}}
+    config = {"m": {1: "a", "1": "b", -(2**60): "c"}, "a.b": {"c.d": 1}, "x": {"y": 2}}
     restored = _restored(config)
     assert restored.to_dict() == config
     assert restored.x.allow_dotted_keys is False
@@ -259,99 +269,104 @@ def _refused(config) -> list[str]:
     return lines
 
 
+def _unsaved(path, kind):
+    return f"{path}: cannot save a {kind}; store a name, a number or a list instead"
+
+
 def test_every_bad_value_is_named_in_one_error():
-    class Color(enum.Enum):
-        RED = 1
+    class Layer:
+        dtype = np.dtype("float32")
 
     config = {
         "good": 1,
-        "model": {"activation": jnp.tanh, "parts": [1, {"init": object()}], "cls": pathlib.Path},
-        "kinds": {"set": {1}, "path": pathlib.PurePosixPath("x"), "enum": Color.RED},
-        "odd": (1j, np.datetime64(1, "s"), np.timedelta64(1, "ns"), np.longdouble(1), range(3)),
-        "record": np.dtype([("a", "f4")]),
+        "model": {"activation": len, "parts": [1, {"init": object()}], "cls": pathlib.Path},
+        "types": (Layer, jnp.floating),
         "name": "a\ud800",
+        "table": np.ones((2, 3)),
     }
     assert _refused(config) == [
-        "model.activation: the callable tanh; store its name",
-        "model.parts[1].init: an object of type object; "
-        "store the name or the numbers it is built from",
-        "model.cls: the class Path; store its name",
-        "kinds.set: a set; store a sorted list or tuple",
-        "kinds.path: a pathlib.PurePosixPath; store str(path)",
-        "kinds.enum: the enum member Color.RED; store its .name or .value",
-        *(
-            f"odd[{index}]: an object of type {name}; "
-            "store the name or the numbers it is built from"
-            for index, name in enumerate(
-                ["complex", "numpy.datetime64", "numpy.timedelta64", "numpy.longdouble", "range"]
-            )
-        ),
-        "record: the dtype [('a', '<f4')], which no name gives back; store what it is built from",
-        "name: a string with lone surrogates, which UTF-8 cannot hold; store bytes",
+        _unsaved("model.activation", "builtin_function_or_method"),
+        _unsaved("model.parts[1].init", "object"),
+        _unsaved("model.cls", "type"),
+        _unsaved("types[0]", "type"),
+        _unsaved("types[1]", "type"),
+        "name: 'utf-8' codec can't encode character '\\ud800' in position 1: "
+        "surrogates not allowed",
+        _unsaved("table", "ndarray"),
     ]
 
 
-@pytest.mark.parametrize("array", [np.zeros(()), np.ones((2, 3)), jnp.ones(()), jnp.ones(3)])
-def test_arrays_belong_into_the_state(array):
-    label = f"{type(array).__module__}.{type(array).__qualname__}"
-    assert _refused({"model": {"table": array}}) == [
-        f"model.table: an array ({label}); save it in the state, or store its .tolist()"
-    ]
+@pytest.mark.parametrize(
+    "value",
+    [
+        enum.Enum("Color", "RED").RED,
+        {1},
+        pathlib.PurePosixPath("x"),
+        1j,
+        range(3),
+        np.datetime64(1, "s"),
+        np.timedelta64(1, "ns"),
+        np.longdouble(1),
+        np.zeros(1, [("a", "f4")])[0],
+        np.dtype([("a", "f4")]),
+        np.dtype(">f4"),
+        np.zeros(()),
+        jnp.ones(()),
+        jnp.ones(3),
+    ],
+    ids=repr,
+)
+def test_what_is_no_plain_value_is_refused(value):
+    assert _refused({"a": {"b": value}}) == [_unsaved("a.b", type(value).__name__)]
 
 
 def test_bad_keys_are_named():
-    lines = _refused({"m": {1.5: 1, True: 2, (1, 2): 3, None: 4, "\ud800": 5, b"k": 6}})
-    kinds = {"1.5": "float", "True": "bool", "(1, 2)": "tuple", "None": "NoneType"}
-    assert lines == [
-        *(f"m[{key}]: a key of type {kind}; keys are str or int" for key, kind in kinds.items()),
-        r"m['\ud800']: a string with lone surrogates, which UTF-8 cannot hold; store bytes",
-        "m[b'k']: a key of type bytes; keys are str or int",
-    ]
-    lines = _refused(ConfigDict({"m": _as_config_dict({"x y": {"": jnp.sin}})}))
-    assert lines == ["m['x y']['']: the callable sin; store its name"]
+    lines = _refused({"m": {1.5: 1, True: 2, (1, 2): 3, None: 4, "\ud800": 5, b"k": 6, 2**63: 7}})
+    keys = ["1.5", "True", "(1, 2)", "None", r"'\ud800'", "b'k'", str(2**63)]
+    assert lines == [f"m[{key}]: a key is a str or an int of 64 bits" for key in keys]
+    lines = _refused(ConfigDict({"m": _as_config_dict({"x y": {"": object()}})}))
+    assert [line.partition(":")[0] for line in lines] == ["m['x y']['']"]
 
 
 def test_huge_ints_cycles_and_depth_are_refused():
-    assert _refused({"a": [1 << 2048]}) == ["a[0]: an int of 2049 bits, at most 2048; store bytes"]
-    assert _refused({"a": {1 << 20_000: 1}}) == [
-        "a[a int]: an int of 20001 bits, at most 2048; store bytes"
-    ]
+    (line,) = _refused({"a": [1 << 20_000]})
+    assert line.startswith("a[0]: Exceeds the limit")
+    deep = "contains itself, or is nested deeper than 40 levels"
     cycle = {"ok": {}}
-    cycle["self"] = [cycle]
-    assert _refused(cycle) == ["self[0]: contains itself; a config is a tree"]
+    cycle["self"] = [cycle, cycle]
+    assert _refused(cycle) == [f"self[0]: {deep}", f"self[1]: {deep}"]
     cyclic = ConfigDict()
     cyclic.me = cyclic
-    assert _refused(cyclic) == ["me: contains itself; a config is a tree"]
+    assert _refused(cyclic) == [f"me: {deep}"]
     twice = {"shared": 1}
-    assert to_plain(to_message({"a": twice, "b": twice})) == {"a": twice, "b": twice}
+    assert _restored({"a": twice, "b": twice}).to_dict() == {"a": twice, "b": twice}
 
     def nested(levels):
         return {"a": nested(levels - 1)} if levels else {}
 
     deepest = _through_text(nested(39))
-    assert to_plain(deepest) == nested(39)
+    assert from_message(deepest) == ConfigDict(nested(39))
     assert RunConfig.FromString(deepest.SerializeToString()) == deepest
-    (line,) = _refused(nested(40))
-    assert line.endswith(".a: nested deeper than 40 levels; flatten the config")
+    assert _refused(nested(40)) == [".".join("a" * 40) + f": {deep}"]
 
 
 def test_a_config_dict_that_cannot_be_walked_is_refused():
-    broken = ConfigDict({"a": 2.0})
+    broken = ConfigDict({"a": 2.0, "needed": config_dict.required_placeholder(str)})
     broken.b = 1 / broken.get_ref("a")
     broken.a = 0.0
-    (line,) = _refused(broken)
-    assert line.startswith("b: a FieldReference that cannot be computed: ZeroDivisionError(")
+    assert [line.partition(": ")[0] for line in _refused(broken)] == ["b", "needed"]
     mixed = ConfigDict({"m": {1: 1}})
     mixed.m["a"] = 2
-    assert _refused(mixed) == ["m: int and str keys in one ConfigDict; pass sort_keys=False"]
+    (line,) = _refused(mixed)
+    assert line.startswith("m: '<' not supported between")
 
 
-@pytest.mark.parametrize(("config", "found"), [([1], "[1] of type list"), (None, "None of type")])
-def test_what_is_no_config_is_refused(config, found):
-    with pytest.raises(ConfigError, match="a config is an ml_collections") as e:
-        to_message(config)
-    assert found in str(e.value)
-    assert _refused(jnp.sin) == ["config: the callable sin; store its name"]
+def test_what_is_no_config_is_refused():
+    expected = "a {} is no ConfigDict, dict, dataclass or message"
+    assert _refused([1]) == [expected.format("list")]
+    assert _refused(None) == [expected.format("NoneType")]
+    (line,) = _refused(object())
+    assert line.startswith("config: cannot save a object")
 
 
 # What cannot be read: files edited by hand, or written by another version.
@@ -360,24 +375,19 @@ def test_what_is_no_config_is_refused(config, found):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ('field { key: "a" dtype: "f99x" }', "a: this process has no dtype 'f99x'"),
-        ('field { key: "a" type: "os.system" }', "a: this process has no type 'os.system'"),
-        ('field { key: "a" type: "numpy.ndarray" }', "a: this process has no type 'numpy.ndarray'"),
-        ('field { key: "a" type: "numpy.load" }', "a: this process has no type 'numpy.load'"),
-        ('field { key: "a" type: "builtins.eval" }', "a: this process has no type 'builtins.eval'"),
-        ('field { key: "a" big_int: "x1" }', "a: 'x1' is not an integer"),
-        ('field { big_int_key: "x" int: 1 }', "config: 'x' is not an integer"),
-        ('field { key: "a" list { item { } } }', "a[0]: a saved field without a value; was it"),
-        ("field { int: 1 }", "config: a saved field without a key"),
-        ('field { key: "a" int: 1 } field { key: "a" int: 2 }', "the saved config holds a twice"),
+        ('key: "a" dtype: "f99x"', "a: this process has no dtype 'f99x'"),
+        ('key: "a" dtype: "os.system"', "a: this process has no dtype 'os.system'"),
+        ('key: "a" dtype: "f4,("', "a: this process has no dtype 'f4,('"),
+        ('key: "a" big_int: "x1"', "a: this process has no big_int 'x1'"),
+        ('key: "a" list { item { } }', "a[0]: no value; was it written by a newer flax_ckpt?"),
+        ('key: "a"', "a: no value; was it written by a newer flax_ckpt?"),
     ],
 )
 def test_a_damaged_config_is_refused_by_key(text, error):
-    message = text_format.Parse(f"config {{ {text} }}", RunConfig())
-    for read in (from_message, to_plain):
-        with pytest.raises(ConfigError) as caught:
-            read(message)
-        assert str(caught.value).startswith(error)
+    message = text_format.Parse(f"item {{ {text} }}", RunConfig())
+    with pytest.raises(ConfigError) as caught:
+        from_message(message)
+    assert str(caught.value).startswith(error)
 
 
 # Messages of the user's own.
@@ -387,21 +397,23 @@ def test_a_compiled_message_is_its_own_config():
     message = timestamp_pb2.Timestamp(seconds=3)
     assert to_message(message) is message
     assert from_message(message) is message
-    assert to_plain(message) == {"seconds": 3, "nanos": 0}
     assert diff(message, timestamp_pb2.Timestamp(seconds=3)) == []
-    assert diff(message, timestamp_pb2.Timestamp(nanos=5)) == ["seconds 3 → 0", "nanos 0 → 5"]
-    assert diff(message, to_message({})) == [
-        "the config's message type google.protobuf.Timestamp → flax_ckpt.RunConfig"
+    assert diff(message, timestamp_pb2.Timestamp(nanos=5)) == ["-seconds: 3", "+nanos: 5"]
+    assert diff(message, to_message({"a": 1})) == [
+        "-# proto-message: google.protobuf.Timestamp",
+        "-seconds: 3",
+        "+# proto-message: flax_ckpt.RunConfig",
+        '+item { key: "a" int: 1 }',
     ]
     before, after = struct_pb2.Struct(), struct_pb2.Struct()
     before.update({"lr": 0.1, "layers": [1, 2], "gone": None})
-    after.update({"lr": 0.2, "layers": [1, 3], "new": True})
+    after.update({"new": True, "layers": [1, 2], "lr": 0.2})
     assert diff(before, before) == []
-    assert sorted(diff(before, after)) == [
-        "fields.gone.null_value removed (was 'NULL_VALUE')",
-        "fields.layers.list_value.values[1].number_value 2.0 → 3.0",
-        "fields.lr.number_value 0.1 → 0.2",
-        "fields.new.bool_value added: True",
+    assert diff(before, after) == [
+        '-fields { key: "gone" value { null_value: NULL_VALUE } }',
+        '-fields { key: "lr" value { number_value: 0.1 } }',
+        '+fields { key: "lr" value { number_value: 0.2 } }',
+        '+fields { key: "new" value { bool_value: true } }',
     ]
 
 
@@ -428,49 +440,48 @@ def test_a_line_for_each_changed_key():
     assert _lines(saved, current) == [
         "learning_rate 0.001 → 0.0003",
         "model.width removed (was 64)",
-        "model.dtype jax.numpy.bfloat16 → jax.numpy.float32",
+        "model.dtype bfloat16 → float32",
         "model.layers (2, 2) → (2, 3, 4)",
-        "model.blocks[0].n 1 → 5",
-        "model.depth added: 12",
+        "model.blocks [{'n': 1}, 2] → [{'n': 5}, 2]",
         "gone.a removed (was 1)",
         "gone.b removed (was {})",
         "['x y'] None → int4",
+        "model.depth added: 12",
         "new.c.d added: 'e\\nf'",
     ]
 
 
 @pytest.mark.parametrize(
-    ("saved", "current", "line"),
+    ("saved", "current", "lines"),
     [
-        (1, 1.0, "a 1 → 1.0"),
-        (True, 1, "a True → 1"),
-        (0.0, -0.0, "a 0.0 → -0.0"),
-        ("1", 1, "a '1' → 1"),
-        ("int4", np.dtype("int4"), "a 'int4' → int4"),
-        (np.float32, np.dtype("float32"), "a numpy.float32 → float32"),
-        ([1], (1,), "a [1] → (1,)"),
-        ({}, None, "a {} → None"),
-        ({"b": 1}, [1], "a {'b': 1} → [1]"),
-        ({}, {1: 2}, "a[1] added: 2"),
-        ("x" * 300, "", f"a '{'x' * 199}… → ''"),
+        (1, 1.0, ["a 1 → 1.0"]),
+        (True, 1, ["a True → 1"]),
+        (0.0, -0.0, ["a 0.0 → -0.0"]),
+        ("1", 1, ["a '1' → 1"]),
+        ("int4", np.dtype("int4"), ["a 'int4' → int4"]),
+        ([1], (1,), ["a [1] → (1,)"]),
+        ({}, None, ["a {} → None"]),
+        ({"b": 1}, [1], ["a.b removed (was 1)", "a added: [1]"]),
+        ({}, {1: 2}, ["a removed (was {})", "a[1] added: 2"]),
     ],
 )
-def test_kinds_differ(saved, current, line):
-    assert _lines({"a": saved}, {"a": current}) == [line]
+def test_kinds_differ(saved, current, lines):
+    assert _lines({"a": saved}, {"a": current}) == lines
 
 
 def test_what_does_not_count():
     assert _lines({"a": 1, "b": [{"c": 2, "d": 3}]}, {"b": [{"d": 3, "c": 2}], "a": 1}) == []
     assert _lines({"a": {"b": math.nan}}, ConfigDict({"a": {"b": math.nan}})) == []
+    assert _lines({"a": np.float32}, {"a": np.dtype("float32")}) == []
     with_provenance = to_message({"a": 1})
-    with_provenance.provenance.add(key="jax", value="1")
+    with_provenance.provenance.add(key="jax", str="1")
     assert diff(with_provenance, to_message({"a": 1})) == []
 
 
-def test_a_diff_needs_no_type_that_is_gone():
+def test_a_diff_needs_no_dtype_that_is_gone():
     saved = to_message({"dtype": jnp.bfloat16, "lr": 1})
-    saved.config.field[0].type = "jax.numpy.float3"
-    line = "dtype jax.numpy.float3 → jax.numpy.bfloat16"
+    saved.item[0].dtype = "float3"
+    line = "dtype float3 → bfloat16"
     assert diff(saved, to_message({"dtype": jnp.bfloat16, "lr": 1})) == [line]
 
 
@@ -483,7 +494,7 @@ def _shuffled(value, draw):
     return value
 
 
-@given(_CONFIGS, _CONFIGS, st.data())
+@given(_dicts(_LEAVES), _dicts(_LEAVES), st.data())
 def test_no_difference_means_equal(one, other, data):
     lines = diff(to_message(one), to_message(other))
     assert (lines == []) == _same(one, other, ordered=False)
@@ -497,16 +508,13 @@ def test_no_difference_means_equal(one, other, data):
 def test_ml_collections_is_imported_when_a_config_dict_is_made():
     program = """
 import sys
-from flax_ckpt.adapters.config import diff, to_message, to_plain
-config = {"a": (1, None), "b": {"c": "d"}}
-message = to_message(config)
-assert to_plain(message) == config and diff(message, message) == []
+from flax_ckpt.adapters.config import diff, from_message, to_message
+message = to_message({"a": (1, None), "b": {"c": "d"}})
+assert diff(message, message) == []
 found = {"ml_collections", "orbax"} & set(sys.modules)
 assert not found, found
-message.config.field.add(key="d", type="jax.numpy.bfloat16")
-message.config.field.add(key="e", dtype="bfloat16")
-from flax_ckpt.adapters.config import from_message
-assert from_message(message).d == from_message(message).e
+message.item.add(key="d", dtype="bfloat16")
+assert from_message(message).d.itemsize == 2
 """
     env = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=120)

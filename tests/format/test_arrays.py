@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_ckpt.errors import FormatError
-from flax_ckpt.format import arrays
 from flax_ckpt.format.arrays import (
     ArraySpec,
     ZarrInfo,
     choose_chunks,
     chunk_key,
+    is_storable,
     numpy_dtype,
-    parse_zarr2,
     parse_zarr3,
     zarr_dtype,
     zarr_key,
@@ -40,6 +38,10 @@ EXTENSIONS = (
     *("float8_e5m2fnuz", "float8_e3m4", "float8_e8m0fnu", "float4_e2m1fn", "int2", "int4"),
 )
 MIB = 1 << 20
+
+
+def chunk_grid(spec: ArraySpec) -> list[int]:
+    return [-(-n // c) for n, c in zip(spec.shape, spec.chunk_shape, strict=True)]
 
 
 def kvstore(path: Path) -> dict[str, str]:
@@ -64,7 +66,7 @@ def store(path: Path, name: str, spec: ArraySpec, value: np.ndarray[Any, Any]) -
         file.write_bytes(data)
 
     put(zarr_key(name), spec.to_zarr3_json())
-    for index in itertools.product(*map(range, spec.chunk_grid)):
+    for index in itertools.product(*map(range, chunk_grid(spec))):
         chunk = np.zeros(spec.chunk_shape, value.dtype)
         at = tuple(slice(i * c, i * c + c) for i, c in zip(index, spec.chunk_shape, strict=True))
         part = value[at]
@@ -148,11 +150,9 @@ def test_the_document_is_compact_and_complete() -> None:
         assert b"endian" not in ArraySpec((), name, ()).to_zarr3_json()
 
 
-def test_grid_and_size() -> None:
-    spec = ArraySpec((5, 0, 6), "float64", (2, 3, 6))
-    assert spec.chunk_grid == (3, 0, 1)
-    assert spec.chunk_nbytes == 2 * 3 * 6 * 8
-    assert (ArraySpec((), "int4", ()).chunk_grid, ArraySpec((), "int4", ()).chunk_nbytes) == ((), 1)
+def test_chunk_sizes() -> None:
+    assert ArraySpec((5, 0, 6), "float64", (2, 3, 6)).chunk_nbytes == 2 * 3 * 6 * 8
+    assert ArraySpec((), "int4", ()).chunk_nbytes == 1
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,7 @@ def test_specs_that_cannot_be_stored(
 def test_dtype_names_go_both_ways() -> None:
     for name in NUMPY:
         assert numpy_dtype(name) == np.dtype(name)
+        assert repr(numpy_dtype(name)) == f"dtype('{name}')"
         assert zarr_dtype(np.dtype(name)) == name
         assert zarr_dtype(np.dtype(name).newbyteorder(">")) == name
     for name in EXTENSIONS:
@@ -199,6 +200,7 @@ def test_dtype_names_go_both_ways() -> None:
     ids=str,
 )
 def test_dtypes_that_cannot_be_stored(dtype: np.dtype[Any]) -> None:
+    assert not is_storable(dtype)
     with pytest.raises(
         FormatError, match=r"dtype: found .*, expected one of bool, int8, .*, int4$"
     ):
@@ -292,29 +294,6 @@ def test_zarr3_documents_of_others_are_described_but_not_native() -> None:
         numpy_dtype(parse_zarr3(json.dumps(document | {"data_type": "r24"}).encode()).dtype)
 
 
-@pytest.mark.parametrize("name", NUMPY + EXTENSIONS)
-def test_zarr2_documents_of_tensorstore(name: str, tmp_path: Path) -> None:
-    open_zarr(
-        tmp_path, "zarr", create=True, metadata={"shape": [3, 4], "chunks": [2, 4]}, dtype=name
-    )
-    info = parse_zarr2((tmp_path / ".zarray").read_bytes())
-    assert info == ZarrInfo((3, 4), name, (2, 4), native=False, crc32c=False)
-
-
-def test_zarr2_dtypes() -> None:
-    def parse(dtype: object) -> str:
-        document = {"zarr_format": 2, "shape": [], "chunks": [], "dtype": dtype}
-        return parse_zarr2(json.dumps(document).encode()).dtype
-
-    assert parse(">f4") == "float32"
-    assert parse("|b1") == "bool"
-    assert parse("<c16") == "complex128"
-    assert parse("<f3") == "<f3"  # numpy_dtype refuses it
-    assert parse("|S5") == "|S5"
-    with pytest.raises(FormatError, match=r"dtype: found \[\['x', '<f4'\]\], expected a string"):
-        parse([["x", "<f4"]])
-
-
 def changed(**fields: Any) -> bytes:
     document = json.loads(ArraySpec((3, 4), "int32", (3, 4)).to_zarr3_json())
     return json.dumps({**document, **fields}).encode()
@@ -327,18 +306,16 @@ def grid(*chunk_shape: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", r"zarr.json: found b'', expected a JSON object"),
-        (b"{", "expected a JSON object: Expecting property name"),
-        (b"\xff\xfe\xff", "expected a JSON object"),
-        (b"[]", r"zarr.json: found \[\], expected a JSON object"),
-        (b"[" * 100_000, "expected a JSON object: maximum recursion depth"),
-        (b'{"a":' * 100_000, "expected a JSON object: maximum recursion depth"),
-        (b'{"shape": [' + b"9" * 5000 + b"]}", "expected a JSON object: Exceeds the limit"),
-        (b'{"fill_value": NaN}', "expected a JSON object: NaN is no JSON"),
-        (b'{"shape": [Infinity]}', "expected a JSON object: Infinity is no JSON"),
-        (b" " * ((1 << 20) + 1), "found 1048577 bytes, expected at most 1048576"),
+        (b"", r"zarr.json: not valid JSON"),
+        (b"{", "not valid JSON .Expecting property name"),
+        (b"\xff\xfe\xff", "not valid JSON"),
+        (b"[]", r"zarr.json: expected a JSON object, found list"),
+        (b"[" * 100_000, "not valid JSON .maximum recursion depth"),
+        (b'{"a":' * 50_000, "not valid JSON .maximum recursion depth"),
+        (b'{"shape": [' + b"9" * 5000 + b"]}", "not valid JSON .Exceeds the limit"),
+        (changed(shape=[float("inf")]), r"shape: found \[inf\], expected a list of integers"),
+        (b" " * ((256 << 10) + 1), "found 262145 bytes, expected at most 262144"),
         (b"{}", "zarr_format: found None, expected 3"),
-        (changed(zarr_format=3.0), "zarr_format: found 3.0, expected 3"),
         (changed(zarr_format=2), "zarr_format: found 2, expected 3"),
         (changed(node_type="group"), "node_type: found 'group', expected 'array'"),
         (changed(shape=None), "shape: found None, expected a list of integers"),
@@ -362,40 +339,19 @@ def grid(*chunk_shape: Any) -> dict[str, Any]:
         (changed(codecs=[None]), "codecs: found None, expected a name"),
         (changed(codecs=[{"configuration": {}}]), "codecs: found .*, expected a name"),
     ],
-    ids=range(34),
+    ids=range(32),
 )
 def test_hostile_zarr3_documents(data: bytes, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         parse_zarr3(data)
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"[" * 100_000, r"\.zarray: found b'\[+', expected a JSON object: maximum recursion"),
-        (b'{"zarr_format":3}', "zarr_format: found 3, expected 2"),
-        (b'{"zarr_format":2,"shape":[1]}', "chunks: found None, expected a list of integers"),
-        (b'{"zarr_format":2,"shape":[1],"chunks":[0]}', r"chunk shape: found \(0,\), expected 1"),
-        (b'{"zarr_format":2,"shape":[1],"chunks":[1]}', "dtype: found None, expected a string"),
-    ],
-    ids=range(5),
-)
-def test_hostile_zarr2_documents(data: bytes, message: str) -> None:
-    with pytest.raises(FormatError, match=message):
-        parse_zarr2(data)
-
-
-@pytest.mark.parametrize("parse", [parse_zarr3, parse_zarr2])
-def test_a_value_nested_almost_too_deeply_is_a_format_error(
-    parse: Callable[[bytes], ZarrInfo],
-) -> None:
+def test_a_value_nested_almost_too_deeply_is_a_format_error() -> None:
     """json reads some values that repr, one call deeper, cannot print."""
     for depth in range(800, 1000):
         nested = b"[" * depth + b"]" * depth
-        with pytest.raises(
-            FormatError, match=r"zarr_format: found \[\[|expected a JSON object: max"
-        ):
-            parse(b'{"zarr_format":' + nested + b"}")
+        with pytest.raises(FormatError, match=r"zarr_format: found \[\[|not valid JSON \(max"):
+            parse_zarr3(b'{"zarr_format":' + nested + b"}")
 
 
 json_values = st.recursive(
@@ -434,15 +390,12 @@ def test_edited_documents_raise_format_errors_only(at: int, cut: int, new: bytes
     else:
         message = ""
         assert isinstance(info, ZarrInfo)
-    assert not message or (" found " in message and ", expected " in message)
+    assert not message or "not valid JSON (" in message or "found " in message
 
 
 def test_equal_documents_are_parsed_once() -> None:
     first = parse_zarr3(changed(shape=[3, 5]))
     assert parse_zarr3(changed(shape=[3, 5])) is first
-    large = changed(attributes={"note": "x" * 5000})
-    assert parse_zarr3(large) is not parse_zarr3(large)  # not kept: the cache stays small
-    assert parse_zarr3(large) == parse_zarr3(large)
 
 
 # Chunks.
@@ -497,7 +450,7 @@ def test_every_chunk_is_contiguous(
         assert nbytes * 8 >= limit  # not tiny
     position = np.arange(math.prod(shape)).reshape(shape)
     spec = ArraySpec(shape, "int8", chunk)
-    for index in itertools.product(*map(range, spec.chunk_grid)):
+    for index in itertools.product(*map(range, chunk_grid(spec))):
         at = tuple(slice(i * c, i * c + c) for i, c in zip(index, chunk, strict=True))
         inside = position[at].ravel()
         assert np.array_equal(inside, np.arange(inside[0], inside[0] + inside.size))
@@ -507,5 +460,4 @@ def test_dtypes_and_templates_agree() -> None:
     """Each dtype of the table has its own fixed bytes, whatever was asked before."""
     documents = {name: ArraySpec((1,), name, (1,)).to_zarr3_json() for name in NUMPY + EXTENSIONS}
     assert len(set(documents.values())) == len(NUMPY + EXTENSIONS)
-    assert arrays.CHUNK_CRC_BYTES == 4
     assert all(parse_zarr3(data).dtype == name for name, data in documents.items())

@@ -34,7 +34,7 @@ def test_the_bytes_are_fixed() -> None:
     keys_crc = crc32c.crc32c(b"\1\0\0\0\2\0\0\0" + b"a" + b"bc")
     body = b"fckptcrc" + b"\1\0\0\0" + b"\2" + bytes(7) + keys_crc.to_bytes(4, "little")
     data = sealed(body + b"\7\0\0\0" + b"\0\1\0\0")
-    assert encode_table([b"a", b"bc"], np.array([7, 256], np.uint32)) == data
+    assert encode_table([b"a", b"bc"], [7, 256]) == data
     assert decode_table(data, [b"a", b"bc"]).tolist() == [7, 256]
 
 
@@ -53,25 +53,23 @@ def test_every_truncation_and_any_tail_is_damage() -> None:
             decode_table(TABLE[:n], KEYS)
     with pytest.raises(DamagedCheckpointError, match=r"found CRC-32C .*, expected"):
         decode_table(TABLE + b"\0", KEYS)
-    with pytest.raises(DamagedCheckpointError, match="found 48 bytes, expected 44"):
+    with pytest.raises(DamagedCheckpointError, match="and 48 bytes, expected .* and 44 bytes for"):
         decode_table(sealed(TABLE), KEYS)
-    with pytest.raises(DamagedCheckpointError, match="found 27 bytes, expected at least 28"):
-        decode_table(TABLE[:27], KEYS)
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    "keys",
     [
-        (KEYS[:-1], "found 3 keys in the database, expected 4"),
-        ([*KEYS, b"c"], "found 5 keys in the database, expected 4"),
-        ([], "found 0 keys in the database, expected 4"),
-        ([KEYS[0], *KEYS[2:], b"c"], "found other keys in the database"),
-        (KEYS[::-1], "found other keys in the database"),
-        # The same bytes, cut at other places.
-        ([b"", b"a/c", b"/0a/zarr.json", b"b/c"], "found other keys in the database"),
+        KEYS[:-1],
+        [*KEYS, b"c"],
+        [],
+        [KEYS[0], *KEYS[2:], b"c"],
+        KEYS[::-1],
+        [b"", b"a/c", b"/0a/zarr.json", b"b/c"],  # the same bytes, cut at other places
     ],
 )
-def test_a_table_of_other_keys_is_damage(keys: list[bytes], message: str) -> None:
+def test_a_table_of_other_keys_is_damage(keys: list[bytes]) -> None:
+    message = f"found 04.* and 44 bytes, expected .* for the {len(keys)} keys in the database"
     with pytest.raises(DamagedCheckpointError, match=message):
         decode_table(TABLE, keys)
 
@@ -79,31 +77,30 @@ def test_a_table_of_other_keys_is_damage(keys: list[bytes], message: str) -> Non
 def test_a_count_beyond_the_file_is_damage() -> None:
     body = bytearray(TABLE[:-4])
     body[12:20] = b"\xff" * 8
-    size = 28 + 4 * (2**64 - 1)
-    with pytest.raises(DamagedCheckpointError, match=f"found 44 bytes, expected {size}"):
+    with pytest.raises(DamagedCheckpointError, match="found ffffffffffffffff.*, expected 04"):
         decode_table(sealed(bytes(body)), KEYS)
 
 
 def test_another_version_is_no_damage() -> None:
     body = bytearray(TABLE[:-4])
     body[8] = 2
-    with pytest.raises(FormatError, match="found version 2, expected 1") as info:
+    with pytest.raises(
+        FormatError, match=r"found b.fckptcrc\\x02.* at its start, expected b.fckptcrc\\x01"
+    ) as info:
         decode_table(sealed(bytes(body)), KEYS)
     assert info.type is FormatError
 
 
-def test_the_writer_wants_one_32_bit_number_per_key() -> None:
-    with pytest.raises(FormatError, match="found 3 values, expected 4"):
-        encode_table(KEYS, CRCS[:3])
+def test_the_writer_wants_32_bit_numbers() -> None:
     for bad in (-1, 2**32):
-        with pytest.raises(FormatError, match="expected 32-bit numbers"):
+        with pytest.raises(OverflowError):
             encode_table([b"a"], [bad])
 
 
 def test_a_large_table() -> None:
     keys = [b"params.layers_%06d.kernel/c/0/0" % i for i in range(400_000)]
     crcs = np.arange(400_000, dtype=np.uint32) * np.uint32(2654435761)
-    data = encode_table(keys, crcs)
+    data = encode_table(keys, crcs.tolist())
     assert np.array_equal(decode_table(data, keys), crcs)
 
 

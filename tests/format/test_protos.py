@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from flax_ckpt.errors import FormatError
 from flax_ckpt.format import config_pb, names
-from flax_ckpt.format.protos import message_to_plain, message_to_text, text_to_message
+from flax_ckpt.format.protos import message_to_text, text_to_message
 
 _F = descriptor_pb2.FieldDescriptorProto
 _NAME = "flax_ckpt_test_protos.User"
@@ -143,17 +143,18 @@ def _refused(text, message_type=None):
 def test_an_unknown_name_is_refused_and_imports_nothing():
     before = set(sys.modules)
     assert _refused("# proto-message: google.protobuf.source_context.Nope\n") == (
-        "this process knows no protocol-buffer message 'google.protobuf.source_context.Nope': "
+        "the first line names no message that this process knows "
+        "('google.protobuf.source_context.Nope'): "
         "import the module that defines it first, or pass the message's class"
     )
     assert set(sys.modules) == before
-    assert "knows no protocol-buffer message '\\ud800'" in _refused("# proto-message: \ud800\n")
+    assert "knows ('\\ud800')" in _refused("# proto-message: \ud800\n")
 
 
 def test_a_text_without_a_name_needs_the_class():
     assert _refused("seconds: 1\n") == (
-        "the first line does not name a message ('# proto-message: <full name>'): "
-        "pass the message's class"
+        "the first line names no message that this process knows (None): "
+        "import the module that defines it first, or pass the message's class"
     )
 
 
@@ -168,20 +169,13 @@ def test_the_class_given_must_be_the_one_named():
 def test_garbage_is_refused_with_its_line():
     header = "# proto-message: google.protobuf.Timestamp\n"
     assert _refused(header + "seconds: 12\n  nanoz: 5\n") == (
-        "not a google.protobuf.Timestamp in text format: line 3, column 3, 'nanoz: 5': "
+        "not a google.protobuf.Timestamp in text format: 3:3 : "
         'Message type "google.protobuf.Timestamp" has no field named "nanoz".'
     )
-    reason = _refused(header + "seconds: 1e400000x\n")
-    assert "line 2" in reason
-    assert "1e400000x" in reason
-    assert "line 2" in _refused(header + "\0\0\0")
-    assert _refused(r'text: "\377" ', User) == (
-        f"not a {_NAME} in text format: line 1, column 14, 'text: \"\\\\377\"': "
-        "Couldn't parse string: 'utf-8' codec can't decode byte 0xff in position 0: "
-        "invalid start byte"
-    )
-    deep = _refused("child { " * 5000, User)
-    assert deep == f"not a {_NAME} in text format: nested too deeply"
+    assert "2:10 : 'seconds: 1e400000x'" in _refused(header + "seconds: 1e400000x\n")
+    assert "format: 2:" in _refused(header + "\0\0\0")
+    assert "can't decode byte 0xff" in _refused(r'text: "\377" ', User)
+    assert "recursion" in _refused("child { " * 5000, User)
 
 
 _WHOLE = message_to_text(
@@ -199,31 +193,17 @@ def test_no_damage_raises_anything_else(data):
         text_to_message(_WHOLE[:start] + put + _WHOLE[end:])
 
 
-def test_plain_values_of_any_message():
-    message = User(optimizer="ADAM", child=User(widths=[3]), rates={"a": 0.5})
-    extra = descriptor_pool.Default().FindExtensionByName("flax_ckpt_test_protos.extra")
-    message.Extensions[extra] = "e"
-    assert message_to_plain(message) == {
-        "widths": [],
-        "optimizer": "ADAM",
-        "child": {"widths": [3], "rates": {}},
-        "rates": {"a": 0.5},
-        "[flax_ckpt_test_protos.extra]": "e",
-    }
-    assert message_to_plain(timestamp_pb2.Timestamp()) == {"seconds": 0, "nanos": 0}
-
-
 # The descriptor of our own message.
 
 
 def test_registering_again_changes_nothing():
     before = config_pb.RunConfig
-    written = message_to_text(before(provenance=[before.Provenance(key="k", value="v")]))
+    written = message_to_text(before(provenance=[config_pb.Entry(key="k", str="v")]))
     again = importlib.reload(config_pb)
     assert again.RunConfig.DESCRIPTOR.full_name == "flax_ckpt.RunConfig"
     assert again.RunConfig is before
     assert isinstance(text_to_message(written), again.RunConfig)
-    assert text_to_message(written, again.RunConfig).provenance[0].value == "v"
+    assert text_to_message(written, again.RunConfig).provenance[0].str == "v"
 
 
 def test_pure_python_protobuf_does_the_same():
@@ -231,13 +211,13 @@ def test_pure_python_protobuf_does_the_same():
     program = """
 import importlib
 from google.protobuf.internal import api_implementation
-from flax_ckpt.adapters.config import to_message, to_plain
+from flax_ckpt.adapters.config import from_message, to_message
 from flax_ckpt.format import config_pb, protos
 assert api_implementation.Type() == "python"
 config = {"a": (1, 2.5, None, "é\\n", b"\\0", 2**70), 3: {}}
 text = protos.message_to_text(to_message(config))
 importlib.reload(config_pb)
-assert to_plain(protos.text_to_message(text)) == config
+assert from_message(protos.text_to_message(text)).to_dict() == config
 """
     root = str(pathlib.Path(__file__).parents[2])
     env = os.environ | {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python", "PYTHONPATH": root}
@@ -245,13 +225,9 @@ assert to_plain(protos.text_to_message(text)) == config
 
 
 def _stub_fields(node: ast.ClassDef) -> dict[str, str]:
-    fields = {}
-    for item in node.body:
-        if isinstance(item, ast.AnnAssign):
-            fields[item.target.id] = ast.unparse(item.annotation).removeprefix("builtins.")
-        elif isinstance(item, ast.FunctionDef) and item.decorator_list:
-            fields[item.name] = ast.unparse(item.returns)
-    return fields
+    pattern = r"^(?:Final\[(.+)\]|builtins\.(\w+))$"
+    fields = {item.target.id: re.match(pattern, ast.unparse(item.annotation)) for item in node.body}
+    return {name: found[1] or found[2] for name, found in fields.items()}
 
 
 def _descriptor_fields(descriptor) -> dict[str, str]:
@@ -273,30 +249,17 @@ def _descriptor_fields(descriptor) -> dict[str, str]:
 
 
 def test_the_stub_agrees_with_the_descriptor():
-    stub = pathlib.Path(config_pb.__file__).with_suffix(".pyi")
-    tree = ast.parse(stub.read_text())
-    classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-    run = config_pb.RunConfig.DESCRIPTOR
-    descriptors = {"RunConfig": run} | {nested.name: nested for nested in run.nested_types}
-    assert classes.keys() == descriptors.keys()
-    for name, descriptor in descriptors.items():
-        assert _stub_fields(classes[name]) == _descriptor_fields(descriptor), name
-    literals = {
-        node.target.id: ast.literal_eval(node.value.slice)
-        for node in tree.body
-        if isinstance(node, ast.AnnAssign)
-    }
-    oneofs = descriptors["Entry"].oneofs_by_name
-    assert literals["_Key"] == tuple(field.name for field in oneofs["name"].fields)
-    assert literals["_Kind"] == tuple(field.name for field in oneofs["kind"].fields)
+    tree = ast.parse(pathlib.Path(config_pb.__file__).with_suffix(".pyi").read_text())
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    assert classes.keys() == {"RunConfig", "Items", "Entry"}
+    for name, node in classes.items():
+        assert _stub_fields(node) == _descriptor_fields(getattr(config_pb, name).DESCRIPTOR), name
 
 
 def test_the_documented_schema_is_the_one_built():
-    declared = re.findall(r"(\w+) = (\d+);", config_pb.__doc__)
-    run = config_pb.RunConfig.DESCRIPTOR
-    built = [
-        (field.name, str(field.number))
-        for descriptor in (run, *run.nested_types)
-        for field in descriptor.fields
-    ]
-    assert sorted(declared) == sorted(built)
+    messages = (config_pb.RunConfig, config_pb.Items, config_pb.Entry)
+    built = [(f.name, str(f.number)) for m in messages for f in m.DESCRIPTOR.fields]
+    assert re.findall(r"(\w+) = (\d+);", config_pb.PROTO) == built
+    oneofs = config_pb.Entry.DESCRIPTOR.oneofs_by_name
+    assert [field.name for field in oneofs["name"].fields] == ["key", "int_key"]
+    assert len(oneofs["kind"].fields) == len(config_pb.Entry.DESCRIPTOR.fields) - 2
