@@ -24,7 +24,6 @@ logger = logging.getLogger("flax_ckpt")
 
 _lock = threading.Lock()
 _unsurfaced: set[Response[Any]] = set()  # running, or failed and not yet told to anyone
-_exit_code = 0
 
 
 class AsyncResponse(Protocol[T_co]):
@@ -52,19 +51,21 @@ class Response(Generic[T]):
     Args:
         work: what to run; the context variables of the caller are visible to it.
         what: names the work in error messages, e.g. `checkpoint /ckpt/100`.
+        reported: whether a failure that nobody asks for fails the process at its end.
     """
 
-    def __init__(self, work: Callable[[], T], what: str) -> None:
+    def __init__(self, work: Callable[[], T], what: str, *, reported: bool = True) -> None:
         self._work = contextvars.copy_context()
         self.what = what
         self._value: T | None = None
         self.error: BaseException | None = None
         self._callbacks: list[Callable[[Any], None]] = []
-        with _lock:
-            _unsurfaced.add(self)
+        if reported:
+            with _lock:
+                _unsurfaced.add(self)
         # The thread starts now, not on demand: once the main thread has ended, none can start.
         self._thread = threading.Thread(
-            target=self._work.run, args=(self._run, work), name=f"flax_ckpt {what}", daemon=True
+            target=self._work.run, args=(self._run, work), name=f"flax_ckpt {what}"
         )
         self._thread.start()
 
@@ -130,9 +131,27 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         return pool.submit(context.run, asyncio.run, coroutine).result()
 
 
+class _ExitCode:
+    """Ends the process with a code when the interpreter lets go of it, after all exit handlers.
+
+    The interpreter ignores failures of threads and of exit handlers, and an `os._exit` in one of
+    the latter would keep those registered before it from running.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self._exit = os._exit
+
+    def __del__(self) -> None:
+        if self.code:
+            self._exit(self.code)
+
+
+_exit_code = _ExitCode()
+
+
 def _finish_pending() -> None:
-    """Runs when the main thread has ended, before executors refuse work: waits and reports."""
-    global _exit_code
+    """Waits for all saves, and tells of those that failed and were not asked for."""
     with _lock:
         pending = sorted(_unsurfaced, key=lambda response: response.what)
     for response in pending:
@@ -140,26 +159,14 @@ def _finish_pending() -> None:
             response.result()
         except BaseException as error:
             logger.debug("at exit", exc_info=error)
-            _exit_code = 1
+            _exit_code.code = 1
             reason = f"{type(error).__name__}: {error}"
             print(f"flax_ckpt: {response.what} was NOT saved: {reason}", file=sys.stderr)
 
 
-def _set_exit_code() -> None:
-    """The interpreter ignores failures of threads and of exit hooks, so we end the process."""
-    if not _exit_code:
-        return
-    jax = sys.modules.get("jax")
-    if jax is not None and jax.distributed.is_initialized():
-        jax.distributed.shutdown()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(_exit_code)
-
-
-# `threading._register_atexit` runs its hooks in reverse order. Ours must run before the one that
-# closes the executors, which naming the class registers; `atexit` would come after it.
+# When the main thread has ended, and before executors refuse work. `threading._register_atexit`
+# runs its hooks in reverse order, so that of the executors, which naming the class registers, comes
+# after ours. Once more among the exit handlers, for a save that began later. Tried on CPython 3.11.
 concurrent.futures.ThreadPoolExecutor  # noqa: B018
 threading._register_atexit(_finish_pending)  # type: ignore[attr-defined]
-atexit.register(_set_exit_code)
+atexit.register(_finish_pending)

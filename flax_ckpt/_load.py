@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 from etils import epath
 
@@ -18,13 +18,15 @@ from flax_ckpt import _async
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt._metadata import CheckpointMetadata
 from flax_ckpt.context import Context, resolve
-from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError
-from flax_ckpt.format import checkpoint, names
+from flax_ckpt.errors import CheckpointNotFoundError, FormatError, InvalidLayoutError
+from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers import registry as handler_registry
+from flax_ckpt.storage import files
 from flax_ckpt.storage.paths import local_path, require_directory
 from flax_ckpt.storage.record import Record
 
 PathLike = str | os.PathLike[str]
+T = TypeVar("T")
 
 
 def load(
@@ -59,10 +61,14 @@ def load(
     >>> fc.load(path, {"w": jax.ShapeDtypeStruct((3,), np.float32)})
     {'w': Array([1., 1., 1.], dtype=float32)}
     """
-    layout = Layout.of(path)
-    name = layout.tree_name(checkpointable_name)
     abstract = _unwrapped(abstract_state)
-    return _async.run(_load_items(layout, {name: abstract}, resolve()))[name]
+
+    def read() -> Any:
+        layout = Layout.of(path)
+        name = layout.tree_name(checkpointable_name)
+        return _async.run(_load_items(layout, {name: abstract}, resolve()))[name]
+
+    return steadily(path, read)
 
 
 def load_async(
@@ -75,6 +81,7 @@ def load_async(
     return _async.Response(
         lambda: load(path, abstract_state, checkpointable_name=checkpointable_name),
         f"load of {os.fspath(path)}",
+        reported=False,
     )
 
 
@@ -97,7 +104,8 @@ def load_checkpointables(
         NoEntryError: no handler for a checkpointable is registered here.
         InvalidLayoutError, TreeMismatchError, DamagedCheckpointError: as :func:`load`.
     """
-    return load_layout(Layout.of(path), abstract_checkpointables, resolve())
+    context = resolve()
+    return steadily(path, lambda: load_layout(Layout.of(path), abstract_checkpointables, context))
 
 
 def load_checkpointables_async(
@@ -108,6 +116,7 @@ def load_checkpointables_async(
     return _async.Response(
         lambda: load_checkpointables(path, abstract_checkpointables),
         f"load of {os.fspath(path)}",
+        reported=False,
     )
 
 
@@ -142,6 +151,25 @@ def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any
     layout = Layout.of(path)
     wanted = [name for name in layout.items if name != names.METRICS]
     return layout.wrap(_async.run(_describe(layout, wanted, resolve())))
+
+
+def steadily(path: PathLike, read: Callable[[], T]) -> T:
+    """What `read` returns, tried again as long as the checkpoint is replaced under its hands."""
+    while True:
+        before = _identity(path)
+        try:
+            return read()
+        except (FormatError, FileNotFoundError):
+            if _identity(path) == before:
+                raise
+
+
+def _identity(path: PathLike) -> tuple[int, int] | None:
+    try:
+        status = os.stat(local_path(path))
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def load_layout(
@@ -199,6 +227,7 @@ class Layout:
             raise _no_checkpoint(here)
         missing = {name for name in record.listed() if record.listed(f"{name}/")} - found.keys()
         items = found | {name: os.path.join(here, name) for name in missing}
+        items.pop(_being_deleted(here) or "", None)
         return cls(here, dict(sorted(items.items())), root)
 
     @property
@@ -235,8 +264,9 @@ class Layout:
             CheckpointNotFoundError: there is none of that name.
         """
         if name not in self.items:
+            gone = " any more: it is being deleted" if _being_deleted(self.path) == name else ""
             raise CheckpointNotFoundError(
-                f"{self.path} has no checkpointable {name!r}; it has: {', '.join(self.items)}"
+                f"{self.path} has no checkpointable {name!r}{gone}; it has: {', '.join(self.items)}"
             )
         return self.items[name]
 
@@ -254,6 +284,14 @@ class Layout:
             commit_timestamp_nsecs=self.root.commit_timestamp_nsecs,
             custom_metadata=self.root.custom_metadata,
         )
+
+
+def _being_deleted(path: str) -> str | None:
+    """The checkpointable that an unfinished deletion by Orbax takes away; it is not to be read."""
+    record = os.path.join(path, names.DELETION_RECORD)
+    if not os.path.isfile(record):
+        return None
+    return str(jsons.parse_object(files.read(record), record).get("checkpointable_name"))
 
 
 def _is_item(entry: os.DirEntry[str]) -> bool:

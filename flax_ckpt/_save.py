@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Awaitable, Coroutine, Mapping
 from typing import Any
 
-import crc32c
 from etils import epath
 
 from flax_ckpt import _async
@@ -150,16 +149,16 @@ def start(
     for name, value in checkpointables.items():
         _check(name, value)
     try:
-        jsons.dump(custom_metadata)
+        custom = jsons.parse_object(jsons.dump(custom_metadata or {}), "custom_metadata")
     except (TypeError, ValueError) as error:
-        raise FormatError(f"custom_metadata: JSON cannot hold it: {error}") from error
+        raise FormatError(f"custom_metadata must be a dict that JSON can hold: {error}") from error
     if not checkpointables:
         raise ValueError("there is nothing to save: `checkpointables` is empty")
     before = _in_flight.get(target)
     if before is not None and not before.done() and not overwrite:
         raise CheckpointExistsError(f"{target} is being saved right now; save to another path")
     with context:
-        work = _Save(target, checkpointables, context, overwrite, custom_metadata or {})
+        work = _Save(target, checkpointables, context, overwrite, custom)
         response = _async.Response(lambda: work.finish(before), f"checkpoint {target}")
     _in_flight[target] = response
     return response
@@ -272,7 +271,7 @@ class _Save:
             files.write(os.path.join(root, name), data)
         data_files = f"/{names.DATA_DIR}/"
         crcs = {
-            path: crc32c.crc32c(files.read(os.path.join(root, path)))
+            path: checkpoint.file_crc(files.read(os.path.join(root, path)))
             for path in files.walk(root)
             if data_files not in path
         }

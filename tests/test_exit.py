@@ -56,7 +56,9 @@ ENDINGS = {
     "exit text": ("sys.exit('a message')", 1),
     "interrupt": ("raise KeyboardInterrupt", None),
 }
-NOT_SAVED = "flax_ckpt: checkpoint {path} was NOT saved: OSError: [Errno 28] No space left on device"
+NOT_SAVED = (
+    "flax_ckpt: checkpoint {path} was NOT saved: OSError: [Errno 28] No space left on device"
+)
 
 
 @dataclass
@@ -95,9 +97,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], End
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_save_in_flight_is_committed(
-    ended: dict[tuple[str, str], Ended], ending: str
-) -> None:
+def test_a_save_in_flight_is_committed(ended: dict[tuple[str, str], Ended], ending: str) -> None:
     done = ended[ending, "works"]
     np.testing.assert_array_equal(fc.load(done.path)["w"], np.arange(50_000.0))
     assert os.listdir(done.path.parent) == ["ckpt"]

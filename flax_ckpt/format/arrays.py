@@ -74,14 +74,19 @@ def is_storable(dtype: Any) -> bool:
     return isinstance(dtype, np.dtype) and dtype.newbyteorder("=") in _NAMES
 
 
+def prefix(name: str) -> str:
+    """What the keys of an array begin with; TensorStore adds a `/` unless there is one."""
+    return "" if name in ("", "/") else name if name.endswith("/") else f"{name}/"
+
+
 def zarr_key(name: str) -> bytes:
     """The key of the metadata of the array `name`; "" is a tree that is one bare array."""
-    return f"{name}/zarr.json".encode() if name else b"zarr.json"
+    return f"{prefix(name)}zarr.json".encode()
 
 
 def chunk_key(name: str, index: tuple[int, ...]) -> bytes:
     """The key of one chunk of the array `name`; `index` has one number per axis."""
-    return "/".join((*([name] if name else ()), "c", *map(str, index))).encode()
+    return (prefix(name) + "/".join(("c", *map(str, index)))).encode()
 
 
 @dataclass(frozen=True, slots=True)

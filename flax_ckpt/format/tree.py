@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -97,6 +98,10 @@ class TreeMetadata:
             raise FormatError(
                 f"{what}: an entry of `tree_metadata` is malformed: {error}"
             ) from error
+        counts = Counter(entry.path for entry in entries)
+        if len(counts) < len(entries):
+            twice = next(path for path, count in counts.items() if count > 1)
+            raise FormatError(f"{what}: the leaf {show(twice)} is there twice")
         ocdbt = raw.get("use_ocdbt")
         return cls(
             tuple(_without_leftovers(entries)),

@@ -20,7 +20,7 @@ from flax_ckpt.leaves.base import LeafHandler, LoadRules, SavedLeaf, Target
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage.open_store import open_store
 from flax_ckpt.storage.record import Record
-from flax_ckpt.storage.store import ArrayRead
+from flax_ckpt.storage.store import ArrayRead, ArrayStore
 
 _SHOWN = 40  # differences in a message; all of them are in the exception
 
@@ -54,13 +54,20 @@ class SavedTree(contextlib.ExitStack):
         super().__init__()
         self.directory = directory
         self._registry = registry or LeafRegistry()
+        self._store: ArrayStore | None = None
         self._record = Record(directory)
         path = os.path.join(directory, names.TREE_METADATA)
         self._metadata = tree.TreeMetadata.from_bytes(self._record.read(names.TREE_METADATA), path)
-        self._store = self.enter_context(
-            open_store(self._record, ocdbt=self._metadata.use_ocdbt, zarr3=self._metadata.use_zarr3)
-        )
+        self._arrays = [
+            entry.name
+            for entry in self._metadata.entries
+            if entry.value_type not in tree.EMPTY and entry.value_type != tree.STRING
+        ]
         try:
+            if self._arrays:  # without any, Orbax writes no database
+                meta = self._metadata
+                store = open_store(self._record, ocdbt=meta.use_ocdbt, zarr3=meta.use_zarr3)
+                self._store = self.enter_context(store)
             self.array_metadatas = read_array_metadatas(self._record)
             self.leaves = {leaf.path: leaf for leaf in self._describe()}
         except BaseException:
@@ -79,12 +86,7 @@ class SavedTree(contextlib.ExitStack):
         if texts:
             path = os.path.join(self.directory, names.STRINGS)
             strings = tree.decode_strings(self._record.read(names.STRINGS), texts, path)
-        arrays = [
-            entry.name
-            for entry in self._metadata.entries
-            if entry.value_type not in tree.EMPTY and entry.value_type != tree.STRING
-        ]
-        stored = self._store.describe(arrays)
+        stored = self._store.describe(self._arrays) if self._store else {}
         for entry in self._metadata.entries:
             if entry.value_type in tree.EMPTY:
                 yield SavedLeaf(entry.path, entry.name, entry.value_type)
@@ -225,7 +227,7 @@ class SavedTree(contextlib.ExitStack):
             for _, _, target in found
             if target.regions
         ]
-        data = iter(self._store.read_arrays(reads))
+        data = iter(self._store.read_arrays(reads) if self._store else [])
         parts = [next(data) if target.regions else [] for _, _, target in found]
         values: list[Any] = [match.value for match in matches]
         for handler in dict.fromkeys(handler for _, handler, _ in found if handler is not None):

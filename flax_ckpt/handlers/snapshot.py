@@ -51,7 +51,7 @@ class Snapshot:
             for (path, leaf), write in zip(found, writes, strict=True)
         ]
         named = [(e, w) for e, w in zip(self.entries, writes, strict=True) if w is not None]
-        tree.unique_names([(entry.path, entry.name) for entry, _ in named])
+        tree.unique_names([(entry.path, arrays.prefix(entry.name)) for entry, _ in named])
         limit = context.array.saving.storage_options.chunk_byte_size
         self.arrays = [
             _array(entry.name, write, limit or arrays.DEFAULT_CHUNK_BYTES)
@@ -142,4 +142,4 @@ def _array(name: str, write: LeafWrite, limit: int) -> ArrayWrite:
         write.shard_shape, write.dtype.itemsize, single_shard=single, limit=limit
     )
     spec = arrays.ArraySpec(write.shape, arrays.zarr_dtype(write.dtype), chunk)
-    return ArrayWrite(name, spec, write.shards)
+    return ArrayWrite(name, spec, write.shards, write.spread)

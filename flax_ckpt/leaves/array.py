@@ -52,13 +52,15 @@ class ArrayLeaf:
                 if shard.replica_id == 0
             ]
         dtype, text = np.dtype(array.dtype), sharding.to_json(placed)
-        return LeafWrite(tree.ARRAY, array.shape, dtype, shape, shards, text)
+        spread = not array.is_fully_addressable
+        return LeafWrite(
+            tree.ARRAY, array.shape, dtype, shape, shards, sharding=text, spread=spread
+        )
 
     def describe(self, saved: SavedLeaf) -> Any:
         """A `jax.ShapeDtypeStruct`, with the saved sharding if its devices are here."""
         assert saved.shape is not None
-        placed = sharding.from_json(saved.sharding) if saved.sharding else None
-        return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=placed)
+        return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=_saved_placement(saved))
 
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
         """See :class:`LeafHandler`."""
@@ -76,6 +78,8 @@ class ArrayLeaf:
                 " 32-bit dtype or for NumPy"
             )
         placed = _placement(saved, abstract, rules)
+        if placed is not None and not sharding.fits(placed, shape):
+            return f"{show_array(shape, dtype)} split as {placed}, which does not fit the shape"
         weak = bool(getattr(abstract, "weak_type", False))
         resolved = jax.ShapeDtypeStruct(shape, dtype, sharding=placed, weak_type=weak)
         return Target(saved, regions(placed, shape), resolved)
@@ -129,13 +133,22 @@ def _placement(saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Sharding | 
         wanted = None
     if wanted is not None:
         return wanted
-    placed = sharding.from_json(saved.sharding) if saved.sharding else None
+    placed = _saved_placement(saved)
     if placed is None:
         if saved.sharding and saved.value_type == tree.ARRAY:
             rules.fallbacks.append(saved.name)
         return None
     default = placed.num_devices == 1 and placed.device_set == {jax.devices()[0]}
     return None if default else placed
+
+
+def _saved_placement(saved: SavedLeaf) -> Sharding | None:
+    """Where the array was, if its devices are here and what is recorded fits it."""
+    assert saved.shape is not None
+    placed = sharding.from_json(saved.sharding) if saved.sharding else None
+    # The last axis of key data is part of the key.
+    shape = saved.shape if saved.key_impl is None else (*saved.shape[:-1], 1)
+    return placed if placed is not None and sharding.fits(placed, shape) else None
 
 
 def regions(placed: Sharding | None, shape: tuple[int, ...]) -> tuple[Region, ...]:

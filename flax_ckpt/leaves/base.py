@@ -34,6 +34,7 @@ class LeafWrite:
         sharding: JSON text for `_sharding`.
         key_impl: for a typed PRNG key, its implementation.
         string: the value of a string leaf.
+        spread: whether several processes hold parts of it; else the primary writes all of it.
     """
 
     value_type: str
@@ -44,6 +45,7 @@ class LeafWrite:
     sharding: str | None = None
     key_impl: str | None = None
     string: str | None = None
+    spread: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -96,6 +96,17 @@ def _flatten(nested: Any) -> list[Any]:
     return [nested]
 
 
+def fits(placed: Any, shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape can be placed so: every split axis is there and divides."""
+    if isinstance(placed, NamedSharding) and len(placed.spec) > len(shape):
+        return False
+    try:
+        placed.shard_shape(shape)
+    except ValueError:
+        return False
+    return True
+
+
 def concrete(sharding: Any) -> Any:
     """A sharding on an abstract mesh, put on the mesh that is set around the call."""
     if isinstance(sharding, NamedSharding) and not isinstance(sharding.mesh, Mesh):

@@ -15,6 +15,7 @@ import asyncio
 import concurrent.futures
 import ctypes
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -24,6 +25,8 @@ from etils import epath
 from flax_ckpt.errors import CheckpointExistsError, CheckpointNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import files
+
+logger = logging.getLogger("flax_ckpt")
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -57,8 +60,7 @@ class Staging:
 
     def create(self, directories: Iterable[str]) -> None:
         """Makes the staging directory and those in it, after removing what a crash left there."""
-        if os.path.lexists(self.path):
-            shutil.rmtree(self.path)
+        _clear(self.path)
         files.make_directory(os.path.dirname(self.target))
         for path in [self.path, *(os.path.join(self.path, name) for name in directories)]:
             os.mkdir(path)
@@ -70,20 +72,25 @@ class Staging:
         files.sync_tree(self.path)
 
     def commit(self) -> None:
-        """Gives the synced directory its name, durably."""
+        """Gives the synced directory its name, durably; what was there before is removed."""
         self._check_free()
-        parent = os.path.dirname(self.target)
-        if os.path.lexists(self.target):
-            replaced = _exchange(self.path, self.target)
-            files.sync_path(parent)
-            shutil.rmtree(replaced)
-        else:
+        old = _exchange(self.path, self.target) if os.path.lexists(self.target) else None
+        if old is None:
             _rename(self.path, self.target)
-        files.sync_path(parent)
+        try:
+            files.sync_path(os.path.dirname(self.target))
+        except OSError:  # not durable, so it did not happen
+            if old is None:
+                _rename(self.target, self.path)
+            else:
+                _exchange(old, self.target)
+            raise
+        if old is not None:
+            remove_left_over(old)
 
     def discard(self) -> None:
         """Removes the staging directory after a failure; leaves the target as it is."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_left_over(self.path)
 
 
 def _rename(source: str, target: str) -> None:
@@ -107,8 +114,7 @@ def _exchange(source: str, target: str) -> str:
             raise OSError(code, os.strerror(code), target)
     # No atomic exchange here: two renames, and back if the second fails.
     old = f"{target}.replaced{names.TMP_SUFFIX}"
-    if os.path.lexists(old):
-        shutil.rmtree(old)
+    _clear(old)
     _rename(target, old)
     try:
         _rename(source, target)
@@ -116,6 +122,14 @@ def _exchange(source: str, target: str) -> str:
         _rename(old, target)
         raise
     return old
+
+
+def _clear(path: str) -> None:
+    """Removes what is at a path, of whatever kind."""
+    if os.path.islink(path) or os.path.isfile(path):
+        os.unlink(path)
+    elif os.path.lexists(path):
+        shutil.rmtree(path)
 
 
 class DeferredPath:
@@ -157,13 +171,15 @@ def remove(path: str) -> None:
     if not os.path.isdir(path):
         raise CheckpointNotFoundError(f"{path} is not there, or is no directory: nothing removed")
     doomed = f"{path}.deleted{names.TMP_SUFFIX}"
-    if os.path.lexists(doomed):
-        shutil.rmtree(doomed)
+    _clear(doomed)
     _rename(path, doomed)
     files.sync_path(os.path.dirname(path))
-    shutil.rmtree(doomed)
+    _clear(doomed)
 
 
 def remove_left_over(path: str) -> None:
-    """Removes a directory that an ended process left unfinished."""
-    shutil.rmtree(path, ignore_errors=True)  # another process may be doing the same
+    """Removes what is of no use any more; if it cannot be, the next start tries again."""
+    try:
+        _clear(path)
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", path, error)

@@ -61,6 +61,11 @@ class Database:
                 self._readers[file] = DataFileReader(path)
             return self._readers[file]
 
+    def check_files(self) -> None:
+        """Checks that all data files are there and inside the directory, for other readers."""
+        for file in {ref.file for ref in self.values.values() if not isinstance(ref, bytes)}:
+            self.reader(file)
+
     def read(self, key: bytes) -> bytes:
         """A value as it is, unchecked but for its length.
 

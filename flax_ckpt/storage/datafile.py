@@ -8,6 +8,7 @@ its bytes, which makes it a zarr v3 chunk of the codecs `bytes` and `crc32c`.
 from __future__ import annotations
 
 import os
+import stat
 from types import TracebackType
 from typing import Final
 
@@ -130,7 +131,11 @@ class DataFileReader:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise DamagedCheckpointError(f"{path}: the data file is missing") from error
-        self.size = os.fstat(self._fd).st_size
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._fd)
+            raise DamagedCheckpointError(f"{path}: the data file is no regular file")
+        self.size = status.st_size
 
     def read_into(self, offset: int, *buffers: Bytes) -> None:
         """Fills the buffers, one after another, with the bytes from `offset` on.

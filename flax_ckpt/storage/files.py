@@ -10,6 +10,8 @@ import stat
 import sys
 from collections.abc import Iterator
 
+from flax_ckpt.errors import FormatError
+
 if sys.platform == "darwin":
     import fcntl
 
@@ -60,6 +62,15 @@ def read(path: str) -> bytes:
     """The bytes of a file."""
     with open(path, "rb") as file:
         return file.read()
+
+
+def refuse_links(root: str) -> None:
+    """Raises `FormatError` if there is a symbolic link under `root`: it could lead out of it."""
+    for directory, folders, names in os.walk(root):
+        for name in (*folders, *names):
+            path = os.path.join(directory, name)
+            if os.path.islink(path):
+                raise FormatError(f"{path} is a link that leads to {os.readlink(path)}")
 
 
 def walk(root: str) -> Iterator[str]:

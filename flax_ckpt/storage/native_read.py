@@ -95,6 +95,7 @@ class NativeStore:
                 foreign.append(number)
         self._read_chunks(chunks)
         if foreign:
+            self._database.check_files()
             others = self._other.read_arrays([reads[number] for number in foreign])
             for number, parts in zip(foreign, others, strict=True):
                 results[number] = parts

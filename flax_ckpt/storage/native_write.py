@@ -40,11 +40,11 @@ def write_arrays(directory: str, arrays: Sequence[ArrayWrite], hosts: Hosts) -> 
         hosts: the processes that write together.
     """
     if not hosts.several:
-        _write_database(directory, arrays, with_specs=True)
+        _write_database(directory, arrays, primary=True)
         return
     own = os.path.join(directory, _process_dir(hosts.index))
     os.makedirs(own)
-    _write_database(own, arrays, with_specs=hosts.is_primary)
+    _write_database(own, arrays, primary=hosts.is_primary)
     hosts.barrier(f"{os.path.basename(directory)} written")
     if hosts.is_primary:
         _merge(directory, hosts.active)
@@ -54,14 +54,14 @@ def _process_dir(index: int) -> str:
     return f"ocdbt.process_{index}"
 
 
-def _write_database(directory: str, arrays: Sequence[ArrayWrite], *, with_specs: bool) -> None:
+def _write_database(directory: str, arrays: Sequence[ArrayWrite], *, primary: bool) -> None:
     rows: list[_Row] = []
     with _new_data_file(directory) as (file, out):
         for array in sorted(arrays, key=lambda array: array.name):
-            if with_specs:
+            if primary:
                 spec = array.spec.to_zarr3_json()
                 rows.append((zarr.zarr_key(array.name), spec, crc32c.crc32c(spec)))
-            for index, data, padding in _chunks(array):
+            for index, data, padding in _chunks(array) if primary or array.spread else ():
                 offset, crc = out.append_chunk(data, padding)
                 ref = ocdbt.ValueRef(file, offset, array.spec.chunk_nbytes + TRAILER)
                 rows.append((zarr.chunk_key(array.name, index), ref, crc))

@@ -8,6 +8,7 @@ from collections.abc import Generator
 
 from flax_ckpt.format import names
 from flax_ckpt.format.ocdbt import NumberedManifestError
+from flax_ckpt.storage import files
 from flax_ckpt.storage.database import Database
 from flax_ckpt.storage.native_read import NativeStore
 from flax_ckpt.storage.record import Record
@@ -31,11 +32,13 @@ def open_store(record: Record, *, ocdbt: bool | None, zarr3: bool) -> Generator[
         ocdbt = os.path.isfile(os.path.join(record.directory, names.MANIFEST))
     general = TensorStoreStore(record.directory, ocdbt=ocdbt, zarr3=zarr3)
     if not ocdbt:
+        files.refuse_links(record.directory)
         yield general
         return
     try:
         database = Database(record, checked=record.native and record.lists(names.CHUNK_TABLE))
     except NumberedManifestError:
+        files.refuse_links(record.directory)
         yield general
         return
     with database:

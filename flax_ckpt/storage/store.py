@@ -26,11 +26,13 @@ class ArrayWrite:
         name: its name on disk.
         spec: shape, dtype and chunk shape of the whole array.
         shards: where each shard begins, and its data; every shard begins at a chunk's corner.
+        spread: whether every process writes its shards; else only the primary does.
     """
 
     name: str
     spec: ArraySpec
     shards: Sequence[tuple[tuple[int, ...], NDArray[Any]]]
+    spread: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

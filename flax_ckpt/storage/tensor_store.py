@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
+from flax_ckpt.format.arrays import prefix
 from flax_ckpt.storage.store import ArrayRead, StoredArray
 
 _BATCH = 256  # arrays that are open at one time
@@ -33,17 +33,16 @@ class TensorStoreStore:
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
     def _open(self, name: str) -> ts.Future[ts.TensorStore]:
+        place = prefix(name)
         if self._ocdbt:
             base = {"driver": "file", "path": self._directory + "/"}
-            kvstore: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+            kvstore: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": place}
         else:
             if ".." in name.split("/") or name.startswith("/") or "\0" in name:
                 raise FormatError(
                     f"{self._directory}: the array name {name!r} leads out of the directory"
                 )
-            kvstore = {"driver": "file", "path": os.path.join(self._directory, name) + "/"}
-        if not name:
-            kvstore["path"] = "" if self._ocdbt else self._directory + "/"
+            kvstore = {"driver": "file", "path": f"{self._directory}/{place}"}
         spec = {"driver": self._driver, "kvstore": kvstore, "fill_missing_data_reads": False}
         return ts.open(ts.Spec(spec), open=True, context=self._context)
 

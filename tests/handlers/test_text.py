@@ -67,7 +67,7 @@ def test_the_example_of_orbaxs_documentation(path: Path) -> None:
 
 
 def test_the_file_is_text_and_names_its_message(path: Path) -> None:
-    message = MyProtoMessage(config_field="é\n\"quoted\"", numbers=[1, -2, 2**62])
+    message = MyProtoMessage(config_field='é\n"quoted"', numbers=[1, -2, 2**62])
     fc.save_checkpointables(path, {"config": message})
     text = (path / "config" / "proto.pbtxt").read_text()
     assert text == (
@@ -82,7 +82,9 @@ def test_the_file_is_text_and_names_its_message(path: Path) -> None:
 
 def test_an_empty_message(path: Path) -> None:
     fc.save_checkpointables(path, {"config": Duration()})
-    assert (path / "config/proto.pbtxt").read_text() == "# proto-message: google.protobuf.Duration\n"
+    assert (
+        path / "config/proto.pbtxt"
+    ).read_text() == "# proto-message: google.protobuf.Duration\n"
     assert fc.load_checkpointables(path) == {"config": Duration()}
 
 
@@ -94,7 +96,7 @@ def test_a_message_in_the_middle_of_a_tree_is_not_a_leaf(path: Path) -> None:
 def test_a_message_that_this_process_does_not_know(path: Path) -> None:
     stranger = message_class("Stranger", descriptor_pool.DescriptorPool())
     fc.save_checkpointables(path, {"config": stranger(config_field="x"), "state": {"a": 1}})
-    with pytest.raises(FormatError, match="knows no protocol-buffer message 'flax_ckpt_tests.Str"):
+    with pytest.raises(FormatError, match=r"knows \('flax_ckpt_tests.Stranger'\): import"):
         fc.load_checkpointables(path)
     assert fc.load_checkpointables(path, {"state": None}) == {"state": {"a": 1}}
     loaded = fc.load_checkpointables(path, {"config": stranger})["config"]
@@ -104,7 +106,9 @@ def test_a_message_that_this_process_does_not_know(path: Path) -> None:
 
 def test_the_class_of_another_message_is_refused(path: Path) -> None:
     fc.save_checkpointables(path, {"config": Duration(seconds=3)})
-    with pytest.raises(FormatError, match=r"holds a google.protobuf.Duration, not a google.*Struct"):
+    with pytest.raises(
+        FormatError, match=r"holds a google.protobuf.Duration, not a google.*Struct"
+    ):
         fc.load_checkpointables(path, {"config": Struct})
 
 

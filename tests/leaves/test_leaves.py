@@ -198,7 +198,9 @@ def test_sharded_keys() -> None:
 
 def test_a_key_of_another_implementation_is_a_difference() -> None:
     wanted = {"k": jax.eval_shape(lambda: jax.random.key(0, impl="rbg"))}
-    with pytest.raises(TreeMismatchError, match=r"k: saved key<threefry2x32>\[\], wanted key<rbg>\[\]"):
+    with pytest.raises(
+        TreeMismatchError, match=r"k: saved key<threefry2x32>\[\], wanted key<rbg>\[\]"
+    ):
         round_trip({"k": jax.random.key(0)}, wanted)
 
 
@@ -236,7 +238,16 @@ def test_numpy_scalars(name: str) -> None:
     same_bits(round_trip({"n": scalar}, {"n": type(scalar)})["n"], scalar)
 
 
-STRINGS = ["", "a", "é漢😀", "line\nbreak\r\n\t\0", '"quoted" \\ {}', "~ / .", "x" * 10_000, "\u2028"]
+STRINGS = [
+    "",
+    "a",
+    "é漢😀",
+    "line\nbreak\r\n\t\0",
+    '"quoted" \\ {}',
+    "~ / .",
+    "x" * 10_000,
+    "\u2028",
+]
 
 
 @pytest.mark.parametrize("text", STRINGS, ids=range(len(STRINGS)))
@@ -374,7 +385,7 @@ def test_all_unsupported_leaves_are_listed_by_path_and_type(tmp_path: Path) -> N
         fc.save_async(tmp_path / "ckpt", tree)
     assert isinstance(raised.value, TypeError)
     first, *lines, advice = str(raised.value).splitlines()
-    assert first == "9 of 11 leaves cannot be saved:"
+    assert first == "checkpointable 'state': 9 of 11 leaves cannot be saved:"
     assert sorted(line.strip() for line in lines) == [
         "abstract: a jax.ShapeDtypeStruct cannot be saved"
         if jax.ShapeDtypeStruct.__module__ == "jax"

@@ -303,8 +303,6 @@ def test_two_chunks_of_one_array_exchanged_are_caught(tmp_path: Path) -> None:
 
 
 def test_a_file_added_to_the_tree_is_not_trusted(ckpt: Path) -> None:
-    shutil.copy(
-        ckpt / "state/array_metadatas/process_0", ckpt / "state/array_metadatas/process_1"
-    )
+    shutil.copy(ckpt / "state/array_metadatas/process_0", ckpt / "state/array_metadatas/process_1")
     with pytest.raises(DamagedCheckpointError, match="process_1"):
         fc.load(ckpt)

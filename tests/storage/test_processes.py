@@ -42,7 +42,8 @@ PRELUDE = """
         values = np.arange(96, dtype=np.float32).reshape(8, 12) + offset
         specs = dict(rows=P("x"), columns=P(None, "x"), both=P("x", "y"), local=P("y"), all=P())
         placed = {name: place(values, spec) for name, spec in specs.items()}
-        return {**placed, "text": f"é{offset}", "empty": {}, "bf16": place(values.astype(jnp.bfloat16), P("y"))}
+        half = place(values.astype(jnp.bfloat16), P("y"))
+        return {**placed, "text": f"é{offset}", "empty": {}, "bf16": half}
 
     def check(loaded, offset=0):
         for name, expected in tree(offset).items():
@@ -133,8 +134,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 if isinstance(leaf, jax.Array) else leaf, tree())
             check(fc.load(path, abstract), 1000)
             moved = NamedSharding(mesh, P("y", "x"))
-            wanted = {**abstract, "rows": jax.ShapeDtypeStruct((8, 12), jnp.float32, sharding=moved)}
-            rows = fc.load(path, wanted)["rows"]
+            other = jax.ShapeDtypeStruct((8, 12), jnp.float32, sharding=moved)
+            rows = fc.load(path, {**abstract, "rows": other})["rows"]
             for shard in rows.addressable_shards:
                 values = np.arange(96, dtype=np.float32).reshape(8, 12) + 1000
                 np.testing.assert_array_equal(shard.data, values[shard.index])
@@ -147,7 +148,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected() -> dict[str, Any]:
     values = np.arange(96, dtype=np.float32).reshape(8, 12) + 1000
-    single = {name: values for name in ("rows", "columns", "both", "local", "all")}
+    single = dict.fromkeys(("rows", "columns", "both", "local", "all"), values)
     return {**single, "bf16": values.astype(jnp.bfloat16)}
 
 

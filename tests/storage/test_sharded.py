@@ -250,9 +250,7 @@ def test_any_sharding_restores_into_any_other(
         with small_chunks(nbytes):
             fc.save(path, {"w": place(shape, source)})
         assert_is(fc.load(path)["w"], values(shape), source)
-        assert_is(
-            fc.load(path, {"w": abstract(values(shape), target)})["w"], values(shape), target
-        )
+        assert_is(fc.load(path, {"w": abstract(values(shape), target)})["w"], values(shape), target)
 
 
 # Where the devices of the saved sharding do not exist.
@@ -276,7 +274,9 @@ ONE_DEVICE = """
 """
 
 
-def test_without_the_saved_devices_one_info_line_and_no_warning(saved: Path, run_child: Any) -> None:
+def test_without_the_saved_devices_one_info_line_and_no_warning(
+    saved: Path, run_child: Any
+) -> None:
     done = run_child(ONE_DEVICE, saved, devices=1)
     ours = [line for line in done.stderr.splitlines() if "|flax_ckpt" in line]
     expected = (
