@@ -122,9 +122,7 @@ class Response(Generic[T]):
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Runs a coroutine to its end, in this thread, or beside a loop that runs here already."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if asyncio._get_running_loop() is None:
         return asyncio.run(coroutine)
     context = contextvars.copy_context()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

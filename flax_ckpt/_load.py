@@ -343,6 +343,9 @@ async def _load_items(
 ) -> dict[str, Any]:
     with context:
         handlers = {name: _handler(layout, name, a, context) for name, a in wanted.items()}
+        for name, handler in handlers.items():
+            if not hasattr(handler, "TYPESTR"):  # the user's: it knows nothing of checksums
+                Record(layout.item(name)).check_all()
         return {
             name: await (await handler.load(epath.Path(layout.item(name)), wanted[name]))
             for name, handler in handlers.items()

@@ -15,7 +15,7 @@ import importlib.metadata
 import os
 import time
 import weakref
-from collections.abc import Awaitable, Coroutine, Mapping
+from collections.abc import Awaitable, Collection, Coroutine, Iterable, Mapping
 from typing import Any
 
 from etils import epath
@@ -88,9 +88,12 @@ def save_async(
     When it returns, the arrays may be donated, deleted or overwritten. A failure of the rest is
     raised by `result()` of what is returned, or reported when the process ends.
     """
-    return save_checkpointables_async(
+    _refuse_reserved([checkpointable_name])
+    return start(
         path,
         {checkpointable_name: state},
+        resolve(),
+        trees=[checkpointable_name],
         overwrite=overwrite,
         custom_metadata=custom_metadata,
     )
@@ -128,12 +131,16 @@ def save_checkpointables_async(
     custom_metadata: dict[str, Any] | None = None,
 ) -> AsyncResponse[None]:
     """Saves several checkpointables in the background; see :func:`save_checkpointables`."""
-    for name in checkpointables:
-        if name in names.RESERVED:
-            raise ValueError(f"{name!r} is a reserved name; call the checkpointable something else")
+    _refuse_reserved(checkpointables)
     return start(
         path, checkpointables, resolve(), overwrite=overwrite, custom_metadata=custom_metadata
     )
+
+
+def _refuse_reserved(wanted: Iterable[str]) -> None:
+    for name in wanted:
+        if name in names.RESERVED:
+            raise ValueError(f"{name!r} is a reserved name; call the checkpointable something else")
 
 
 def start(
@@ -141,10 +148,20 @@ def start(
     checkpointables: Mapping[str, Any],
     context: Context,
     *,
+    trees: Collection[str] = (),
     overwrite: bool = False,
     custom_metadata: dict[str, Any] | None = None,
 ) -> _async.Response[None]:
-    """Begins a save within a context given explicitly; reserved names are the caller's matter."""
+    """Begins a save within a context given explicitly; reserved names are the caller's matter.
+
+    Args:
+        path: the checkpoint's directory.
+        checkpointables: values by name.
+        context: options.
+        trees: names of those that are trees, even if other handlers accept them.
+        overwrite: whether a checkpoint at `path` is replaced.
+        custom_metadata: anything JSON can hold.
+    """
     target = local_path(path)
     for name, value in checkpointables.items():
         _check(name, value)
@@ -158,7 +175,7 @@ def start(
     if before is not None and not before.done() and not overwrite:
         raise CheckpointExistsError(f"{target} is being saved right now; save to another path")
     with context:
-        work = _Save(target, checkpointables, context, overwrite, custom)
+        work = _Save(target, checkpointables, trees, context, overwrite, custom)
         response = _async.Response(lambda: work.finish(before), f"checkpoint {target}")
     _in_flight[target] = response
     return response
@@ -180,6 +197,7 @@ class _Save:
         self,
         target: str,
         checkpointables: Mapping[str, Any],
+        trees: Collection[str],
         context: Context,
         overwrite: bool,
         custom_metadata: dict[str, Any],
@@ -193,7 +211,7 @@ class _Save:
         self._created: concurrent.futures.Future[None] = concurrent.futures.Future()
         registry = context.checkpointables.registry or handler_registry.global_registry()
         handlers = {
-            name: handler_registry.for_save(registry, name, value)
+            name: handler_registry.for_save(registry, name, value, tree=name in trees)
             for name, value in checkpointables.items()
         }
         self._types = {name: handler_registry.typestr(type(h)) for name, h in handlers.items()}
@@ -269,14 +287,20 @@ class _Save:
         }
         for name, data in contents.items():
             files.write(os.path.join(root, name), data)
-        data_files = f"/{names.DATA_DIR}/"
         crcs = {
             path: checkpoint.file_crc(files.read(os.path.join(root, path)))
             for path in files.walk(root)
-            if data_files not in path
+            if not self._is_array_data(path)
         }
         integrity = checkpoint.Integrity(crcs, _versions())
         files.write(os.path.join(root, names.INTEGRITY), integrity.to_bytes())
+
+    def _is_array_data(self, path: str) -> bool:
+        """Whether the chunk table vouches for a file: data files of our own PyTree directories."""
+        item, *inner = path.split("/")
+        in_data = len(inner) > 1 and inner[-2] == names.DATA_DIR
+        table = os.path.join(self._staging.path, item, names.CHUNK_TABLE)
+        return in_data and os.path.isfile(table)
 
 
 def _versions() -> dict[str, str]:

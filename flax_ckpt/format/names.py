@@ -16,6 +16,9 @@ INTEGRITY: Final = "flax_ckpt.json"
 DELETION_RECORD: Final = "_CHECKPOINT_DELETION"
 TMP_SUFFIX: Final = ".orbax-checkpoint-tmp"
 
+# Each of them marks a directory as a checkpoint.
+MARKS: Final = frozenset({INDICATOR, CHECKPOINT_METADATA, INTEGRITY, "_METADATA"})
+
 # Checkpointables.
 STATE: Final = "state"
 LEGACY_STATES: Final = ("state", "pytree", "default")

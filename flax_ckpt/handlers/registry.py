@@ -155,10 +155,13 @@ def typestr(handler_type: HandlerType) -> str:
     return f"{handler_type.__module__}.{handler_type.__qualname__}"
 
 
-def for_save(registry: CheckpointableHandlerRegistry, name: str, value: Any) -> Handler:
+def for_save(
+    registry: CheckpointableHandlerRegistry, name: str, value: Any, *, tree: bool = False
+) -> Handler:
     """The handler to save `value` as `name` with.
 
-    A tree with leaves that cannot be saved goes to the PyTree handler, which names them.
+    A tree with leaves that cannot be saved goes to the PyTree handler, which names them. So does
+    everything of which the caller says that it is a `tree`.
 
     Raises:
         NoEntryError: no handler accepts it.
@@ -166,7 +169,7 @@ def for_save(registry: CheckpointableHandlerRegistry, name: str, value: Any) -> 
     if registry.has(name):
         return _build(registry.get(name))
     entries = [h for h, bound in reversed(registry.get_all_entries()) if bound is None]
-    for handler_type in entries:
+    for handler_type in [] if tree else entries:
         handler = _build(handler_type)
         if handler.is_handleable(value):
             return handler

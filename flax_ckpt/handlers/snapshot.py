@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from flax_ckpt.context import Context
 from flax_ckpt.errors import UnsupportedLeafError
@@ -86,7 +87,7 @@ def _start_transfers(leaves: Iterable[Any]) -> None:
     if jax.default_backend() == "cpu":
         return
     for leaf in leaves:
-        if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+        if isinstance(leaf, jax.Array) and not (isinstance(leaf, Tracer) or leaf.is_deleted()):
             leaf.copy_to_host_async()
 
 
@@ -101,7 +102,7 @@ def _writes(
             writes.append(None)
             continue
         handler = registry.for_value(leaf)
-        reason = _deleted(leaf) if handler else f"{_describe(leaf)} cannot be saved"
+        reason = _refusal(path, leaf) if handler else f"{_describe(leaf)} cannot be saved"
         if handler is None or reason:
             refused.append(f"  {tree.show(path)}: {reason}")
             continue
@@ -117,9 +118,16 @@ def _writes(
     return writes
 
 
-def _deleted(leaf: Any) -> str:
+def _refusal(path: tree.KeyPath, leaf: Any) -> str:
+    """Why a leaf of a kind that can be saved cannot be; empty if it can."""
+    if isinstance(leaf, Tracer):
+        return "has no value inside jit: save after the jitted function has returned"
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
         return "the array was donated or deleted: save the state that the train step returned"
+    try:
+        tree.name_of(path).encode()
+    except UnicodeEncodeError:
+        return "a key has a lone surrogate, which no file name or JSON can hold: rename it"
     return ""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Awaitable
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 from etils import epath
 from google.protobuf.message import Message
@@ -120,6 +120,24 @@ def _decode(data: bytes, directory: epath.Path) -> str:
         raise FormatError(f"{directory}: not UTF-8 text: {error}") from error
 
 
+def _to_json(value: Any) -> str:
+    text = json.dumps(value)
+    _require_string_keys(value)
+    return text
+
+
+def _require_string_keys(value: Any) -> None:
+    """JSON would turn other keys into strings without a word."""
+    if isinstance(value, dict):
+        for key, inner in cast("dict[Any, Any]", value).items():
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r} is no string")
+            _require_string_keys(inner)
+    elif isinstance(value, list | tuple):
+        for inner in cast("list[Any]", value):
+            _require_string_keys(inner)
+
+
 class JsonHandler:
     """Saves and loads what JSON can hold: dicts with string keys, lists, numbers, strings.
 
@@ -141,8 +159,8 @@ class JsonHandler:
             NotHandleableError: JSON cannot hold it.
         """
         try:
-            text = json.dumps(checkpointable)
-        except (TypeError, ValueError) as error:
+            text = _to_json(checkpointable)
+        except (TypeError, ValueError, RecursionError) as error:
             raise NotHandleableError(
                 f"checkpointable {directory.name!r}: JSON cannot hold it: {error}"
             ) from error
@@ -163,8 +181,9 @@ class JsonHandler:
         record = Record(os.fspath(directory))
         for filename in self._filenames:
             if record.lists(filename):
+                data = record.read(filename)
                 try:
-                    return json.loads(record.read(filename))
+                    return json.loads(data)
                 except (ValueError, RecursionError) as error:
                     raise FormatError(f"{directory / filename}: not valid JSON: {error}") from error
         raise CheckpointNotFoundError(
@@ -178,7 +197,7 @@ class JsonHandler:
     def is_handleable(self, checkpointable: Any) -> bool:
         """True if JSON can hold it."""
         try:
-            json.dumps(checkpointable)
+            _to_json(checkpointable)
         except (TypeError, ValueError, RecursionError):
             return False
         return True

@@ -82,7 +82,7 @@ class ArrayLeaf:
             return f"{show_array(shape, dtype)} split as {placed}, which does not fit the shape"
         weak = bool(getattr(abstract, "weak_type", False))
         resolved = jax.ShapeDtypeStruct(shape, dtype, sharding=placed, weak_type=weak)
-        return Target(saved, regions(placed, shape), resolved)
+        return Target(saved, regions(placed, shape), resolved, rules.strict)
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`. Aligned memory is adopted by JAX on CPU without a copy."""
@@ -171,7 +171,7 @@ def _convert(part: NDArray[Any], target: Target) -> NDArray[Any]:
     dtype = np.dtype(target.abstract.dtype)
     if part.dtype == dtype:
         return part
-    if part.ndim == 0 and target.abstract.shape == ():
+    if target.strict and target.abstract.shape == ():
         return dtypes.fit(part, dtype, tree.show(target.saved.path))
     return part.astype(dtype)
 

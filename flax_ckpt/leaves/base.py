@@ -103,11 +103,13 @@ class Target:
         saved: what is there.
         regions: what to read of it.
         abstract: the handler's own resolved wish, e.g. a `jax.ShapeDtypeStruct`.
+        strict: whether a rank-0 number must fit; else it is cast.
     """
 
     saved: SavedLeaf
     regions: tuple[Region, ...]
     abstract: Any
+    strict: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,11 @@ class NumpyLeaf:
 
     def handles(self, value: Any) -> bool:
         """True unless zarr has no such dtype: object, str, bytes, datetime, structured."""
-        return isinstance(value, np.ndarray | np.generic) and arrays.is_storable(value.dtype)
+        return (
+            isinstance(value, np.ndarray | np.generic)
+            and not isinstance(value, np.ma.MaskedArray)  # its mask would be lost
+            and arrays.is_storable(value.dtype)
+        )
 
     def handles_abstract(self, abstract: Any) -> bool:
         """True for NumPy values and types, and for what has shape and dtype but no sharding."""
@@ -79,14 +83,14 @@ class NumpyLeaf:
         castable = rank0 if rules.strict else dtypes.castable(saved.dtype, wish.dtype)
         if not same_shape or not (saved.dtype == wish.dtype or castable):
             return f"{show_array(wish.shape, wish.dtype)} (numpy)"
-        return Target(saved, (whole(saved.shape),), (wish, _is_scalar(abstract)))
+        return Target(saved, (whole(saved.shape),), (wish, _is_scalar(abstract)), rules.strict)
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`."""
         result: list[Any] = []
         for target, (part,) in zip(targets, data, strict=True):
             wish, scalar = target.abstract
-            if part.dtype != wish.dtype and part.ndim == 0:
+            if target.strict and part.ndim == 0:
                 part = dtypes.fit(part, wish.dtype, tree.show(target.saved.path))
             array = part.astype(wish.dtype, copy=False)
             result.append(array[()] if scalar else array)
@@ -100,11 +104,12 @@ def _is_scalar(abstract: Any) -> bool:
 
 
 def _wish(saved: SavedLeaf, abstract: Any) -> NumpyShapeDtype | None:
-    is_type = isinstance(abstract, type)
-    if is_type and _is_scalar(abstract):
+    """Shape and dtype of the array that is wanted; None if neither side has them."""
+    if _is_scalar(abstract) and isinstance(abstract, type):
         return NumpyShapeDtype((), np.dtype(abstract))
-    if not is_type and hasattr(abstract, "shape"):
+    if hasattr(abstract, "shape") and hasattr(abstract, "dtype") and not isinstance(abstract, type):
         return NumpyShapeDtype(tuple(abstract.shape), np.dtype(abstract.dtype).newbyteorder("="))
     if saved.shape is None or saved.dtype is None:
         return None
-    return NumpyShapeDtype(saved.shape, saved.dtype)
+    is_dtype = isinstance(abstract, np.dtype)
+    return NumpyShapeDtype(saved.shape, abstract if is_dtype else saved.dtype)

@@ -27,7 +27,9 @@ class KeyLeaf:
 
     def handles_abstract(self, abstract: Any) -> bool:
         """True for arrays and `ShapeDtypeStruct` of a key dtype."""
-        return hasattr(abstract, "dtype") and is_key(abstract.dtype)
+        return (
+            not isinstance(abstract, type) and hasattr(abstract, "dtype") and is_key(abstract.dtype)
+        )
 
     def write(self, value: Any, *, copy: bool) -> LeafWrite:
         """See :class:`LeafHandler`."""
@@ -47,7 +49,8 @@ class KeyLeaf:
             return _ARRAYS.target(saved, jax.Array, rules)
         logical = is_key(abstract.dtype)
         expected = saved.shape[:-1] if logical else saved.shape
-        if tuple(abstract.shape) != expected or (logical and abstract.dtype != _key_dtype(saved)):
+        dtype = _key_dtype(saved) if logical else np.uint32
+        if tuple(abstract.shape) != expected or abstract.dtype != dtype:
             return show_array(abstract.shape, abstract.dtype)
         placed = abstract.sharding  # fits the key data too: the trailing axis is not split
         if isinstance(abstract, jax.Array) and logical:

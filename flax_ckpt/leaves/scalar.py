@@ -53,21 +53,26 @@ class ScalarLeaf:
             abstract = _KINDS.get(dtypes.kind(saved.dtype), complex)
         wanted: type = abstract if isinstance(abstract, type) else type(abstract)
         if saved.shape != () or saved.dtype is None:
-            return f"a Python {wanted.__name__}"
+            return f"Python {wanted.__name__}"
         if rules.strict and not dtypes.same_rank0_family(saved.dtype, np.dtype(wanted)):
-            return f"a Python {wanted.__name__}"
-        return Target(saved, ((),), (wanted, rules.strict))
+            return f"Python {wanted.__name__}"
+        return Target(saved, ((),), wanted, rules.strict)
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`."""
-        result: list[Any] = []
-        for target, (part,) in zip(targets, data, strict=True):
-            wanted, strict = target.abstract
-            value = part.item()
-            if strict and wanted(value) != value and value == value:
-                raise TreeMismatchError(
-                    f"{tree.show(target.saved.path)}: the saved number {value!r} does not fit a"
-                    f" Python {wanted.__name__}"
-                )
-            result.append(wanted(value))
-        return result
+        return [
+            _convert(part.item(), target.abstract, target.strict, tree.show(target.saved.path))
+            for target, (part,) in zip(targets, data, strict=True)
+        ]
+
+
+def _convert(value: Any, wanted: Any, strict: bool, leaf: str) -> Any:
+    try:
+        result = wanted(value)
+        if not strict or result == value or value != value:
+            return result
+    except (TypeError, ValueError, OverflowError):
+        pass  # as an int, neither NaN, infinity nor a complex number is anything
+    raise TreeMismatchError(
+        f"{leaf}: the saved number {value!r} does not fit a Python {wanted.__name__}"
+    )

@@ -57,6 +57,13 @@ class Staging:
                 f"{self.target} already exists; pass overwrite=True to replace it, or save to"
                 " another path"
             )
+        if os.path.isdir(self.target) and not os.path.islink(self.target):
+            there = os.listdir(self.target)
+            if there and not names.MARKS.intersection(there):
+                raise CheckpointExistsError(
+                    f"{self.target} is a directory but no checkpoint, so it is not overwritten; it"
+                    f" has: {', '.join(sorted(there)[:12])}"
+                )
 
     def create(self, directories: Iterable[str]) -> None:
         """Makes the staging directory and those in it, after removing what a crash left there."""
@@ -64,11 +71,12 @@ class Staging:
         files.make_directory(os.path.dirname(self.target))
         for path in [self.path, *(os.path.join(self.path, name) for name in directories)]:
             os.mkdir(path)
-            if self._mode is not None:
-                os.chmod(path, self._mode)
 
     def sync(self) -> None:
         """Makes all that is in the staging directory durable, whoever wrote it."""
+        if self._mode is not None:
+            for directory, _, _ in os.walk(self.path):
+                os.chmod(directory, self._mode)
         files.sync_tree(self.path)
 
     def commit(self) -> None:
@@ -80,10 +88,12 @@ class Staging:
         try:
             files.sync_path(os.path.dirname(self.target))
         except OSError:  # not durable, so it did not happen
-            if old is None:
-                _rename(self.target, self.path)
+            if old == self.path:
+                _exchange(self.path, self.target)
             else:
-                _exchange(old, self.target)
+                _rename(self.target, self.path)
+                if old is not None:
+                    _rename(old, self.target)
             raise
         if old is not None:
             remove_left_over(old)

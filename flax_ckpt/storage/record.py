@@ -56,6 +56,12 @@ class Record:
             return True
         return os.path.isfile(os.path.join(self.directory, name))
 
+    def check_all(self) -> None:
+        """Checks every file of the directory, for a reader that does not go through `read`."""
+        for path in self._integrity.crc32c if self._integrity is not None else ():
+            if path.startswith(self._prefix):
+                self.read(path.removeprefix(self._prefix))
+
     def read(self, name: str) -> bytes:
         """The checked bytes of a file.
 

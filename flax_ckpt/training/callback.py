@@ -204,13 +204,13 @@ class CheckpointCallback(Generic[S]):
             steps.supersede(self.directory, self._resumed_from)
             self._resumed_from = None
         parts = {name: tree for name, tree in states.split(state).items() if tree is not None}
-        nbytes = progress.nbytes(parts)
+        trees, nbytes = list(parts), progress.nbytes(parts)
         if self._config is not None:
             parts[restoring.CONFIG] = self._config
         if metrics is not None:
             parts[names.METRICS] = {name: _number(value) for name, value in metrics.items()}
         path = steps.path_of(self.directory, step)
-        self._response = _save.start(path, parts, self._context)
+        self._response = _save.start(path, parts, self._context, trees=trees)
         self._saving = self._last_step = step
         self._last_time = time.monotonic()
         blocked = time.perf_counter() - began

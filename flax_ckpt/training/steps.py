@@ -32,10 +32,7 @@ def committed(root: str) -> list[int]:
 
 def is_checkpoint(path: str) -> bool:
     """Whether a directory is a checkpoint: a rename gives it its name when it is complete."""
-    return any(
-        os.path.lexists(os.path.join(path, name))
-        for name in (names.CHECKPOINT_METADATA, names.INDICATOR, names.INTEGRITY)
-    )
+    return any(os.path.lexists(os.path.join(path, name)) for name in names.MARKS)
 
 
 def path_of(root: str, step: int) -> str:
