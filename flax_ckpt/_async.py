@@ -1,7 +1,7 @@
 """Work in the background whose failure cannot get lost.
 
-A :class:`Response` is a running thread with a result. Its error surfaces at `result()`; if nobody
-asks, at the end of the process: standard error names it and the exit code is not 0.
+An :class:`AsyncResponse` is a running thread with a result. Its error surfaces at `result()`; if
+nobody asks, at the end of the process: standard error names it and the exit code is not 0.
 """
 
 from __future__ import annotations
@@ -15,38 +15,18 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 
 logger = logging.getLogger("flax_ckpt")
 
 _lock = threading.Lock()
-_unsurfaced: set[Response[Any]] = set()  # running, or failed and not yet told to anyone
+_unsurfaced: set[AsyncResponse[Any]] = set()  # running, or failed and not yet told to anyone
 
 
-class AsyncResponse(Protocol[T_co]):
-    """What the `*_async` functions return."""
-
-    def result(self, timeout: float | None = None) -> T_co:
-        """Waits for the end and returns the result, or raises what went wrong.
-
-        Args:
-            timeout: seconds to wait; None: as long as it takes.
-
-        Raises:
-            TimeoutError: it still runs.
-        """
-        ...
-
-    def on_complete(self, callback: Callable[[Any], None]) -> None:
-        """Calls `callback` with the result after success, at once if it is there already."""
-        ...
-
-
-class Response(Generic[T]):
-    """A thread that was started and will have a result; implements :class:`AsyncResponse`.
+class AsyncResponse(Generic[T]):
+    """What the `*_async` functions return: a thread that was started and will have a result.
 
     Args:
         work: what to run; the context variables of the caller are visible to it.
@@ -92,22 +72,25 @@ class Response(Generic[T]):
         self._thread.join(timeout)
 
     def result(self, timeout: float | None = None) -> T:
-        """See :meth:`AsyncResponse.result`."""
+        """Waits for the end and returns the result, or raises what went wrong.
+
+        Args:
+            timeout: seconds to wait; None: as long as it takes.
+
+        Raises:
+            TimeoutError: it still runs.
+        """
         self.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"{self.what}: still running after {timeout} s")
         if self.error is not None:
-            self.surface()
+            with _lock:
+                _unsurfaced.discard(self)  # it is told now: it will not fail the exit
             raise self.error
         return self._value  # type: ignore[return-value]
 
-    def surface(self) -> None:
-        """Says that the error, if there is one, has been told: it will not fail the exit."""
-        with _lock:
-            _unsurfaced.discard(self)
-
     def on_complete(self, callback: Callable[[Any], None]) -> None:
-        """See :meth:`AsyncResponse.on_complete`."""
+        """Calls `callback` with the result after success, at once if it is there already."""
         with _lock:
             if self._work is not None and self.error is None:
                 self._callbacks.append(callback)

@@ -78,11 +78,8 @@ def load_async(
     checkpointable_name: str | None = names.AUTO,
 ) -> AsyncResponse[Any]:
     """Loads one PyTree in the background; see :func:`load`."""
-    return _async.Response(
-        lambda: load(path, abstract_state, checkpointable_name=checkpointable_name),
-        f"load of {os.fspath(path)}",
-        reported=False,
-    )
+    name = checkpointable_name
+    return _in_background(path, lambda: load(path, abstract_state, checkpointable_name=name))
 
 
 def load_checkpointables(
@@ -113,11 +110,11 @@ def load_checkpointables_async(
     abstract_checkpointables: Mapping[str, Any] | CheckpointMetadata[Any] | None = None,
 ) -> AsyncResponse[dict[str, Any]]:
     """Loads several checkpointables in the background; see :func:`load_checkpointables`."""
-    return _async.Response(
-        lambda: load_checkpointables(path, abstract_checkpointables),
-        f"load of {os.fspath(path)}",
-        reported=False,
-    )
+    return _in_background(path, lambda: load_checkpointables(path, abstract_checkpointables))
+
+
+def _in_background(path: PathLike, read: Callable[[], T]) -> AsyncResponse[T]:
+    return AsyncResponse(read, f"load of {os.fspath(path)}", reported=False)
 
 
 def metadata(
@@ -172,11 +169,7 @@ def _identity(path: PathLike) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def load_layout(
-    layout: Layout,
-    abstract: Mapping[str, Any] | CheckpointMetadata[Any] | None,
-    context: Context,
-) -> dict[str, Any]:
+def load_layout(layout: Layout, abstract: Any, context: Context) -> dict[str, Any]:
     """As :func:`load_checkpointables`, of a layout and in a context given explicitly."""
     wanted = _unwrapped(abstract)
     if layout.is_flat:
@@ -231,6 +224,11 @@ class Layout:
         return cls(here, dict(sorted(items.items())), root)
 
     @property
+    def trees(self) -> list[str]:
+        """The checkpointables that are PyTrees."""
+        return [name for name, path in self.items.items() if _holds_tree(path)]
+
+    @property
     def is_flat(self) -> bool:
         """Whether the directory is itself a PyTree, as v0's `PyTreeCheckpointer` makes it."""
         return "" in self.items
@@ -247,7 +245,7 @@ class Layout:
             return ""
         if wanted != names.AUTO:
             return wanted
-        trees = [name for name, path in self.items.items() if _holds_tree(path)]
+        trees = self.trees
         for name in [*names.LEGACY_STATES, *(trees if len(trees) == 1 else [])]:
             if name in trees:
                 return name
@@ -257,7 +255,7 @@ class Layout:
             " checkpointable_name=, or use flax_ckpt.load_checkpointables"
         )
 
-    def item(self, name: str) -> str:
+    def item(self, name: str) -> epath.Path:
         """The directory of a checkpointable.
 
         Raises:
@@ -268,12 +266,7 @@ class Layout:
             raise CheckpointNotFoundError(
                 f"{self.path} has no checkpointable {name!r}{gone}; it has: {', '.join(self.items)}"
             )
-        return self.items[name]
-
-    def recorded_type(self, name: str) -> str | None:
-        """The type string that the checkpoint has for a checkpointable."""
-        handlers = self.root.item_handlers
-        return handlers if isinstance(handlers, str) else handlers.get(name)
+        return epath.Path(self.items[name])
 
     def wrap(self, found: Any) -> CheckpointMetadata[Any]:
         """Metadata of this checkpoint around `found`."""
@@ -295,11 +288,8 @@ def _being_deleted(path: str) -> str | None:
 
 
 def _is_item(entry: os.DirEntry[str]) -> bool:
-    return (
-        entry.is_dir()
-        and entry.name not in names.IGNORED_ITEMS
-        and names.TMP_SUFFIX not in entry.name
-    )
+    ignored = entry.name in names.IGNORED_ITEMS or names.TMP_SUFFIX in entry.name
+    return entry.is_dir() and not ignored
 
 
 def _holds_tree(path: str) -> bool:
@@ -329,13 +319,10 @@ def _unwrapped(abstract: Any) -> Any:
 
 def _handler(layout: Layout, name: str, abstract: Any, context: Context) -> Any:
     registry = context.checkpointables.registry or handler_registry.global_registry()
-    return handler_registry.for_load(
-        registry,
-        name,
-        abstract,
-        recorded=layout.recorded_type(name),
-        is_pytree=_holds_tree(layout.item(name)),
-    )
+    is_tree = _holds_tree(os.fspath(layout.item(name)))
+    types = layout.root.item_handlers
+    recorded = types if isinstance(types, str) else types.get(name)
+    return handler_registry.for_load(registry, name, abstract, recorded, is_tree)
 
 
 async def _load_items(
@@ -345,9 +332,9 @@ async def _load_items(
         handlers = {name: _handler(layout, name, a, context) for name, a in wanted.items()}
         for name, handler in handlers.items():
             if not hasattr(handler, "TYPESTR"):  # the user's: it knows nothing of checksums
-                Record(layout.item(name)).check_all()
+                Record(os.fspath(layout.item(name))).check_all()
         return {
-            name: await (await handler.load(epath.Path(layout.item(name)), wanted[name]))
+            name: await (await handler.load(layout.item(name), wanted[name]))
             for name, handler in handlers.items()
         }
 
@@ -355,8 +342,6 @@ async def _load_items(
 async def _describe(layout: Layout, wanted: list[str], context: Context) -> dict[str, Any]:
     with context:
         return {
-            name: await _handler(layout, name, None, context).metadata(
-                epath.Path(layout.item(name))
-            )
+            name: await _handler(layout, name, None, context).metadata(layout.item(name))
             for name in wanted
         }

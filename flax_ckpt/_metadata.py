@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from typing import Any, Generic, TypeVar, final
 
@@ -11,6 +12,7 @@ T = TypeVar("T")
 
 
 @final
+@dataclasses.dataclass(eq=False)
 class CheckpointMetadata(Generic[T]):
     """Metadata of a checkpoint, from :func:`metadata` or :func:`checkpointables_metadata`.
 
@@ -24,20 +26,12 @@ class CheckpointMetadata(Generic[T]):
         custom_metadata: the user's own, as given to `save`.
     """
 
-    def __init__(
-        self,
-        path: epath.Path,
-        *,
-        metadata: T,
-        init_timestamp_nsecs: int | None = None,
-        commit_timestamp_nsecs: int | None = None,
-        custom_metadata: dict[str, Any] | None = None,
-    ) -> None:
-        self.path = path
-        self.metadata = metadata
-        self.init_timestamp_nsecs = init_timestamp_nsecs
-        self.commit_timestamp_nsecs = commit_timestamp_nsecs
-        self.custom_metadata = custom_metadata
+    path: epath.Path
+    _: dataclasses.KW_ONLY
+    metadata: T
+    init_timestamp_nsecs: int | None = None
+    commit_timestamp_nsecs: int | None = None
+    custom_metadata: dict[str, Any] | None = None
 
     @property
     def init_timestamp(self) -> datetime.datetime | None:

@@ -34,7 +34,7 @@ from flax_ckpt.storage.paths import local_path
 PathLike = str | os.PathLike[str]
 
 # Two saves to one path must not share a staging directory: the later waits for the earlier.
-_in_flight: weakref.WeakValueDictionary[str, _async.Response[None]] = weakref.WeakValueDictionary()
+_in_flight: weakref.WeakValueDictionary[str, AsyncResponse[None]] = weakref.WeakValueDictionary()
 
 
 def save(
@@ -89,14 +89,8 @@ def save_async(
     raised by `result()` of what is returned, or reported when the process ends.
     """
     _refuse_reserved([checkpointable_name])
-    return start(
-        path,
-        {checkpointable_name: state},
-        resolve(),
-        trees=[checkpointable_name],
-        overwrite=overwrite,
-        custom_metadata=custom_metadata,
-    )
+    tree = {checkpointable_name: state}
+    return start(path, tree, resolve(), overwrite, custom_metadata, trees=tree)
 
 
 def save_checkpointables(
@@ -132,9 +126,7 @@ def save_checkpointables_async(
 ) -> AsyncResponse[None]:
     """Saves several checkpointables in the background; see :func:`save_checkpointables`."""
     _refuse_reserved(checkpointables)
-    return start(
-        path, checkpointables, resolve(), overwrite=overwrite, custom_metadata=custom_metadata
-    )
+    return start(path, checkpointables, resolve(), overwrite, custom_metadata)
 
 
 def _refuse_reserved(wanted: Iterable[str]) -> None:
@@ -147,20 +139,20 @@ def start(
     path: PathLike,
     checkpointables: Mapping[str, Any],
     context: Context,
-    *,
-    trees: Collection[str] = (),
     overwrite: bool = False,
     custom_metadata: dict[str, Any] | None = None,
-) -> _async.Response[None]:
+    *,
+    trees: Collection[str] = (),
+) -> AsyncResponse[None]:
     """Begins a save within a context given explicitly; reserved names are the caller's matter.
 
     Args:
         path: the checkpoint's directory.
         checkpointables: values by name.
         context: options.
-        trees: names of those that are trees, even if other handlers accept them.
         overwrite: whether a checkpoint at `path` is replaced.
         custom_metadata: anything JSON can hold.
+        trees: names of those that are trees, even if other handlers accept them.
     """
     target = local_path(path)
     for name, value in checkpointables.items():
@@ -176,7 +168,7 @@ def start(
         raise CheckpointExistsError(f"{target} is being saved right now; save to another path")
     with context:
         work = _Save(target, checkpointables, trees, context, overwrite, custom)
-        response = _async.Response(lambda: work.finish(before), f"checkpoint {target}")
+        response = AsyncResponse(lambda: work.finish(before), f"checkpoint {target}")
     _in_flight[target] = response
     return response
 
@@ -232,7 +224,7 @@ class _Save:
             raise
         return writing
 
-    def finish(self, before: _async.Response[None] | None) -> None:
+    def finish(self, before: AsyncResponse[None] | None) -> None:
         """Writes, syncs and commits; on failure the target is what it was.
 
         Args:
@@ -292,7 +284,8 @@ class _Save:
             for path in files.walk(root)
             if not self._is_array_data(path)
         }
-        integrity = checkpoint.Integrity(crcs, _versions())
+        writers = {package: _version(package) for package in ("flax-ckpt", "jax", "numpy")}
+        integrity = checkpoint.Integrity(crcs, writers)
         files.write(os.path.join(root, names.INTEGRITY), integrity.to_bytes())
 
     def _is_array_data(self, path: str) -> bool:
@@ -303,11 +296,8 @@ class _Save:
         return in_data and os.path.isfile(table)
 
 
-def _versions() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name in ("flax-ckpt", "jax", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -11,7 +11,6 @@ A context given explicitly always beats the one of an enclosing `with`.
 from __future__ import annotations
 
 import contextvars
-from types import TracebackType
 from typing import final, get_type_hints
 
 from flax_ckpt import options
@@ -77,12 +76,7 @@ class Context:
         _ACTIVE.set((*_ACTIVE.get(), self))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         _ACTIVE.set(_ACTIVE.get()[:-1])
         for group in vars(self).values():
             options.freeze(group, -1)

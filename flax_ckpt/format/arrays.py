@@ -15,7 +15,7 @@ import math
 import reprlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -137,8 +137,7 @@ def _zarr3_json(spec: ArraySpec) -> bytes:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class ZarrInfo:
+class ZarrInfo(NamedTuple):
     """What the metadata of a stored array says.
 
     Attributes:
@@ -216,11 +215,7 @@ def _check_shapes(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> None:
 
 
 def choose_chunks(
-    shard_shape: tuple[int, ...],
-    itemsize: int,
-    *,
-    single_shard: bool,
-    limit: int = DEFAULT_CHUNK_BYTES,
+    shard_shape: tuple[int, ...], itemsize: int, *, single_shard: bool, limit: int
 ) -> tuple[int, ...]:
     """A chunk shape such that each chunk is contiguous in a C-order shard.
 

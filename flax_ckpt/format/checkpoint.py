@@ -13,7 +13,7 @@ from typing import Any
 import crc32c
 
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
-from flax_ckpt.format import jsons, names
+from flax_ckpt.format import jsons
 
 FORMAT_VERSION = 1
 
@@ -90,18 +90,16 @@ class Integrity:
     Attributes:
         crc32c: :func:`file_crc` of every file that is not array data, by path relative to the root.
         writers: versions of what wrote the checkpoint.
-        format_version: of this file and of what it vouches for.
     """
 
     crc32c: dict[str, int]
     writers: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
-    format_version: int = FORMAT_VERSION
 
     def to_bytes(self) -> bytes:
         """The file: one line of JSON, and one with that line's CRC-32C."""
         body = jsons.dump(
             {
-                "format_version": self.format_version,
+                "format_version": FORMAT_VERSION,  # of this file and of what it vouches for
                 "writers": self.writers,
                 "crc32c": {path: f"{crc:08x}" for path, crc in sorted(self.crc32c.items())},
             }
@@ -132,29 +130,6 @@ class Integrity:
         if not jsons.is_object(crcs) or not jsons.is_object(writers):
             raise DamagedCheckpointError(f"{what}: has no `crc32c` or `writers` object")
         try:
-            return cls({path: int(crc, 16) for path, crc in crcs.items()}, writers, version)
+            return cls({path: int(crc, 16) for path, crc in crcs.items()}, writers)
         except (TypeError, ValueError) as error:
             raise DamagedCheckpointError(f"{what}: a checksum is no hex number") from error
-
-    def check(self, path: str, data: bytes, what: str) -> None:
-        """Compares a file's bytes with what was saved.
-
-        Args:
-            path: relative to the root.
-            data: the bytes read.
-            what: the file, for the message.
-
-        Raises:
-            DamagedCheckpointError: they differ, or the file was not part of the checkpoint.
-        """
-        expected = self.crc32c.get(path)
-        found = file_crc(data)
-        if expected is None:
-            raise DamagedCheckpointError(
-                f"{what}: not among the files that {names.INTEGRITY} lists: it was added later"
-            )
-        if found != expected:
-            raise DamagedCheckpointError(
-                f"{what}: CRC-32C {found:08x}, saved with {expected:08x}: the file was changed"
-                " after it was saved; restore another step"
-            )

@@ -54,26 +54,20 @@ TYPE_JSON: Final = _V0 + "json_checkpoint_handler.JsonCheckpointHandler"
 TYPE_METRICS: Final = _V1 + "json_handler.MetricsHandler"
 TYPE_STATEFUL: Final = _V1 + "stateful_checkpointable_handler.StatefulCheckpointableHandler"
 
-PYTREE_TYPES: Final = frozenset(
-    {
-        TYPE_PYTREE,
-        _V1 + "pytree_handler.PyTreeHandler",
-        _V0_MOVED + "pytree_checkpoint_handler.PyTreeCheckpointHandler",
-        _V0 + "standard_checkpoint_handler.StandardCheckpointHandler",
-        _V0_MOVED + "standard_checkpoint_handler.StandardCheckpointHandler",
-    }
+
+def _types(v1: str, *v0: str) -> frozenset[str]:
+    """The handlers of one kind of file: their v1 name, and the v0 names where each has been."""
+    return frozenset({_V1 + v1, *(room + name for room in (_V0, _V0_MOVED) for name in v0)})
+
+
+PYTREE_TYPES: Final = _types(
+    "pytree_handler.PyTreeHandler",
+    "pytree_checkpoint_handler.PyTreeCheckpointHandler",
+    "standard_checkpoint_handler.StandardCheckpointHandler",
 )
-PROTO_TYPES: Final = frozenset(
-    {
-        TYPE_PROTO,
-        _V0 + "proto_checkpoint_handler.ProtoCheckpointHandler",
-        _V0_MOVED + "proto_checkpoint_handler.ProtoCheckpointHandler",
-    }
+PROTO_TYPES: Final = _types(
+    "proto_handler.ProtoHandler", "proto_checkpoint_handler.ProtoCheckpointHandler"
 )
-JSON_TYPES: Final = frozenset(
-    {
-        TYPE_JSON,
-        _V1 + "json_handler.JsonHandler",
-        _V0_MOVED + "json_checkpoint_handler.JsonCheckpointHandler",
-    }
+JSON_TYPES: Final = _types(
+    "json_handler.JsonHandler", "json_checkpoint_handler.JsonCheckpointHandler"
 )

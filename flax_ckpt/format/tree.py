@@ -8,11 +8,10 @@ Containers come back as dicts and lists: the format knows no other kinds.
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from flax_ckpt.errors import DuplicateNameError, FormatError
 from flax_ckpt.format import jsons, names
@@ -35,8 +34,7 @@ EMPTY: Final[Mapping[str, Callable[[], Any]]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One leaf or empty node of a saved tree.
 
     Attributes:
@@ -52,8 +50,7 @@ class Entry:
     write_shape: tuple[int, ...] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class TreeMetadata:
+class TreeMetadata(NamedTuple):
     """`_METADATA`.
 
     Attributes:
@@ -98,10 +95,9 @@ class TreeMetadata:
             raise FormatError(
                 f"{what}: an entry of `tree_metadata` is malformed: {error}"
             ) from error
-        counts = Counter(entry.path for entry in entries)
-        if len(counts) < len(entries):
-            twice = next(path for path, count in counts.items() if count > 1)
-            raise FormatError(f"{what}: the leaf {show(twice)} is there twice")
+        [(path, count)] = Counter(entry.path for entry in entries).most_common(1)
+        if count > 1:
+            raise FormatError(f"{what}: the leaf {show(path)} is there twice")
         ocdbt = raw.get("use_ocdbt")
         return cls(
             tuple(_without_leftovers(entries)),
@@ -122,20 +118,17 @@ def _entry_to_json(entry: Entry) -> dict[str, Any]:
 
 
 def _entry_from_json(raw: dict[str, Any]) -> Entry:
-    path: list[tuple[str, int]] = []
-    for key in raw["key_metadata"]:
-        name, kind = key["key"], key["key_type"]
+    path = tuple([(key["key"], key["key_type"]) for key in raw["key_metadata"]])
+    for name, kind in path:
         if not isinstance(name, str) or kind not in (SEQUENCE, DICT):
             raise ValueError(f"key {name!r} of type {kind!r}")
-        path.append((name, kind))
     if len(path) > _MAX_DEPTH:
         raise ValueError(f"a key path of {len(path)} keys")
     value = raw["value_metadata"]
     value_type, shape = value["value_type"], value.get("write_shape")
     if not isinstance(value_type, str):
         raise TypeError(f"value_type {value_type!r}")
-    place = tuple(path)
-    return Entry(place, name_of(place), value_type, None if shape is None else tuple(shape))
+    return Entry(path, name_of(path), value_type, None if shape is None else tuple(shape))
 
 
 def _without_leftovers(entries: list[Entry]) -> list[Entry]:
@@ -240,8 +233,7 @@ def decode_shardings(data: bytes, what: str) -> dict[str, str]:
         raise FormatError(f"{what}: a key is not base64 of UTF-8: {error}") from error
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ArrayMetadata:
+class ArrayMetadata(NamedTuple):
     """What `array_metadatas/process_N` says of one array, the same in every process.
 
     Attributes:
@@ -259,21 +251,16 @@ class ArrayMetadata:
 
 def encode_array_metadatas(arrays: Sequence[ArrayMetadata]) -> bytes:
     """`array_metadatas/process_N`."""
-    return jsons.dump(
+    entries = [
         {
-            "array_metadatas": [
-                {
-                    "array_metadata": {
-                        "param_name": a.name,
-                        "write_shape": a.write_shape,
-                        "chunk_shape": a.chunk_shape,
-                        "ext_metadata": {"random_key_impl": a.key_impl} if a.key_impl else None,
-                    }
-                }
-                for a in arrays
-            ]
+            "param_name": a.name,
+            "write_shape": a.write_shape,
+            "chunk_shape": a.chunk_shape,
+            "ext_metadata": {"random_key_impl": a.key_impl} if a.key_impl else None,
         }
-    )
+        for a in arrays
+    ]
+    return jsons.dump({"array_metadatas": [{"array_metadata": entry} for entry in entries]})
 
 
 def decode_array_metadatas(data: bytes, what: str) -> list[ArrayMetadata]:

@@ -206,13 +206,8 @@ class Reader:
 def check_path(path: str, what: str) -> None:
     """Raises `FormatError` unless `path` names a file below the database directory."""
     parts = path.split("/")
-    if (
-        not parts[0]
-        or not parts[-1]
-        or ".." in parts
-        or "\0" in path
-        or len(path.encode()) > MAX_KEY
-    ):
+    escapes = "" in (parts[0], parts[-1]) or ".." in parts
+    if escapes or "\0" in path or len(path.encode()) > MAX_KEY:
         raise FormatError(
             f"{what}: data file path: found {path[:200]!r}, "
             "expected a relative path inside the database"

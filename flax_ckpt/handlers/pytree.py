@@ -43,11 +43,7 @@ class ArrayMetadataValidator:
         expected = {array.name: array for array in array_metadatas.get(first, ())}
         for process in others:
             found = {array.name: array for array in array_metadatas[process]}
-            wrong = [
-                name
-                for name in sorted(expected.keys() | found.keys())
-                if expected.get(name) != found.get(name)
-            ]
+            wrong = [n for n in sorted(expected | found) if expected.get(n) != found.get(n)]
             if wrong:
                 raise TreeMismatchError(
                     f"processes {first} and {process} disagree about the arrays"
@@ -164,15 +160,16 @@ class PyTreeHandler:
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """True if there is a leaf handler for one leaf of each type in the tree."""
-        leaves: dict[Any, Any] = {type(leaf): leaf for leaf in jax.tree.leaves(checkpointable)}
-        return all(self._leaves.for_value(leaf) is not None for leaf in leaves.values())
+        return all(map(self._leaves.for_value, _one_of_each_type(checkpointable)))
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Likewise of the abstract leaves."""
-        leaves: dict[Any, Any] = {
-            type(leaf): leaf for leaf in jax.tree.leaves(abstract_checkpointable)
-        }
-        return all(self._leaves.for_abstract(leaf) is not None for leaf in leaves.values())
+        return all(map(self._leaves.for_abstract, _one_of_each_type(abstract_checkpointable)))
+
+
+def _one_of_each_type(value: Any) -> list[Any]:
+    leaves: dict[Any, Any] = {type(leaf): leaf for leaf in jax.tree.leaves(value)}
+    return list(leaves.values())
 
 
 def log_fallbacks(directory: epath.Path, rules: LoadRules) -> None:

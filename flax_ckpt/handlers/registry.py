@@ -124,9 +124,9 @@ def local_registry(
         include_global_registry: whether to start with the global entries.
     """
     registry = CheckpointableHandlerRegistry()
-    for source in ([_global] if include_global_registry else []) + (
-        [other_registry] if other_registry is not None else []
-    ):
+    sources = [_global] if include_global_registry else []
+    sources += [] if other_registry is None else [other_registry]
+    for source in sources:
         for handler_type, name in source.get_all_entries():
             registry.add(
                 handler_type,
@@ -168,12 +168,10 @@ def for_save(
     """
     if registry.has(name):
         return _build(registry.get(name))
-    entries = [h for h, bound in reversed(registry.get_all_entries()) if bound is None]
-    for handler_type in [] if tree else entries:
-        handler = _build(handler_type)
+    for handler in () if tree else map(_build, _unbound(registry)):
         if handler.is_handleable(value):
             return handler
-    for handler_type in entries:
+    for handler_type in _unbound(registry):
         if typestr(handler_type) == names.TYPE_PYTREE:
             return _build(handler_type)
     raise NoEntryError(
@@ -186,7 +184,6 @@ def for_load(
     registry: CheckpointableHandlerRegistry,
     name: str,
     abstract: Any,
-    *,
     recorded: str | None,
     is_pytree: bool,
 ) -> Handler:
@@ -204,22 +201,25 @@ def for_load(
     """
     if registry.has(name):
         return _build(registry.get(name))
-    entries = [h for h, bound in reversed(registry.get_all_entries()) if bound is None]
+    entries = _unbound(registry)
     named = [h for h in entries if recorded in _aliases(registry, h)]
     ours = [h for h in entries if getattr(h, "TYPESTR", None) == names.TYPE_PYTREE]
     foreign = [h for h in named if not hasattr(h, "TYPESTR")]
     for handler_type in [*foreign, *(ours if is_pytree else []), *named]:
         return _build(handler_type)
-    if abstract is not None:
-        for handler_type in entries:
-            handler = _build(handler_type)
-            if handler.is_abstract_handleable(abstract):
-                return handler
+    for handler in () if abstract is None else map(_build, entries):
+        if handler.is_abstract_handleable(abstract):
+            return handler
     raise NoEntryError(
         f"checkpointable {name!r} was saved by {recorded or 'an unnamed handler'}, which is not"
         f" registered here; registered: {_shown(registry)}. Import and register its handler, or"
         " name only the checkpointables that you want"
     )
+
+
+def _unbound(registry: CheckpointableHandlerRegistry) -> list[HandlerType]:
+    """The handlers that are bound to no name, the last registered first."""
+    return [h for h, bound in reversed(registry.get_all_entries()) if bound is None]
 
 
 def _aliases(registry: CheckpointableHandlerRegistry, handler_type: HandlerType) -> list[str]:

@@ -8,15 +8,16 @@ with SavedTree(directory) as saved:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
+
+from numpy.typing import NDArray
 
 from flax_ckpt.errors import Difference, FormatError, TreeMismatchError
 from flax_ckpt.format import names, tree
 from flax_ckpt.handlers import keypaths
-from flax_ckpt.leaves.base import LeafHandler, LoadRules, SavedLeaf, Target
+from flax_ckpt.leaves.base import LeafHandler, LoadRules, SavedLeaf, Target, show_array
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage.open_store import open_store
 from flax_ckpt.storage.record import Record
@@ -25,13 +26,8 @@ from flax_ckpt.storage.store import ArrayRead, ArrayStore
 _SHOWN = 40  # differences in a message; all of them are in the exception
 
 
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """What becomes of one wanted leaf: read into a target, or a value that needs no reading."""
-
-    handler: LeafHandler | None
-    target: Target | None
-    value: Any = None
+# What becomes of one wanted leaf: a target and the handler that builds it, or a value as it is.
+Match = tuple[LeafHandler, Target] | tuple[None, Any]
 
 
 class SavedTree(contextlib.ExitStack):
@@ -88,23 +84,15 @@ class SavedTree(contextlib.ExitStack):
             strings = tree.decode_strings(self._record.read(names.STRINGS), texts, path)
         stored = self._store.describe(self._arrays) if self._store else {}
         for entry in self._metadata.entries:
-            if entry.value_type in tree.EMPTY:
-                yield SavedLeaf(entry.path, entry.name, entry.value_type)
-            elif entry.value_type == tree.STRING:
-                text = strings[entry.name]
-                yield SavedLeaf(entry.path, entry.name, entry.value_type, string=text)
+            path, name, kind = entry.path, entry.name, entry.value_type
+            if kind in tree.EMPTY:
+                yield SavedLeaf(path, name, kind)
+            elif kind == tree.STRING:
+                yield SavedLeaf(path, name, kind, string=strings[name])
             else:
-                array = stored[entry.name]
-                impl = impls.get(entry.name) if entry.value_type == tree.ARRAY else None
-                yield SavedLeaf(
-                    entry.path,
-                    entry.name,
-                    entry.value_type,
-                    array.shape,
-                    array.dtype,
-                    shardings.get(entry.name),
-                    impl,
-                )
+                array, placed = stored[name], shardings.get(name)
+                impl = impls.get(name) if kind == tree.ARRAY else None
+                yield SavedLeaf(path, name, kind, array.shape, array.dtype, placed, impl)
 
     def abstract(self) -> Any:
         """The tree in dicts and lists, each leaf in the abstract form that loads it as saved."""
@@ -112,7 +100,7 @@ class SavedTree(contextlib.ExitStack):
         for leaf in self.leaves.values():
             handler = None if leaf.is_empty else self._handler(leaf, None)
             described.append(handler.describe(leaf) if handler else tree.EMPTY[leaf.value_type]())
-        return self._build(list(self.leaves), described)
+        return self._build(described)
 
     def prepare(
         self, abstract: Any, rules: LoadRules, *, partial: bool = False
@@ -128,33 +116,18 @@ class SavedTree(contextlib.ExitStack):
             TreeMismatchError: with every difference; nothing was read.
         """
         if abstract is None:
-            paths = list(self.leaves)
-            matches = self.match([(path, None) for path in paths], rules)
-            return lambda: self._build(paths, self.read(matches))
+            matches = self._match([(path, None) for path in self.leaves], rules, partial)
+            return lambda: self._build(self._read(matches))
         wanted, treedef = keypaths.flatten(abstract)
-        matches = self.match(wanted, rules, partial=partial)
-        return lambda: treedef.unflatten(self.read(matches))
+        matches = self._match(wanted, rules, partial)
+        return lambda: treedef.unflatten(self._read(matches))
 
-    def _build(self, paths: Sequence[tree.KeyPath], values: Sequence[Any]) -> Any:
-        return tree.build(zip(paths, values, strict=True), self.directory)
+    def _build(self, values: Sequence[Any]) -> Any:
+        return tree.build(zip(self.leaves, values, strict=True), self.directory)
 
-    def match(
-        self,
-        wanted: Sequence[tuple[tree.KeyPath, Any]],
-        rules: LoadRules,
-        *,
-        partial: bool = False,
+    def _match(
+        self, wanted: Sequence[tuple[tree.KeyPath, Any]], rules: LoadRules, partial: bool
     ) -> list[Match]:
-        """Compares the saved leaves with wanted ones.
-
-        Args:
-            wanted: key path and abstract leaf; None stands for the leaf as it was saved.
-            rules: how far they may differ.
-            partial: whether saved leaves that are not wanted are left alone.
-
-        Raises:
-            TreeMismatchError: with every difference.
-        """
         matches: list[Match] = []
         differences: list[Difference] = []
         for path, abstract in wanted:
@@ -166,7 +139,7 @@ class SavedTree(contextlib.ExitStack):
         if not partial:
             paths = {path for path, _ in wanted}
             differences += [
-                Difference(tree.show(path), self._place(str(leaf), path, paths), "nothing")
+                Difference(tree.show(path), _place(str(leaf), path, paths), "nothing")
                 for path, leaf in self.leaves.items()
                 if path not in paths and not leaf.is_empty
             ]
@@ -177,34 +150,19 @@ class SavedTree(contextlib.ExitStack):
     def _match_one(self, path: tree.KeyPath, abstract: Any, rules: LoadRules) -> Match | Difference:
         saved = self.leaves.get(path)
         empty = keypaths.is_empty(abstract)
+        if empty and (saved is None or saved.is_empty):
+            return None, tree.EMPTY[saved.value_type]() if saved and abstract is None else abstract
         if saved is None:
-            if empty:
-                return Match(None, None, abstract)
-            wish = self._place(show_abstract(abstract), path, set(self.leaves))
+            wish = _place(_show(abstract), path, self.leaves)
             return Difference(tree.show(path), "nothing", wish)
-        if saved.is_empty:
-            if empty:
-                value = tree.EMPTY[saved.value_type]() if abstract is None else abstract
-                return Match(None, None, value)
-            return Difference(tree.show(path), saved.value_type, show_abstract(abstract))
-        if empty and (abstract is not None or rules.strict):
-            return Difference(tree.show(path), str(saved), show_abstract(abstract))
-        handler = self._handler(saved, abstract)
+        fits = not saved.is_empty and (not empty or (abstract is None and not rules.strict))
+        handler = self._handler(saved, abstract) if fits else None
         if handler is None:
-            return Difference(tree.show(path), str(saved), show_abstract(abstract))
+            return Difference(tree.show(path), str(saved), _show(abstract))
         target = handler.target(saved, abstract, rules)
         if isinstance(target, str):
             return Difference(tree.show(path), str(saved), target)
-        return Match(handler, target)
-
-    def _place(self, text: str, path: tree.KeyPath, others: set[tree.KeyPath]) -> str:
-        """Says in which kind of node a leaf is, if only that sets two paths apart."""
-        if not path:
-            return text
-        flipped = (*path[:-1], (path[-1][0], 3 - path[-1][1]))
-        if flipped not in others:
-            return text
-        return f"{text} in a {'list' if path[-1][1] == tree.SEQUENCE else 'dict'}"
+        return handler, target
 
     def _handler(self, leaf: SavedLeaf, abstract: Any) -> LeafHandler | None:
         handler = self._registry.for_saved(leaf, abstract)
@@ -215,26 +173,24 @@ class SavedTree(contextlib.ExitStack):
             )
         return handler
 
-    def read(self, matches: Sequence[Match]) -> list[Any]:
-        """The value of each match, in order; the data of all is read in one batch.
-
-        Raises:
-            DamagedCheckpointError: names the first leaf whose bytes are not those saved.
-        """
-        found = [(i, m.handler, m.target) for i, m in enumerate(matches) if m.target is not None]
+    def _read(self, matches: Sequence[Match]) -> list[Any]:
+        """The value of each match, in order; the data of all is read in one batch."""
+        found = [(i, h, target) for i, (h, target) in enumerate(matches) if h is not None]
         reads = [
             ArrayRead(target.saved.name, target.regions, tree.show(target.saved.path))
             for _, _, target in found
             if target.regions
         ]
         data = iter(self._store.read_arrays(reads) if self._store else [])
-        parts = [next(data) if target.regions else [] for _, _, target in found]
-        values: list[Any] = [match.value for match in matches]
-        for handler in dict.fromkeys(handler for _, handler, _ in found if handler is not None):
-            mine = [k for k, (_, other, _) in enumerate(found) if other is handler]
-            built = handler.build([found[k][2] for k in mine], [parts[k] for k in mine])
-            for k, value in zip(mine, built, strict=True):
-                values[found[k][0]] = value
+        groups: dict[LeafHandler, list[tuple[int, Target, Sequence[NDArray[Any]]]]] = {}
+        for i, handler, target in found:
+            parts = next(data) if target.regions else ()
+            groups.setdefault(handler, []).append((i, target, parts))
+        values = [value for _, value in matches]
+        for handler, group in groups.items():
+            built = handler.build([target for _, target, _ in group], [part for *_, part in group])
+            for (i, _, _), value in zip(group, built, strict=True):
+                values[i] = value
         return values
 
 
@@ -251,13 +207,19 @@ def read_array_metadatas(record: Record) -> dict[int, list[tree.ArrayMetadata]]:
     return found
 
 
-def show_abstract(abstract: Any) -> str:
+def _place(text: str, path: tree.KeyPath, others: Container[tree.KeyPath]) -> str:
+    """Says in which kind of node a leaf is, if only that sets two paths apart."""
+    if not path or (*path[:-1], (path[-1][0], 3 - path[-1][1])) not in others:
+        return text
+    return f"{text} in a {'list' if path[-1][1] == tree.SEQUENCE else 'dict'}"
+
+
+def _show(abstract: Any) -> str:
     """A wanted leaf as error messages print it."""
     if keypaths.is_empty(abstract):
         return "None" if abstract is None else f"an empty {type(abstract).__name__}"
     if hasattr(abstract, "shape") and hasattr(abstract, "dtype"):
-        shape = ",".join(map(str, abstract.shape))
-        return f"{getattr(abstract.dtype, 'name', abstract.dtype)}[{shape}]"
+        return show_array(abstract.shape, abstract.dtype)
     if isinstance(abstract, type):
         return abstract.__name__
     return f"a {type(abstract).__name__}"

@@ -44,41 +44,64 @@ class Snapshot:
     def __init__(self, name: str, value: Any, registry: LeafRegistry, context: Context) -> None:
         found, _ = keypaths.flatten(value)
         _start_transfers(leaf for _, leaf in found)
-        writes = _writes(name, found, registry, context)
-        self.entries = [
-            tree.Entry(path, tree.name_of(path), keypaths.empty_kind(leaf))
-            if write is None
-            else tree.Entry(path, tree.name_of(path), write.value_type, _write_shape(write))
-            for (path, leaf), write in zip(found, writes, strict=True)
-        ]
-        named = [(e, w) for e, w in zip(self.entries, writes, strict=True) if w is not None]
-        tree.unique_names([(entry.path, arrays.prefix(entry.name)) for entry, _ in named])
+        self.entries: list[tree.Entry] = []
+        self.arrays: list[ArrayWrite] = []
+        self.metadatas: list[tree.ArrayMetadata] = []
+        self._shardings: dict[str, str] = {}
+        self._strings: dict[str, str] = {}
         limit = context.array.saving.storage_options.chunk_byte_size
-        self.arrays = [
-            _array(entry.name, write, limit or arrays.DEFAULT_CHUNK_BYTES)
-            for entry, write in named
-            if write.shape is not None
-        ]
-        specs = {array.name: array.spec for array in self.arrays}
-        self.metadatas = [
-            tree.ArrayMetadata(
-                entry.name, write.shard_shape, specs[entry.name].chunk_shape, write.key_impl
+        self._limit = limit or arrays.DEFAULT_CHUNK_BYTES
+        refused: list[str] = []
+        for path, leaf in found:
+            if keypaths.is_empty(leaf):
+                kind = keypaths.empty_kind(leaf)
+                self.entries.append(tree.Entry(path, tree.name_of(path), kind))
+                continue
+            handler = registry.for_value(leaf)
+            reason = _refusal(path, leaf) if handler else f"{_describe(leaf)} cannot be saved"
+            if handler is None or reason:
+                refused.append(f"  {tree.show(path)}: {reason}")
+            elif not refused:
+                self._add(path, handler.write(leaf, copy=context.memory.deepcopy_host_arrays))
+        if refused:
+            raise UnsupportedLeafError(
+                f"checkpointable {name!r}: {len(refused)} of {len(found)} leaves cannot be saved:\n"
+                + "\n".join(refused)
+                + "\nLeaves may be JAX and NumPy arrays of the dtypes that zarr has, typed PRNG"
+                " keys, int from -2**63 to 2**64 - 1, float, bool, str and None. Convert these"
+                " leaves, take them out of the tree, or register a leaf handler"
             )
-            for entry, write in named
-            if write.value_type == tree.ARRAY
-        ]
-        self._shardings = {e.name: w.sharding for e, w in named if w.sharding is not None}
-        strings = {e.name: w.string for e, w in named if w.string is not None}
+        tree.unique_names(
+            (e.path, arrays.prefix(e.name)) for e in self.entries if e.value_type not in tree.EMPTY
+        )
         # Encoded now: a key that cannot be stored must be an error of the call, not of its thread.
-        self._strings = tree.encode_strings(strings) if strings else None
+        self._string_file = tree.encode_strings(self._strings) if self._strings else None
+
+    def _add(self, path: tree.KeyPath, write: LeafWrite) -> None:
+        name = tree.name_of(path)
+        placed = write.shard_shape if write.value_type == tree.ARRAY else None
+        self.entries.append(tree.Entry(path, name, write.value_type, placed))
+        if write.sharding is not None:
+            self._shardings[name] = write.sharding
+        if write.string is not None:
+            self._strings[name] = write.string
+        if write.shape is None or write.dtype is None:
+            return
+        shard, size = write.shard_shape, write.dtype.itemsize
+        single = shard == write.shape
+        chunk = arrays.choose_chunks(shard, size, single_shard=single, limit=self._limit)
+        spec = arrays.ArraySpec(write.shape, arrays.zarr_dtype(write.dtype), chunk)
+        self.arrays.append(ArrayWrite(name, spec, write.shards, write.spread))
+        if placed is not None:
+            self.metadatas.append(tree.ArrayMetadata(name, placed, chunk, write.key_impl))
 
     def files(self) -> dict[str, bytes]:
         """The files that describe the tree, by name."""
         found = {names.TREE_METADATA: tree.TreeMetadata(tuple(self.entries)).to_bytes()}
         if self._shardings:
             found[names.SHARDING] = tree.encode_shardings(self._shardings)
-        if self._strings is not None:
-            found[names.STRINGS] = self._strings
+        if self._string_file is not None:
+            found[names.STRINGS] = self._string_file
         return found
 
 
@@ -89,33 +112,6 @@ def _start_transfers(leaves: Iterable[Any]) -> None:
     for leaf in leaves:
         if isinstance(leaf, jax.Array) and not (isinstance(leaf, Tracer) or leaf.is_deleted()):
             leaf.copy_to_host_async()
-
-
-def _writes(
-    name: str, found: list[tuple[tree.KeyPath, Any]], registry: LeafRegistry, context: Context
-) -> list[LeafWrite | None]:
-    copy = context.memory.deepcopy_host_arrays
-    writes: list[LeafWrite | None] = []
-    refused: list[str] = []
-    for path, leaf in found:
-        if keypaths.is_empty(leaf):
-            writes.append(None)
-            continue
-        handler = registry.for_value(leaf)
-        reason = _refusal(path, leaf) if handler else f"{_describe(leaf)} cannot be saved"
-        if handler is None or reason:
-            refused.append(f"  {tree.show(path)}: {reason}")
-            continue
-        writes.append(handler.write(leaf, copy=copy))
-    if refused:
-        raise UnsupportedLeafError(
-            f"checkpointable {name!r}: {len(refused)} of {len(found)} leaves cannot be saved:\n"
-            + "\n".join(refused)
-            + "\nLeaves may be JAX and NumPy arrays of the dtypes that zarr has, typed PRNG keys,"
-            " int from -2**63 to 2**64 - 1, float, bool, str and None. Convert these leaves, take"
-            " them out of the tree, or register a leaf handler"
-        )
-    return writes
 
 
 def _refusal(path: tree.KeyPath, leaf: Any) -> str:
@@ -136,18 +132,3 @@ def _describe(leaf: Any) -> str:
     if isinstance(leaf, jax.Array | np.ndarray | np.generic):
         return f"{'jax.Array' if isinstance(leaf, jax.Array) else kind} of dtype {leaf.dtype}"
     return f"the int {leaf}" if isinstance(leaf, int) else f"a {type(leaf).__module__}.{kind}"
-
-
-def _write_shape(write: LeafWrite) -> tuple[int, ...] | None:
-    return write.shard_shape if write.value_type == tree.ARRAY else None
-
-
-def _array(name: str, write: LeafWrite, limit: int) -> ArrayWrite:
-    assert write.shape is not None
-    assert write.dtype is not None
-    single = write.shard_shape == write.shape
-    chunk = arrays.choose_chunks(
-        write.shard_shape, write.dtype.itemsize, single_shard=single, limit=limit
-    )
-    spec = arrays.ArraySpec(write.shape, arrays.zarr_dtype(write.dtype), chunk)
-    return ArrayWrite(name, spec, write.shards, write.spread)

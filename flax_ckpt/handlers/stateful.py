@@ -26,9 +26,7 @@ class StatefulHandler:
         return await checkpointable.save(directory)
 
     async def load(
-        self,
-        directory: epath.Path,
-        abstract_checkpointable: StatefulCheckpointable | None = None,
+        self, directory: epath.Path, abstract_checkpointable: StatefulCheckpointable | None = None
     ) -> Awaitable[StatefulCheckpointable]:
         """See :class:`CheckpointableHandler`; the object given is changed and returned.
 

@@ -108,9 +108,8 @@ class ProtoHandler:
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """True for message classes."""
-        return isinstance(abstract_checkpointable, type) and issubclass(
-            abstract_checkpointable, Message
-        )
+        abstract = abstract_checkpointable
+        return isinstance(abstract, type) and issubclass(abstract, Message)
 
 
 def _decode(data: bytes, directory: epath.Path) -> str:

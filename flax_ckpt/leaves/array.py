@@ -29,11 +29,8 @@ class ArrayLeaf:
         """True for `jax.Array`, `jax.ShapeDtypeStruct`, and what has shape, dtype, sharding."""
         if isinstance(abstract, type):
             return issubclass(abstract, jax.Array)
-        return (
-            all(hasattr(abstract, name) for name in ("shape", "dtype", "sharding"))
-            and not isinstance(abstract, np.ndarray | np.generic)
-            and not is_key(abstract.dtype)
-        )
+        is_array = all(hasattr(abstract, name) for name in ("shape", "dtype", "sharding"))
+        return is_array and not is_key(abstract.dtype)
 
     def write(self, value: Any, *, copy: bool) -> LeafWrite:
         """See :class:`LeafHandler`."""
@@ -69,40 +66,34 @@ class ArrayLeaf:
         if abstract is None or isinstance(abstract, type):
             abstract = jax.ShapeDtypeStruct(saved.shape, saved.dtype)
         shape, dtype = tuple(abstract.shape), np.dtype(abstract.dtype)
-        if shape != saved.shape or not _matches(saved.dtype, dtype, shape, rules):
+        fits = dtypes.matches(saved.dtype, dtype, shape, strict=rules.strict)
+        if shape != saved.shape or not fits:
             return _show(abstract)
-        if not dtypes.canonical(dtype):
+        canonical = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+        if canonical != dtype:  # a 64-bit one, without `jax_enable_x64`
             return (
-                f"{show_array(shape, dtype)}, which JAX would silently make"
-                f" {jax.dtypes.canonicalize_dtype(dtype).name}: set jax_enable_x64, or ask for a"
-                " 32-bit dtype or for NumPy"
+                f"{show_array(shape, dtype)}, which JAX would silently make {canonical.name}:"
+                " set jax_enable_x64, or ask for a 32-bit dtype or for NumPy"
             )
         placed = _placement(saved, abstract, rules)
         if placed is not None and not sharding.fits(placed, shape):
             return f"{show_array(shape, dtype)} split as {placed}, which does not fit the shape"
         weak = bool(getattr(abstract, "weak_type", False))
         resolved = jax.ShapeDtypeStruct(shape, dtype, sharding=placed, weak_type=weak)
-        return Target(saved, regions(placed, shape), resolved, rules.strict)
+        return Target(saved, _regions(placed, shape), resolved, rules.strict)
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`. Aligned memory is adopted by JAX on CPU without a copy."""
-        result: list[Any] = [None] * len(targets)
-        unplaced: list[int] = []
-        for i, (target, parts) in enumerate(zip(targets, data, strict=True)):
-            wish = target.abstract
-            parts = [_convert(part, target) for part in parts]
-            if wish.sharding is None:
-                result[i] = parts[0]
-                unplaced.append(i)
-            else:
-                result[i] = _assemble(wish, target.regions, parts)
+        result: list[Any] = []
+        for target, parts in zip(targets, data, strict=True):
+            parts = [dtypes.convert(part, target.abstract.dtype, target) for part in parts]
+            result.append(_assemble(target, parts) if target.abstract.sharding else parts[0])
+        unplaced = [i for i, target in enumerate(targets) if target.abstract.sharding is None]
         placed = jax.device_put([result[i] for i in unplaced])
         for i, array in zip(unplaced, placed, strict=True):
             result[i] = array
-        return [
-            _weak(array) if target.abstract.weak_type else array
-            for array, target in zip(result, targets, strict=True)
-        ]
+        weak = [target.abstract.weak_type for target in targets]
+        return [_weak(array) if w else array for array, w in zip(result, weak, strict=True)]
 
 
 def is_key(dtype: Any) -> bool:
@@ -116,21 +107,10 @@ def _show(abstract: Any) -> str:
     return show_array(abstract.shape, np.dtype(abstract.dtype))
 
 
-def _matches(
-    saved: np.dtype[Any], wanted: np.dtype[Any], shape: tuple[int, ...], rules: LoadRules
-) -> bool:
-    if saved == wanted:
-        return True
-    if rules.strict:
-        return shape == () and dtypes.same_rank0_family(saved, wanted)
-    return dtypes.castable(saved, wanted)
-
-
 def _placement(saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Sharding | None:
     """The sharding to load into; None: uncommitted on JAX's default device."""
-    wanted = sharding.concrete(abstract.sharding)
-    if isinstance(abstract, jax.Array) and not abstract.committed:
-        wanted = None
+    uncommitted = isinstance(abstract, jax.Array) and not abstract.committed
+    wanted = None if uncommitted else sharding.concrete(abstract.sharding)
     if wanted is not None:
         return wanted
     placed = _saved_placement(saved)
@@ -151,37 +131,24 @@ def _saved_placement(saved: SavedLeaf) -> Sharding | None:
     return placed if placed is not None and sharding.fits(placed, shape) else None
 
 
-def regions(placed: Sharding | None, shape: tuple[int, ...]) -> tuple[Region, ...]:
+def _regions(placed: Sharding | None, shape: tuple[int, ...]) -> tuple[Region, ...]:
     """The distinct boxes of an array that this process's devices need."""
     if placed is None or placed.num_devices == 1:
         return (whole(shape),)
-    found = {
-        region_of(index, shape): None
-        for index in placed.addressable_devices_indices_map(shape).values()
-    }
-    return tuple(found)
+    indices = placed.addressable_devices_indices_map(shape).values()
+    return tuple(dict.fromkeys(_region(index, shape) for index in indices))
 
 
-def region_of(index: Any, shape: tuple[int, ...]) -> Region:
+def _region(index: Any, shape: tuple[int, ...]) -> Region:
     """A tuple of slices as a region."""
     return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
-def _convert(part: NDArray[Any], target: Target) -> NDArray[Any]:
-    dtype = np.dtype(target.abstract.dtype)
-    if part.dtype == dtype:
-        return part
-    if target.strict and target.abstract.shape == ():
-        return dtypes.fit(part, dtype, tree.show(target.saved.path))
-    return part.astype(dtype)
-
-
-def _assemble(
-    wish: jax.ShapeDtypeStruct, boxes: tuple[Region, ...], parts: list[NDArray[Any]]
-) -> jax.Array:
-    by_region = dict(zip(boxes, parts, strict=True))
+def _assemble(target: Target, parts: list[NDArray[Any]]) -> jax.Array:
+    wish: jax.ShapeDtypeStruct = target.abstract
+    by_region = dict(zip(target.regions, parts, strict=True))
     return jax.make_array_from_callback(
-        wish.shape, wish.sharding, lambda index: by_region[region_of(index, wish.shape)]
+        wish.shape, wish.sharding, lambda index: by_region[_region(index, wish.shape)]
     )
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from flax_ckpt.errors import TreeMismatchError
+from flax_ckpt.format import tree
+from flax_ckpt.leaves.base import Target
 
 
 def is_kind(dtype: Any, parent: Any) -> bool:
@@ -32,25 +33,28 @@ def kind(dtype: Any) -> str:
     ):
         if is_kind(dtype, parent):
             return name
-    if dtype in (np.dtype(ml_dtypes.int2), np.dtype(ml_dtypes.int4)):
-        return "int"
     return "other"
 
 
-def castable(saved: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
-    """Whether a cast that the caller names is done: all, except complex to real."""
-    return saved == wanted or not (kind(saved) == "complex" and kind(wanted) != "complex")
+def matches(
+    saved: np.dtype[Any], wanted: np.dtype[Any], shape: tuple[int, ...], *, strict: bool
+) -> bool:
+    """Whether an array saved in one dtype may come back in the other.
 
-
-def same_rank0_family(saved: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
-    """Whether a rank-0 number of one dtype may come back in the other if its value fits."""
-    order = ["int", "float", "complex"]
+    A cast that the caller names is done, except complex to real. In a strict load only rank-0
+    numbers change their dtype, if the value fits.
+    """
+    if saved == wanted:
+        return True
     a, b = kind(saved), kind(wanted)
-    return a == b or (a in order and b in order)
+    if not strict:
+        return a != "complex" or b == "complex"
+    numbers = ("int", "float", "complex")
+    return shape == () and (a == b or (a in numbers and b in numbers))
 
 
-def fit(value: NDArray[Any], wanted: np.dtype[Any], leaf: str) -> NDArray[Any]:
-    """A rank-0 number in another dtype.
+def convert(array: NDArray[Any], wanted: np.dtype[Any], target: Target) -> NDArray[Any]:
+    """The array in another dtype; in a strict load a rank-0 number has to fit.
 
     Integers must be in range, and exact when they come from or become floats; floats may be
     rounded, but not to infinity.
@@ -58,23 +62,20 @@ def fit(value: NDArray[Any], wanted: np.dtype[Any], leaf: str) -> NDArray[Any]:
     Raises:
         TreeMismatchError: the value does not fit.
     """
-    if value.dtype == wanted:
-        return value
-    exact = kind(wanted) == "int" or kind(value.dtype) == "int"
+    if array.dtype == wanted:
+        return array
+    if array.ndim or not target.strict:
+        return array.astype(wanted)
+    exact = kind(wanted) == "int" or kind(array.dtype) == "int"
     with np.errstate(all="ignore"):
-        result = value.astype(wanted)
-        back = result.astype(value.dtype)
-        good = back == value or (value != value and result != result)
+        result = array.astype(wanted)
+        back = result.astype(array.dtype)
+        good = back == array or (array != array and result != result)
         if not exact:
-            good = good or bool(np.isfinite(back) == np.isfinite(value))
+            good = good or bool(np.isfinite(back) == np.isfinite(array))
     if not good:
         raise TreeMismatchError(
-            f"{leaf}: the saved number {value.item()!r} ({value.dtype.name}) does not fit"
-            f" {wanted.name}; restore it into a wider dtype"
+            f"{tree.show(target.saved.path)}: the saved number {array.item()!r}"
+            f" ({array.dtype.name}) does not fit {wanted.name}; restore it into a wider dtype"
         )
     return result
-
-
-def canonical(dtype: np.dtype[Any]) -> bool:
-    """Whether JAX keeps this dtype as it is: 64-bit ones only with `jax_enable_x64`."""
-    return np.dtype(jax.dtypes.canonicalize_dtype(dtype)) == dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,14 +58,7 @@ class NumpyLeaf:
         """See :class:`LeafHandler`."""
         array = np.asarray(value)
         native = array.astype(array.dtype.newbyteorder("="), order="C", copy=copy)
-        return LeafWrite(
-            tree.NUMPY,
-            native.shape,
-            native.dtype,
-            native.shape,
-            [((0,) * native.ndim, native)],
-            sharding.HOST,
-        )
+        return host_write(tree.NUMPY, native)
 
     def describe(self, saved: SavedLeaf) -> Any:
         """A :class:`NumpyShapeDtype`."""
@@ -78,10 +71,8 @@ class NumpyLeaf:
         wish = _wish(saved, abstract)
         if saved.shape is None or saved.dtype is None or wish is None:
             return "a NumPy value" if wish is None else show_array(wish.shape, wish.dtype)
-        same_shape = tuple(wish.shape) == saved.shape
-        rank0 = wish.shape == () and dtypes.same_rank0_family(saved.dtype, wish.dtype)
-        castable = rank0 if rules.strict else dtypes.castable(saved.dtype, wish.dtype)
-        if not same_shape or not (saved.dtype == wish.dtype or castable):
+        fits = dtypes.matches(saved.dtype, wish.dtype, wish.shape, strict=rules.strict)
+        if wish.shape != saved.shape or not fits:
             return f"{show_array(wish.shape, wish.dtype)} (numpy)"
         return Target(saved, (whole(saved.shape),), (wish, _is_scalar(abstract)), rules.strict)
 
@@ -90,26 +81,30 @@ class NumpyLeaf:
         result: list[Any] = []
         for target, (part,) in zip(targets, data, strict=True):
             wish, scalar = target.abstract
-            if target.strict and part.ndim == 0:
-                part = dtypes.fit(part, wish.dtype, tree.show(target.saved.path))
-            array = part.astype(wish.dtype, copy=False)
+            array = dtypes.convert(part, wish.dtype, target)
             result.append(array[()] if scalar else array)
         return result
 
 
+def host_write(value_type: str, array: NDArray[Any]) -> LeafWrite:
+    """A leaf that is one array in host memory."""
+    shards = [((0,) * array.ndim, array)]
+    return LeafWrite(value_type, array.shape, array.dtype, array.shape, shards, sharding.HOST)
+
+
 def _is_scalar(abstract: Any) -> bool:
-    if isinstance(abstract, type):
-        return issubclass(abstract, np.generic)
-    return isinstance(abstract, np.generic)
+    return issubclass(abstract if isinstance(abstract, type) else type(abstract), np.generic)
 
 
 def _wish(saved: SavedLeaf, abstract: Any) -> NumpyShapeDtype | None:
     """Shape and dtype of the array that is wanted; None if neither side has them."""
     if _is_scalar(abstract) and isinstance(abstract, type):
         return NumpyShapeDtype((), np.dtype(abstract))
-    if hasattr(abstract, "shape") and hasattr(abstract, "dtype") and not isinstance(abstract, type):
+    if hasattr(abstract, "dtype") and not isinstance(abstract, type):
         return NumpyShapeDtype(tuple(abstract.shape), np.dtype(abstract.dtype).newbyteorder("="))
     if saved.shape is None or saved.dtype is None:
         return None
     is_dtype = isinstance(abstract, np.dtype)
-    return NumpyShapeDtype(saved.shape, abstract if is_dtype else saved.dtype)
+    return NumpyShapeDtype(
+        saved.shape, cast("np.dtype[Any]", abstract) if is_dtype else saved.dtype
+    )

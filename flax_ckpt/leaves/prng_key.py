@@ -27,9 +27,8 @@ class KeyLeaf:
 
     def handles_abstract(self, abstract: Any) -> bool:
         """True for arrays and `ShapeDtypeStruct` of a key dtype."""
-        return (
-            not isinstance(abstract, type) and hasattr(abstract, "dtype") and is_key(abstract.dtype)
-        )
+        is_array = hasattr(abstract, "dtype") and not isinstance(abstract, type)
+        return is_array and is_key(abstract.dtype)
 
     def write(self, value: Any, *, copy: bool) -> LeafWrite:
         """See :class:`LeafHandler`."""

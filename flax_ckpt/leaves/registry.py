@@ -22,13 +22,8 @@ class LeafRegistry:
 
     def __init__(self) -> None:
         self._keys = KeyLeaf()
-        self._handlers: list[LeafHandler] = [
-            StringLeaf(),
-            ScalarLeaf(),
-            NumpyLeaf(),
-            self._keys,
-            ArrayLeaf(),
-        ]
+        self._handlers: list[LeafHandler] = [StringLeaf(), ScalarLeaf(), NumpyLeaf()]
+        self._handlers += [self._keys, ArrayLeaf()]
 
     def add(self, handler: LeafHandler) -> None:
         """Registers a handler; it wins over those before it."""

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from flax_ckpt.errors import TreeMismatchError
 from flax_ckpt.format import tree
-from flax_ckpt.leaves import dtypes, sharding
+from flax_ckpt.leaves import dtypes
 from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target
+from flax_ckpt.leaves.ndarray import host_write
 
 _KINDS: Final[dict[str, type]] = {"bool": bool, "int": int, "float": float}
 
@@ -37,11 +38,7 @@ class ScalarLeaf:
 
     def write(self, value: Any, *, copy: bool) -> LeafWrite:
         """See :class:`LeafHandler`."""
-        dtype = np.bool_ if isinstance(value, bool) else np.float64
-        if isinstance(value, int) and not isinstance(value, bool):
-            dtype = np.int64 if value < 2**63 else np.uint64
-        array = np.asarray(value, dtype)
-        return LeafWrite(tree.SCALAR, (), array.dtype, (), [((), array)], sharding.HOST)
+        return host_write(tree.SCALAR, np.asarray(value))  # int64, or uint64 where it has to be
 
     def describe(self, saved: SavedLeaf) -> Any:
         """The zero of its type, as Orbax has it: `0`, `0.0` or `False`."""
@@ -54,25 +51,24 @@ class ScalarLeaf:
         wanted: type = abstract if isinstance(abstract, type) else type(abstract)
         if saved.shape != () or saved.dtype is None:
             return f"Python {wanted.__name__}"
-        if rules.strict and not dtypes.same_rank0_family(saved.dtype, np.dtype(wanted)):
+        if rules.strict and not dtypes.matches(saved.dtype, np.dtype(wanted), (), strict=True):
             return f"Python {wanted.__name__}"
         return Target(saved, ((),), wanted, rules.strict)
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`."""
-        return [
-            _convert(part.item(), target.abstract, target.strict, tree.show(target.saved.path))
-            for target, (part,) in zip(targets, data, strict=True)
-        ]
+        return [_convert(part.item(), t) for t, (part,) in zip(targets, data, strict=True)]
 
 
-def _convert(value: Any, wanted: Any, strict: bool, leaf: str) -> Any:
+def _convert(value: Any, target: Target) -> Any:
+    wanted = target.abstract
     try:
         result = wanted(value)
-        if not strict or result == value or value != value:
+        if not target.strict or result == value or value != value:
             return result
     except (TypeError, ValueError, OverflowError):
         pass  # as an int, neither NaN, infinity nor a complex number is anything
     raise TreeMismatchError(
-        f"{leaf}: the saved number {value!r} does not fit a Python {wanted.__name__}"
+        f"{tree.show(target.saved.path)}: the saved number {value!r} does not fit a Python"
+        f" {wanted.__name__}"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,25 +30,17 @@ def to_json(sharding: Sharding) -> str:
         device = min(devices.device_set, key=lambda d: d.id)
         return json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": str(device)})
     mesh: Any = sharding.mesh
-    ids = np.vectorize(lambda device: device.id, otypes=[int])(mesh.devices)  # type: ignore[misc]
+    ids = np.array([{"id": device.id} for device in mesh.devices.flat]).reshape(mesh.devices.shape)
     return json.dumps(
         {
             "sharding_type": "NamedSharding",
             "shape": list(mesh.devices.shape),
             "axis_names": [str(name) for name in mesh.axis_names],
             "axis_types": [f"AxisType.{kind.name}" for kind in mesh.axis_types],
-            "partition_spec": [_axes(part) for part in sharding.spec],
-            "device_mesh": {"mesh": _nest(ids)},
+            "partition_spec": list(sharding.spec),
+            "device_mesh": {"mesh": ids.tolist()},
         }
     )
-
-
-def _axes(part: Any) -> Any:
-    return list(cast("tuple[Any, ...]", part)) if isinstance(part, tuple) else part
-
-
-def _nest(ids: Any) -> Any:
-    return {"id": int(ids)} if ids.ndim == 0 else [_nest(row) for row in ids]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -56,20 +48,15 @@ def from_json(text: str) -> Sharding | None:
     """The sharding, or None if its devices are not here or the text is of another kind."""
     try:
         raw = json.loads(text)
-        kind = raw["sharding_type"]
-        if kind == "SingleDeviceSharding":
-            device = _device(raw["device_str"])
-            return None if device is None else OneDevice(device)
-        if kind == "NamedSharding":
-            return _named(raw)
+        return {"SingleDeviceSharding": _single, "NamedSharding": _named}[raw["sharding_type"]](raw)
     except (ValueError, TypeError, KeyError, RecursionError):
         return None  # the caller then says which leaves went to one device
-    return None
 
 
-def _device(text: str) -> Any:
+def _single(raw: dict[str, Any]) -> OneDevice | None:
+    text = raw["device_str"]
     legacy = text.replace("TFRT_CPU_", "cpu:")  # older JAX printed CPU devices so
-    return next((d for d in _jax.devices() if str(d) in (text, legacy)), None)
+    return next((OneDevice(d) for d in _jax.devices() if str(d) in (text, legacy)), None)
 
 
 def _named(raw: dict[str, Any]) -> NamedSharding | None:
@@ -77,7 +64,7 @@ def _named(raw: dict[str, Any]) -> NamedSharding | None:
     by_id = {device.id: device for device in _jax.devices()}
     recorded = raw.get("device_mesh")
     if jsons.is_object(recorded):
-        ids: list[int] = [int(item["id"]) for item in _flatten(recorded["mesh"])]
+        ids: list[int] = [int(item["id"]) for item in np.array(recorded["mesh"], object).flat]
     else:
         ids = sorted(by_id)[: int(np.prod(shape))]
     if not set(ids) <= by_id.keys() or len(ids) != int(np.prod(shape)):
@@ -88,12 +75,6 @@ def _named(raw: dict[str, Any]) -> NamedSharding | None:
     mesh = Mesh(devices, tuple(raw["axis_names"]), axis_types=axis_types)
     spec = [tuple(part) if jsons.is_list(part) else part for part in raw["partition_spec"]]
     return NamedSharding(mesh, PartitionSpec(*spec))
-
-
-def _flatten(nested: Any) -> list[Any]:
-    if jsons.is_list(nested):
-        return [item for row in nested for item in _flatten(row)]
-    return [nested]
 
 
 def fits(placed: Any, shape: tuple[int, ...]) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import ctypes
+import dataclasses
 import errno
 import logging
 import os
@@ -82,24 +83,19 @@ class Staging:
     def commit(self) -> None:
         """Gives the synced directory its name, durably; what was there before is removed."""
         self._check_free()
-        old = _exchange(self.path, self.target) if os.path.lexists(self.target) else None
-        if old is None:
-            _rename(self.path, self.target)
+        replaces = os.path.lexists(self.target)
+        move = _exchange if replaces else _rename
+        move(self.path, self.target)
         try:
             files.sync_path(os.path.dirname(self.target))
         except OSError:  # not durable, so it did not happen
-            if old == self.path:
-                _exchange(self.path, self.target)
-            else:
-                _rename(self.target, self.path)
-                if old is not None:
-                    _rename(old, self.target)
+            move(self.target, self.path)
             raise
-        if old is not None:
-            remove_left_over(old)
+        if replaces:
+            self.discard()  # what was at the target
 
     def discard(self) -> None:
-        """Removes the staging directory after a failure; leaves the target as it is."""
+        """Removes what is in the staging directory's place; leaves the target as it is."""
         remove_left_over(self.path)
 
 
@@ -112,26 +108,28 @@ def _rename(source: str, target: str) -> None:
             raise
 
 
-def _exchange(source: str, target: str) -> str:
-    """Puts `source` in the place of `target`; returns the path where the old one is now."""
+def _exchange(source: str, target: str) -> None:
+    """Each gets the other's name."""
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):
         arguments = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target))
         if libc.renameat2(*arguments, _RENAME_EXCHANGE) == 0:
-            return source
+            return
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise OSError(code, os.strerror(code), target)
-    # No atomic exchange here: two renames, and back if the second fails.
-    old = f"{target}.replaced{names.TMP_SUFFIX}"
-    _clear(old)
-    _rename(target, old)
+    # No atomic exchange here: three renames, and back if one of them fails.
+    aside = f"{target}.replaced{names.TMP_SUFFIX}"
+    _clear(aside)
+    undo: list[tuple[str, str]] = []
     try:
-        _rename(source, target)
+        for old, new in ((target, aside), (source, target), (aside, source)):
+            _rename(old, new)
+            undo.insert(0, (new, old))
     except OSError:
-        _rename(old, target)
+        for new, old in undo:
+            _rename(new, old)
         raise
-    return old
 
 
 def _clear(path: str) -> None:
@@ -142,16 +140,17 @@ def _clear(path: str) -> None:
         shutil.rmtree(path)
 
 
+@dataclasses.dataclass(frozen=True)
 class DeferredPath:
     """A path whose directory is made in the background; see `handlers.PathAwaitingCreation`.
 
     Attributes:
         path: the path; nothing need be there yet.
+        created: done when the directory is there, or could not be made.
     """
 
-    def __init__(self, path: epath.Path, created: concurrent.futures.Future[None]) -> None:
-        self.path = path
-        self._created = created
+    path: epath.Path
+    created: concurrent.futures.Future[None] = dataclasses.field(repr=False)
 
     @property
     def name(self) -> str:
@@ -159,17 +158,12 @@ class DeferredPath:
         return self.path.name
 
     def __truediv__(self, other: str | os.PathLike[str]) -> DeferredPath:
-        return DeferredPath(self.path / other, self._created)
+        return DeferredPath(self.path / other, self.created)
 
     async def await_creation(self) -> epath.Path:
         """Waits until the directory is there and returns its path."""
-        if not self._created.done():
-            await asyncio.wrap_future(self._created)
-        self._created.result()
+        await asyncio.wrap_future(self.created)
         return self.path
-
-    def __repr__(self) -> str:
-        return f"DeferredPath({os.fspath(self.path)!r})"
 
 
 def remove(path: str) -> None:

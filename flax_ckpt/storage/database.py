@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from types import TracebackType
 
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
 from flax_ckpt.format import chunktable, names, ocdbt
@@ -77,11 +76,7 @@ class Database:
             raise DamagedCheckpointError(
                 f"{self.directory}: the database has no {key.decode(errors='replace')!r}"
             )
-        return (
-            value
-            if isinstance(value, bytes)
-            else self._fetch(value.file, value.offset, value.length)
-        )
+        return value if isinstance(value, bytes) else self._fetch(*value)
 
     def close(self) -> None:
         """Closes the data files."""
@@ -92,10 +87,5 @@ class Database:
     def __enter__(self) -> Database:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

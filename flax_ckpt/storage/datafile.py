@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from types import TracebackType
+import uuid
 from typing import Final
 
 import crc32c
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flax_ckpt.errors import DamagedCheckpointError
+from flax_ckpt.format import names
 
 Bytes = NDArray[np.uint8]
 
@@ -25,17 +26,23 @@ TRAILER: Final = 4
 _MAX_BUFFERS: Final = min(1024, os.sysconf("SC_IOV_MAX"))
 _MAX_CALL: Final = 1 << 30  # Linux writes at most 2 GiB - 4 KiB a call
 _QUEUE_BYTES: Final = 64 << 20
-_ZEROS: Final = bytes(ALIGNMENT)
 
 
 class DataFileWriter:
     """Appends values to a new file; use it in a `with` block.
 
     Args:
-        path: where; must not exist, its directory must.
+        directory: of the database that the file is for.
+
+    Attributes:
+        file: the path that the file got, relative to the directory.
+        offset: how many bytes it has.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, directory: str) -> None:
+        self.file = f"{names.DATA_DIR}/{uuid.uuid4().hex}"
+        path = os.path.join(directory, self.file)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._queue: list[memoryview] = []
         self._queued = 0
@@ -51,64 +58,48 @@ class DataFileWriter:
         """
         offset = self.offset
         crc = crc32c.crc32c(data.data)
-        self._append(data.data)
-        while padding > 0:
-            zeros = bytes(min(padding, 1 << 20))
+        self.append(data.data)
+        if padding:
+            zeros = bytes(padding)
             crc = crc32c.crc32c(zeros, crc)
-            self._append(memoryview(zeros))
-            padding -= len(zeros)
-        trailer = crc.to_bytes(TRAILER, "little")
+            self.append(zeros)
         gap = -(self.offset + TRAILER) % ALIGNMENT
-        self._append(memoryview(trailer + _ZEROS[:gap]))
+        self.append(crc.to_bytes(TRAILER, "little") + bytes(gap))
         return offset, crc
 
-    def append(self, data: bytes) -> int:
-        """Appends bytes as they are; returns their offset."""
-        offset = self.offset
-        self._append(memoryview(data))
-        return offset
-
-    def _append(self, data: memoryview) -> None:
-        if not len(data):
+    def append(self, data: bytes | memoryview) -> None:
+        """Appends bytes as they are; they must not change until the file is closed."""
+        if not data:
             return
-        self._queue.append(data)
+        self._queue.append(memoryview(data))
         self._queued += len(data)
         self.offset += len(data)
         if self._queued >= _QUEUE_BYTES or len(self._queue) >= _MAX_BUFFERS - 1:
             self._flush()
 
     def _flush(self) -> None:
-        pending = self._queue
-        while pending:
-            call: list[memoryview] = []
-            room = _MAX_CALL
-            for view in pending[:_MAX_BUFFERS]:
-                call.append(view[:room])
-                room -= len(call[-1])
-                if room <= 0:
-                    break
-            written = os.writev(self._fd, call)
-            while written:  # a short write goes on where it stopped
-                if written < len(pending[0]):
-                    pending[0] = pending[0][written:]
-                    break
-                written -= len(pending.pop(0))
-        self._queue, self._queued = [], 0
+        while self._queue:
+            call = [view[:_MAX_CALL] for view in self._queue]  # only the last can be so large
+            _advance(self._queue, os.writev(self._fd, call))
+        self._queued = 0
 
     def __enter__(self) -> DataFileWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         try:
             if error is None:
                 self._flush()
         finally:
             os.close(self._fd)
+
+
+def _advance(buffers: list[memoryview], count: int) -> None:
+    """Drops the bytes that a call has transferred, so that the next goes on where it stopped."""
+    while buffers and count >= len(buffers[0]):
+        count -= len(buffers.pop(0))
+    if count:
+        buffers[0] = buffers[0][count:]
 
 
 def aligned_empty(size: int) -> Bytes:
@@ -153,11 +144,7 @@ class DataFileReader:
                     f" saved, {sum(map(len, pending))} more: the file was cut off"
                 )
             offset += count
-            while count:
-                if count < len(pending[0]):
-                    pending[0] = pending[0][count:]
-                    break
-                count -= len(pending.pop(0))
+            _advance(pending, count)
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` on."""

@@ -35,11 +35,9 @@ def sync_path(path: str) -> None:
 
 def sync_tree(root: str) -> None:
     """Syncs every regular file under `root`, then every directory, the innermost first."""
-    for directory, _, names in os.walk(root, topdown=False):
-        for name in sorted(names):
-            path = os.path.join(directory, name)
-            if stat.S_ISREG(os.lstat(path).st_mode):
-                sync_path(path)
+    for name in walk(root):
+        sync_path(os.path.join(root, name))
+    for directory, _, _ in os.walk(root, topdown=False):
         sync_path(directory)
 
 
@@ -66,19 +64,17 @@ def read(path: str) -> bytes:
 
 def refuse_links(root: str) -> None:
     """Raises `FormatError` if there is a symbolic link under `root`: it could lead out of it."""
-    for directory, folders, names in os.walk(root):
-        for name in (*folders, *names):
-            path = os.path.join(directory, name)
-            if os.path.islink(path):
-                raise FormatError(f"{path} is a link that leads to {os.readlink(path)}")
+    for path in _entries(root):
+        if os.path.islink(path):
+            raise FormatError(f"{path} is a link that leads to {os.readlink(path)}")
 
 
-def walk(root: str) -> Iterator[str]:
+def walk(root: str) -> list[str]:
     """Paths of all regular files under `root`, relative to it, with `/`, sorted."""
-    found: list[str] = []
-    for directory, _, names in os.walk(root):
-        for name in names:
-            path = os.path.join(directory, name)
-            if stat.S_ISREG(os.lstat(path).st_mode):
-                found.append(os.path.relpath(path, root).replace(os.sep, "/"))
-    return iter(sorted(found))
+    regular = [path for path in _entries(root) if stat.S_ISREG(os.lstat(path).st_mode)]
+    return sorted(os.path.relpath(path, root) for path in regular)
+
+
+def _entries(root: str) -> Iterator[str]:
+    for directory, folders, names in os.walk(root):
+        yield from (os.path.join(directory, name) for name in (*folders, *names))

@@ -17,7 +17,7 @@ from flax_ckpt.errors import BarrierTimeoutError
 from flax_ckpt.options import MultiprocessingOptions
 
 _operations = itertools.count()
-_distributed: Any = distributed
+_state: Any = distributed.global_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Hosts:
             return
         key = f"{self.operation}/{point}"
         try:
-            _client().wait_at_barrier(
+            _state.client.wait_at_barrier(
                 key, timeout_in_ms=int(self.timeout_secs * 1000), process_ids=list(self.active)
             )
         except Exception as error:  # the client raises one type for all: XlaRuntimeError
@@ -85,7 +85,3 @@ def current(options: MultiprocessingOptions, timeout_secs: float = 0) -> Hosts:
     operation = f"{options.barrier_sync_key_prefix or ''}flax_ckpt/{next(_operations)}"
     index = jax.process_index()
     return Hosts(index, tuple(sorted(everyone)), options.primary_host, operation, timeout_secs)
-
-
-def _client() -> Any:
-    return _distributed.global_state.client

@@ -8,12 +8,12 @@ and with the table's, so that an old block with its own valid checksum is notice
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import itertools
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import crc32c
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from flax_ckpt.errors import DamagedCheckpointError
 from flax_ckpt.format import arrays as zarr
-from flax_ckpt.format.ocdbt import ValueRef
+from flax_ckpt.format.ocdbt import Value, ValueRef
 from flax_ckpt.storage.database import Database
 from flax_ckpt.storage.datafile import ALIGNMENT, TRAILER, Bytes, aligned_empty
 from flax_ckpt.storage.store import ArrayRead, ArrayStore, Region, StoredArray
@@ -32,16 +32,18 @@ _GAP: Final = 4096  # bytes of no interest that are read to save a call
 _THREADS: Final = min(4, os.cpu_count() or 1)
 
 
-@dataclasses.dataclass(slots=True)
-class _Chunk:
-    """A chunk to read; `into` is where its bytes go, or `place` takes them."""
+class _Chunk(NamedTuple):
+    """A chunk to read: its bytes go `into` memory of their array, or `place` takes them."""
 
     leaf: str
     key: bytes
-    ref: ValueRef | bytes
-    has_trailer: bool
-    into: Bytes | None
-    place: Callable[[Bytes], None] | None
+    ref: Value
+    trailer: int  # bytes of the CRC-32C that follows, 0 or 4
+    place: Callable[[Bytes], None]
+    into: Bytes | None = None
+
+
+_Placed: TypeAlias = tuple[ValueRef, _Chunk]  # a chunk in a data file, and where
 
 
 class NativeStore:
@@ -58,21 +60,17 @@ class NativeStore:
         self._infos: dict[str, zarr.ZarrInfo] = {}
 
     def _info(self, name: str) -> zarr.ZarrInfo:
-        info = self._infos.get(name)
-        if info is None:
-            info = self._infos[name] = self._read_info(name)
-        return info
-
-    def _read_info(self, name: str) -> zarr.ZarrInfo:
-        key = zarr.zarr_key(name)
-        data = self._database.read(key)
-        expected = self._database.crcs.get(key)
-        if expected is not None and crc32c.crc32c(data) != expected:
-            raise DamagedCheckpointError(
-                f"{self._database.directory}: the description of the array {name!r} is not the"
-                " one that was saved; restore another step"
-            )
-        return zarr.parse_zarr3(data)
+        if name not in self._infos:
+            key = zarr.zarr_key(name)
+            data = self._database.read(key)
+            expected = self._database.crcs.get(key)
+            if expected is not None and crc32c.crc32c(data) != expected:
+                raise DamagedCheckpointError(
+                    f"{self._database.directory}: the description of the array {name!r} is not the"
+                    " one that was saved; restore another step"
+                )
+            self._infos[name] = zarr.parse_zarr3(data)
+        return self._infos[name]
 
     def describe(self, names: Sequence[str]) -> dict[str, StoredArray]:
         """See :class:`ArrayStore`."""
@@ -81,18 +79,16 @@ class NativeStore:
 
     def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
         """See :class:`ArrayStore`."""
-        results: list[list[NDArray[Any]]] = []
+        results: list[list[NDArray[Any]]] = [[] for _ in reads]
         chunks: list[_Chunk] = []
         foreign: list[int] = []
         for number, read in enumerate(reads):
             info = self._info(read.name)
-            parts: list[NDArray[Any]] = []
-            results.append(parts)
-            if info.native:
-                for region in read.regions:
-                    chunks += self._plan(read, info, region, parts)
-            else:
+            if not info.native:
                 foreign.append(number)
+                continue
+            for region in read.regions:
+                chunks += self._plan(read, info, region, results[number])
         self._read_chunks(chunks)
         if foreign:
             self._database.check_files()
@@ -107,45 +103,33 @@ class NativeStore:
         """The chunks that a region needs; the region's array is added to `parts`."""
         dtype = zarr.numpy_dtype(info.dtype)
         shape = tuple([stop - start for start, stop in region])
-        position = len(parts)
+        trailer = TRAILER if info.crc32c else 0
         nbytes = math.prod(info.chunk_shape) * dtype.itemsize
-        if 0 in shape:
-            parts.append(np.empty(shape, dtype))
-            return
         if info.chunk_shape == info.shape == shape and nbytes <= _SMALL:
+            position = len(parts)
             parts.append(np.empty(0))
 
             def adopt(data: Bytes) -> None:
                 parts[position] = data.view(dtype).reshape(shape)
 
-            yield self._chunk(read, info, (0,) * len(shape), nbytes, None, adopt)
+            found = self._find(read, (0,) * len(shape), nbytes + trailer)
+            yield _Chunk(read.leaf, *found, trailer, adopt)
             return
-        flat = aligned_empty(math.prod(shape) * dtype.itemsize)
-        array = flat.view(dtype).reshape(shape)
+        array = aligned_empty(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
         parts.append(array)
         grid = [
             range(start // step, -(-stop // step))
             for (start, stop), step in zip(region, info.chunk_shape, strict=True)
         ]
         for index in itertools.product(*grid):
-            box = _box(index, info)
-            span = _contiguous(box, region, info.chunk_shape, dtype.itemsize)
-            into = None if span is None else flat[span[0] : span[1]]
-            place = None if into is not None else _copier(array, region, box, info, dtype)
-            yield self._chunk(read, info, index, nbytes, into, place)
+            found = self._find(read, index, nbytes + trailer)
+            copy, into = _destination(array, region, info.chunk_shape, index)
+            yield _Chunk(read.leaf, *found, trailer, copy, into)
 
-    def _chunk(
-        self,
-        read: ArrayRead,
-        info: zarr.ZarrInfo,
-        index: tuple[int, ...],
-        nbytes: int,
-        into: Bytes | None,
-        place: Callable[[Bytes], None] | None,
-    ) -> _Chunk:
+    def _find(self, read: ArrayRead, index: tuple[int, ...], expected: int) -> tuple[bytes, Value]:
+        """The key of a chunk, and where it is; checks that it has as many bytes as expected."""
         key = zarr.chunk_key(read.name, index)
         ref = self._database.values.get(key)
-        expected = nbytes + (TRAILER if info.crc32c else 0)
         length = len(ref) if isinstance(ref, bytes) else ref.length if ref else 0
         if ref is None or length != expected:
             found = "is missing" if ref is None else f"has {length} bytes"
@@ -153,32 +137,25 @@ class NativeStore:
                 f"{read.leaf}: its chunk {list(index)} in {self._database.directory} {found},"
                 f" expected {expected} bytes; restore another step"
             )
-        return _Chunk(read.leaf, key, ref, info.crc32c, into, place)
+        return key, ref
 
     def _read_chunks(self, chunks: list[_Chunk]) -> None:
-        placed: list[tuple[ValueRef, _Chunk]] = []
+        placed: list[_Placed] = []
         for chunk in chunks:
             if isinstance(chunk.ref, bytes):
-                value = np.frombuffer(bytearray(chunk.ref), np.uint8)
-                self._deliver(chunk, value, f"an index node in {self._database.directory}")
+                self._deliver(chunk, np.frombuffer(bytearray(chunk.ref), np.uint8))
             else:
                 placed.append((chunk.ref, chunk))
-        groups = list(_groups(placed))
-        if len(groups) < 2:
-            for group in groups:
-                self._read_group(group)
-            return
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            for _ in pool.map(self._read_group, groups):
-                pass
+            list(pool.map(self._read_group, _groups(placed)))
 
-    def _read_group(self, group: list[tuple[ValueRef, _Chunk]]) -> None:
+    def _read_group(self, group: list[_Placed]) -> None:
         first, chunk = group[0]
         reader = self._database.reader(first.file)
         if chunk.into is not None:
             rest = np.empty(first.length - len(chunk.into), np.uint8)
             reader.read_into(first.offset, chunk.into, rest)
-            self._check(chunk, chunk.into, rest, _place_of(first, reader.path))
+            self._check(chunk, chunk.into, rest)
             return
         lead = first.offset % ALIGNMENT  # so that the file's alignment becomes the memory's
         end = max(ref.offset + ref.length for ref, _ in group)
@@ -186,27 +163,28 @@ class NativeStore:
         reader.read_into(first.offset, buffer[lead:])
         for ref, chunk in group:
             begin = lead + ref.offset - first.offset
-            self._deliver(chunk, buffer[begin : begin + ref.length], _place_of(ref, reader.path))
+            self._deliver(chunk, buffer[begin : begin + ref.length])
 
-    def _deliver(self, chunk: _Chunk, value: Bytes, where: str) -> None:
+    def _deliver(self, chunk: _Chunk, value: Bytes) -> None:
         """Checks a whole value and gives it to the array it belongs to."""
-        split = len(value) - (TRAILER if chunk.has_trailer else 0)
-        self._check(chunk, value[:split], value[split:], where)
-        if chunk.place is not None:
-            chunk.place(value[:split])
-        elif chunk.into is not None:
-            chunk.into[:] = value[: len(chunk.into)]
+        split = len(value) - chunk.trailer
+        self._check(chunk, value[:split], value[split:])
+        chunk.place(value[:split])
 
-    def _check(self, chunk: _Chunk, data: Bytes, rest: Bytes, where: str) -> None:
+    def _check(self, chunk: _Chunk, data: Bytes, rest: Bytes) -> None:
         """Compares a chunk with its checksums; `rest` is padding, if any, and the trailer."""
-        padding = len(rest) - (TRAILER if chunk.has_trailer else 0)
+        padding = len(rest) - chunk.trailer
         crc = crc32c.crc32c(data.data)
         if padding:
             crc = crc32c.crc32c(rest[:padding].data, crc)
-        own = int.from_bytes(rest[padding:].tobytes(), "little") if chunk.has_trailer else crc
+        own = int.from_bytes(rest[padding:].tobytes(), "little") if chunk.trailer else crc
         table = self._database.crcs.get(chunk.key, own)
         if crc == own == table:
             return
+        where = f"an index node in {self._database.directory}"
+        if not isinstance(ref := chunk.ref, bytes):
+            path = self._database.reader(ref.file).path
+            where = f"bytes {ref.offset} to {ref.offset + ref.length} of {path}"
         expected = f"{table:08x}" if table == own else f"{table:08x} (its own trailer: {own:08x})"
         raise DamagedCheckpointError(
             f"{chunk.leaf}: damaged: {where} have CRC-32C {crc:08x}, saved with {expected};"
@@ -214,61 +192,36 @@ class NativeStore:
         )
 
 
-def _place_of(ref: ValueRef, path: str) -> str:
-    return f"bytes {ref.offset} to {ref.offset + ref.length} of {path}"
+def _destination(
+    array: NDArray[Any], region: Region, chunk_shape: tuple[int, ...], index: tuple[int, ...]
+) -> tuple[Callable[[Bytes], None], Bytes | None]:
+    """How a chunk gets into the array of a region: what copies it, and memory to read it into.
 
-
-def _box(index: tuple[int, ...], info: zarr.ZarrInfo) -> Region:
-    """The part of the array that a chunk holds."""
-    return tuple(
-        (i * step, min((i + 1) * step, size))
-        for i, step, size in zip(index, info.chunk_shape, info.shape, strict=True)
-    )
-
-
-def _contiguous(
-    box: Region, region: Region, chunk_shape: tuple[int, ...], itemsize: int
-) -> tuple[int, int] | None:
-    """Where a chunk's bytes lie in the region's buffer, if they lie there in one piece.
-
-    They do if the chunk splits one axis, has one element on those before, and covers the region
-    on those after. At the array's end its padding then comes last and is not part of the box.
+    It can be read into the array if what the region wants of it is one run of bytes in both, the
+    first of the chunk. That splits the first axis on which chunks have more than one element, at
+    most: the rest of the chunk, or its padding at the array's end, then comes after it.
     """
-    if any(
-        low < first or high > last for (low, high), (first, last) in zip(box, region, strict=True)
-    ):
-        return None
-    split = next((axis for axis, step in enumerate(chunk_shape) if step > 1), len(box))
-    for axis in range(split + 1, len(box)):
-        low, high = box[axis]
-        if (low, high) != region[axis] or high - low != chunk_shape[axis]:
-            return None
-    start, length, stride = 0, itemsize, itemsize
-    for (low, high), (first, last) in zip(reversed(box), reversed(region), strict=True):
-        start += (low - first) * stride
-        length *= high - low
-        stride *= last - first
-    return start, start + length
-
-
-def _copier(
-    array: NDArray[Any], region: Region, box: Region, info: zarr.ZarrInfo, dtype: np.dtype[Any]
-) -> Callable[[Bytes], None]:
-    """Copies the part of a chunk that lies in a region into the region's array."""
-    common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, region, strict=True)]
-    source = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(common, box, strict=True))
-    target = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(common, region, strict=True))
+    low = [i * step for i, step in zip(index, chunk_shape, strict=True)]
+    common = [
+        (max(a, start), min(a + step, stop))
+        for a, step, (start, stop) in zip(low, chunk_shape, region, strict=True)
+    ]
+    source = tuple(slice(a - i, b - i) for (a, b), i in zip(common, low, strict=True))
+    inside = [slice(a - i, b - i) for (a, b), (i, _) in zip(common, region, strict=True)]
+    target = array[..., *inside]  # `...` for rank 0
 
     def copy(data: Bytes) -> None:
-        array[target] = data.view(dtype).reshape(info.chunk_shape)[source]
+        target[...] = data.view(target.dtype).reshape(chunk_shape)[source]
 
-    return copy
+    rest = next((axis for axis, step in enumerate(chunk_shape) if step > 1), 0) + 1
+    leads = target.shape[rest:] == chunk_shape[rest:] and not any(part.start for part in source)
+    return copy, target.reshape(-1).view(np.uint8) if leads and target.flags.c_contiguous else None
 
 
-def _groups(chunks: list[tuple[ValueRef, _Chunk]]) -> Iterator[list[tuple[ValueRef, _Chunk]]]:
+def _groups(chunks: list[_Placed]) -> Iterator[list[_Placed]]:
     """Chunks that are read in one call: alone if large or placed, else with their neighbours."""
-    group: list[tuple[ValueRef, _Chunk]] = []
-    for ref, chunk in sorted(chunks, key=lambda item: (item[0].file, item[0].offset)):
+    group: list[_Placed] = []
+    for ref, chunk in sorted(chunks, key=operator.itemgetter(0)):
         alone = chunk.into is not None or ref.length > _SMALL
         if group:
             first, last = group[0][0], group[-1][0]

@@ -7,13 +7,11 @@ own in `ocdbt.process_<n>/` and the primary merges their indices; the data stays
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import math
 import os
 import time
 import uuid
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import crc32c
 import numpy as np
@@ -56,30 +54,22 @@ def _process_dir(index: int) -> str:
 
 def _write_database(directory: str, arrays: Sequence[ArrayWrite], *, primary: bool) -> None:
     rows: list[_Row] = []
-    with _new_data_file(directory) as (file, out):
+    with DataFileWriter(directory) as out:
         for array in sorted(arrays, key=lambda array: array.name):
             if primary:
                 spec = array.spec.to_zarr3_json()
                 rows.append((zarr.zarr_key(array.name), spec, crc32c.crc32c(spec)))
             for index, data, padding in _chunks(array) if primary or array.spread else ():
                 offset, crc = out.append_chunk(data, padding)
-                ref = ocdbt.ValueRef(file, offset, array.spec.chunk_nbytes + TRAILER)
+                ref = ocdbt.ValueRef(out.file, offset, array.spec.chunk_nbytes + TRAILER)
                 rows.append((zarr.chunk_key(array.name, index), ref, crc))
-        _write_index(directory, file, out, rows)
+        _write_index(directory, out, rows)
 
 
-@contextlib.contextmanager
-def _new_data_file(directory: str) -> Generator[tuple[str, DataFileWriter]]:
-    file = f"{names.DATA_DIR}/{uuid.uuid4().hex}"
-    os.makedirs(os.path.join(directory, names.DATA_DIR), exist_ok=True)
-    with DataFileWriter(os.path.join(directory, file)) as out:
-        yield file, out
-
-
-def _write_index(directory: str, file: str, out: DataFileWriter, rows: list[_Row]) -> None:
+def _write_index(directory: str, out: DataFileWriter, rows: list[_Row]) -> None:
     rows.sort(key=lambda row: row[0])
     entries = [(key, value) for key, value, _ in rows]
-    blobs, root = ocdbt.encode_nodes(entries, file=file, offset=out.offset)
+    blobs, root = ocdbt.encode_nodes(entries, file=out.file, offset=out.offset)
     for blob in blobs:
         out.append(blob)
     manifest = ocdbt.encode_manifest(root, uuid=uuid.uuid4().bytes, commit_time_ns=time.time_ns())
@@ -93,43 +83,30 @@ def _merge(directory: str, processes: Iterable[int]) -> None:
     for process in processes:
         name = _process_dir(process)
         with Database(Record(os.path.join(directory, name)), checked=True) as database:
-            rows += [
-                (key, _moved(value, name), database.crcs[key])
-                for key, value in database.values.items()
-            ]
+            for key, value in database.values.items():
+                if not isinstance(value, bytes):
+                    value = value._replace(file=f"{name}/{value.file}")
+                rows.append((key, value, database.crcs[key]))
         for index in (names.MANIFEST, names.CHUNK_TABLE):  # only the data is needed from now on
             os.unlink(os.path.join(directory, name, index))
-    with _new_data_file(directory) as (file, out):
-        _write_index(directory, file, out, rows)
-
-
-def _moved(value: ocdbt.Value, into: str) -> ocdbt.Value:
-    if isinstance(value, bytes):
-        return value
-    return ocdbt.ValueRef(f"{into}/{value.file}", value.offset, value.length)
+    with DataFileWriter(directory) as out:
+        _write_index(directory, out, rows)
 
 
 def _chunks(array: ArrayWrite) -> Iterator[tuple[tuple[int, ...], Bytes, int]]:
     """Index, bytes and padding of each chunk that this process writes.
 
     A chunk is contiguous in its shard: leading axes of 1, one axis that is split, whole axes. So
-    a chunk's bytes are a slice of the shard's; only along the split axis the last may be short.
+    nothing is copied; only along the split axis the last chunk may be short.
     """
     chunk = array.spec.chunk_shape
-    size = array.spec.chunk_nbytes
     for start, data in array.shards:
         if not data.size:
             continue
-        flat: Bytes = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        first = [begin // step for begin, step in zip(start, chunk, strict=True)]
-        counts = [-(-extent // step) for extent, step in zip(data.shape, chunk, strict=True)]
-        position = 0
-        for offset in itertools.product(*map(range, counts)):
-            extents = [
-                min(step, extent - i * step)
-                for i, step, extent in zip(offset, chunk, data.shape, strict=True)
-            ]
-            length = math.prod(extents) * data.dtype.itemsize
-            index = tuple(a + b for a, b in zip(first, offset, strict=True))
-            yield index, flat[position : position + length], size - length
-            position += length
+        shard = np.asarray(data, order="C")
+        counts = [-(-extent // step) for extent, step in zip(shard.shape, chunk, strict=True)]
+        for place in itertools.product(*map(range, counts)):
+            box = [slice(i * step, (i + 1) * step) for i, step in zip(place, chunk, strict=True)]
+            piece: Bytes = shard[..., *box].reshape(-1).view(np.uint8)  # `...` for rank 0
+            index = tuple(low // step + i for low, step, i in zip(start, chunk, place, strict=True))
+            yield index, piece, array.spec.chunk_nbytes - len(piece)

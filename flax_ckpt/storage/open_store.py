@@ -31,15 +31,14 @@ def open_store(record: Record, *, ocdbt: bool | None, zarr3: bool) -> Generator[
     if ocdbt is None:
         ocdbt = os.path.isfile(os.path.join(record.directory, names.MANIFEST))
     general = TensorStoreStore(record.directory, ocdbt=ocdbt, zarr3=zarr3)
-    if not ocdbt:
+    database: Database | None = None
+    if ocdbt:
+        with contextlib.suppress(NumberedManifestError):
+            checked = record.native and record.lists(names.CHUNK_TABLE)
+            database = Database(record, checked=checked)
+    if database is None:
         files.refuse_links(record.directory)
         yield general
-        return
-    try:
-        database = Database(record, checked=record.native and record.lists(names.CHUNK_TABLE))
-    except NumberedManifestError:
-        files.refuse_links(record.directory)
-        yield general
-        return
-    with database:
-        yield NativeStore(database, general) if zarr3 else general
+    else:
+        with database:
+            yield NativeStore(database, general) if zarr3 else general

@@ -10,7 +10,7 @@ import os
 
 from flax_ckpt.errors import DamagedCheckpointError
 from flax_ckpt.format import names
-from flax_ckpt.format.checkpoint import Integrity
+from flax_ckpt.format.checkpoint import Integrity, file_crc
 from flax_ckpt.storage import files
 
 
@@ -29,38 +29,30 @@ class Record:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        self._prefix = ""
-        self._integrity: Integrity | None = None
+        self.native = False
+        self._crcs: dict[str, int] = {}
         parent, name = os.path.split(directory)
         for root, prefix in ((directory, ""), (parent, f"{name}/")):
             path = os.path.join(root, names.INTEGRITY)
             if os.path.isfile(path):
-                self._integrity = Integrity.from_bytes(files.read(path), path)
-                self._prefix = prefix
+                crcs = Integrity.from_bytes(files.read(path), path).crc32c
+                self._crcs = {p[len(prefix) :]: c for p, c in crcs.items() if p.startswith(prefix)}
+                self.native = True
                 break
-
-    @property
-    def native(self) -> bool:
-        """Whether every file is checked."""
-        return self._integrity is not None
 
     def listed(self, within: str = "") -> set[str]:
         """First parts of the paths that were saved in a sub-directory; empty without a record."""
-        start = self._prefix + within
-        listed = self._integrity.crc32c if self._integrity is not None else {}
-        return {path[len(start) :].partition("/")[0] for path in listed if path.startswith(start)}
+        inside = [path[len(within) :] for path in self._crcs if path.startswith(within)]
+        return {path.partition("/")[0] for path in inside}
 
     def lists(self, name: str) -> bool:
         """Whether the file is there, or should be."""
-        if self._integrity is not None and self._prefix + name in self._integrity.crc32c:
-            return True
-        return os.path.isfile(os.path.join(self.directory, name))
+        return name in self._crcs or os.path.isfile(os.path.join(self.directory, name))
 
     def check_all(self) -> None:
         """Checks every file of the directory, for a reader that does not go through `read`."""
-        for path in self._integrity.crc32c if self._integrity is not None else ():
-            if path.startswith(self._prefix):
-                self.read(path.removeprefix(self._prefix))
+        for name in self._crcs:
+            self.read(name)
 
     def read(self, name: str) -> bytes:
         """The checked bytes of a file.
@@ -78,6 +70,17 @@ class Record:
             raise DamagedCheckpointError(
                 f"{path}: the file is missing; restore another step"
             ) from error
-        if self._integrity is not None:
-            self._integrity.check(self._prefix + name, data, path)
+        if self.native:
+            self._check(name, data, path)
         return data
+
+    def _check(self, name: str, data: bytes, path: str) -> None:
+        if (expected := self._crcs.get(name)) is None:
+            raise DamagedCheckpointError(
+                f"{path}: not among the files that {names.INTEGRITY} lists: it was added later"
+            )
+        if (found := file_crc(data)) != expected:
+            raise DamagedCheckpointError(
+                f"{path}: CRC-32C {found:08x}, saved with {expected:08x}: the file was changed"
+                " after it was saved; restore another step"
+            )

@@ -6,9 +6,8 @@ box of an array, one `(start, stop)` per axis; bytes are C-ordered and little-en
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +17,7 @@ from flax_ckpt.format.arrays import ArraySpec
 Region = tuple[tuple[int, int], ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ArrayWrite:
+class ArrayWrite(NamedTuple):
     """One array to write, and the shards of it that this process writes.
 
     Attributes:
@@ -35,8 +33,7 @@ class ArrayWrite:
     spread: bool = False
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ArrayRead:
+class ArrayRead(NamedTuple):
     """One array to read.
 
     Attributes:
@@ -50,8 +47,7 @@ class ArrayRead:
     leaf: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StoredArray:
+class StoredArray(NamedTuple):
     """What a store knows of an array before reading it."""
 
     shape: tuple[int, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,9 +46,12 @@ class TensorStoreStore:
         spec = {"driver": self._driver, "kvstore": kvstore, "fill_missing_data_reads": False}
         return ts.open(ts.Spec(spec), open=True, context=self._context)
 
-    def _opened(self, names: Sequence[str]) -> list[ts.TensorStore]:
-        pending = [self._open(name) for name in names]
-        return [self._wait(future, name) for future, name in zip(pending, names, strict=True)]
+    def _opened(self, names: Sequence[str]) -> Iterator[ts.TensorStore]:
+        """The arrays in order, opened a batch at a time."""
+        for i in range(0, len(names), _BATCH):
+            pending = [(name, self._open(name)) for name in names[i : i + _BATCH]]
+            for name, future in pending:
+                yield self._wait(future, name)
 
     def _wait(self, future: ts.Future[Any], leaf: str) -> Any:
         try:
@@ -60,12 +63,8 @@ class TensorStoreStore:
 
     def describe(self, names: Sequence[str]) -> dict[str, StoredArray]:
         """See :class:`ArrayStore`."""
-        found: dict[str, StoredArray] = {}
-        for i in range(0, len(names), _BATCH):
-            batch = names[i : i + _BATCH]
-            for name, array in zip(batch, self._opened(batch), strict=True):
-                found[name] = StoredArray(tuple(array.shape), np.dtype(array.dtype.numpy_dtype))
-        return found
+        opened = zip(names, self._opened(names), strict=True)
+        return {n: StoredArray(tuple(a.shape), np.dtype(a.dtype.numpy_dtype)) for n, a in opened}
 
     def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
         """See :class:`ArrayStore`."""
@@ -74,7 +73,7 @@ class TensorStoreStore:
             batch = reads[i : i + _BATCH]
             arrays = self._opened([read.name for read in batch])
             pending = [
-                [array[tuple(slice(a, b) for a, b in region)].read() for region in read.regions]
+                [array[tuple(slice(*span) for span in box)].read() for box in read.regions]
                 for read, array in zip(batch, arrays, strict=True)
             ]
             for read, futures in zip(batch, pending, strict=True):

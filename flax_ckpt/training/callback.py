@@ -14,13 +14,13 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import numpy as np
 
-from flax_ckpt import _async, _save
+from flax_ckpt import _save
+from flax_ckpt._async import AsyncResponse
 from flax_ckpt.adapters import config as configs
 from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
@@ -84,13 +84,13 @@ class CheckpointCallback(Generic[S]):
         context: Context | None = None,
     ) -> None:
         self.directory = local_path(directory)
-        self._policies = _compile(every_n_steps, every_secs)
+        self._schedule = _schedule(every_n_steps, every_secs)
         self._keep_last = keep_last
         self._config = None if config is None else configs.to_message(config)
         self._at_end = at_end
         self._on_error = on_error
         self._context = resolve(context)
-        self._response: _async.Response[None] | None = None
+        self._response: AsyncResponse[None] | None = None
         self._saving: int | None = None
         self._last_step: int | None = None
         self._last_time = time.monotonic()
@@ -156,9 +156,10 @@ class CheckpointCallback(Generic[S]):
     def should_save(self, step: int) -> bool:
         """Whether `on_step_end` will save at this step; decided once per step."""
         if self._decided is None or self._decided[0] != step:
-            now = time.monotonic()
-            moment = policies.Moment(step, now, self._last_step, self._last_time)
-            self._decided = step, policies.should_save(self._policies, moment)
+            due = self._schedule.due(
+                step, now=time.monotonic(), last_step=self._last_step, last_time=self._last_time
+            )
+            self._decided = step, due
         return self._decided[1]
 
     def on_step_end(
@@ -185,9 +186,8 @@ class CheckpointCallback(Generic[S]):
         Raises:
             SaveFailedError: an earlier save failed in the background.
         """
-        response = self._response
-        if response is not None and response.done():
-            self._collect()
+        if self._response is not None and self._response.done():
+            self.wait()
         self._seen = step, state, metrics
         if not (self.should_save(step) or force) or step == self._last_step:
             return False
@@ -198,7 +198,7 @@ class CheckpointCallback(Generic[S]):
 
     def _save(self, step: int, state: S, metrics: Mapping[str, Any] | None) -> None:
         began = time.perf_counter()
-        self._collect()
+        self.wait()
         self._warn_of_other_step(step, state)
         if self._resumed_from is not None and jax.process_index() == 0:
             steps.supersede(self.directory, self._resumed_from)
@@ -237,8 +237,12 @@ class CheckpointCallback(Generic[S]):
             int(counted),
         )
 
-    def _collect(self) -> None:
-        """Waits for the save in flight; tells of its failure."""
+    def wait(self) -> None:
+        """Returns when the save in flight is durable.
+
+        Raises:
+            SaveFailedError: it failed.
+        """
         response, step = self._response, self._saving
         if response is None:
             return
@@ -256,14 +260,6 @@ class CheckpointCallback(Generic[S]):
             logger.warning("%s", failure, exc_info=error)
         self._response = None
 
-    def wait(self) -> None:
-        """Returns when the save in flight is durable.
-
-        Raises:
-            SaveFailedError: it failed.
-        """
-        self._collect()
-
     def close(self) -> None:
         """Saves the last state seen if `at_end` and it is not saved yet; waits for all saves.
 
@@ -273,22 +269,17 @@ class CheckpointCallback(Generic[S]):
         seen, self._seen = self._seen, None
         if seen is not None and self._at_end and seen[0] != self._last_step:
             self._save(*seen)
-        self._collect()
+        self.wait()
 
     def __enter__(self) -> CheckpointCallback[S]:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None:
             self.close()
             return
         try:
-            self._collect()  # the state may be torn: it is not saved
+            self.wait()  # the state may be torn: it is not saved
         except SaveFailedError as failure:
             error.add_note(str(failure))
 
@@ -297,19 +288,15 @@ class CheckpointCallback(Generic[S]):
         return f"CheckpointCallback({self.directory!r}, latest_step={self.latest_step}, {state})"
 
 
-def _compile(every_n_steps: int | None, every_secs: float | None) -> list[policies.SavePolicy]:
-    """The policies that the keywords stand for."""
-    chosen: list[policies.SavePolicy] = []
-    if every_n_steps is not None:
-        chosen.append(policies.EveryNSteps(every_n_steps))
-    if every_secs is not None or not chosen:
-        chosen.append(policies.EverySecs(600.0 if every_secs is None else every_secs))
-    if jax.process_count() > 1 and any(policy.uses_clock for policy in chosen):
+def _schedule(every_n_steps: int | None, every_secs: float | None) -> policies.Schedule:
+    if every_n_steps is None and every_secs is None:
+        every_secs = 600.0
+    if every_secs is not None and jax.process_count() > 1:
         raise StateError(
             "with several processes the time of a save must be agreed, which this release does"
             " not do: give every_n_steps and no every_secs"
         )
-    return chosen
+    return policies.Schedule(every_n_steps, every_secs)
 
 
 def _require_concrete(like: Any, directory: str) -> None:

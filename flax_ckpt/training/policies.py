@@ -4,79 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
 
 
 @dataclasses.dataclass(frozen=True)
-class Moment:
-    """What a save policy decides by.
+class Schedule:
+    """When to save: whatever of the two comes first, never the same step twice.
 
     Attributes:
-        step: number of completed updates.
-        now: seconds, of a clock that does not go back.
-        last_step: step of the last save that was begun or resumed from; None: none yet.
-        last_time: when that was, or when the run began.
-    """
+        every_n_steps: save at its multiples.
+        every_secs: save when so many seconds have passed since the last save began.
 
-    step: int
-    now: float
-    last_step: int | None
-    last_time: float
-
-
-class SavePolicy(Protocol):
-    """Whether to save at a step."""
-
-    uses_clock: bool
-
-    def should_save(self, moment: Moment) -> bool:
-        """True to save now."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class EveryNSteps:
-    """Saves at the multiples of `n`.
-
-    >>> EveryNSteps(100).should_save(Moment(200, 0.0, None, 0.0))
+    >>> Schedule(every_n_steps=100).due(200, now=0.0, last_step=None, last_time=0.0)
     True
-    """
-
-    n: int
-    uses_clock = False
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {self.n}")
-
-    def should_save(self, moment: Moment) -> bool:
-        """See :class:`SavePolicy`."""
-        return moment.step % self.n == 0 and moment.step != moment.last_step
-
-
-@dataclasses.dataclass(frozen=True)
-class EverySecs:
-    """Saves when `secs` have passed since the last save began.
-
-    >>> EverySecs(600).should_save(Moment(7, 599.0, None, 0.0))
+    >>> Schedule(every_secs=600).due(7, now=599.0, last_step=None, last_time=0.0)
     False
     """
 
-    secs: float
-    uses_clock = True
+    every_n_steps: int | None = None
+    every_secs: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.secs > 0:
-            raise ValueError(f"every_secs must be positive, got {self.secs}")
+        if self.every_n_steps is not None and self.every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {self.every_n_steps}")
+        if self.every_secs is not None and not self.every_secs > 0:
+            raise ValueError(f"every_secs must be positive, got {self.every_secs}")
 
-    def should_save(self, moment: Moment) -> bool:
-        """See :class:`SavePolicy`."""
-        return moment.now - moment.last_time >= self.secs and moment.step != moment.last_step
+    def due(self, step: int, *, now: float, last_step: int | None, last_time: float) -> bool:
+        """Whether to save.
 
-
-def should_save(policies: Sequence[SavePolicy], moment: Moment) -> bool:
-    """Whether any of the policies wants to save."""
-    return any(policy.should_save(moment) for policy in policies)
+        Args:
+            step: number of completed updates.
+            now: seconds, of a clock that does not go back.
+            last_step: step of the last save that was begun or resumed from; None: none yet.
+            last_time: when that was, or when the run began.
+        """
+        at_multiple = self.every_n_steps is not None and step % self.every_n_steps == 0
+        in_time = self.every_secs is not None and now - last_time >= self.every_secs
+        return step != last_step and (at_multiple or in_time)
 
 
 def to_delete(steps: Sequence[int], keep_last: int | None) -> list[int]:

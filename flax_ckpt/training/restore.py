@@ -7,6 +7,7 @@ out.state, out.step, out.config
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -43,6 +44,7 @@ PathLike = str | os.PathLike[str]
 logger = logging.getLogger("flax_ckpt")
 
 CONFIG = "config"
+Damaged = tuple[tuple[int, str], ...]  # steps that were passed over, each with the reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Report:
     loaded: tuple[str, ...]
     nbytes: int
     seconds: float
-    damaged: tuple[tuple[int, str], ...] = ()
+    damaged: Damaged = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,68 +169,57 @@ class _Rules:
 
 
 def _restore_newest(root: str, found: list[int], like: S | None, rules: _Rules) -> Restored[S]:
-    damaged: list[tuple[int, str]] = []
+    damaged: Damaged = ()
     failure: FormatError | None = None
     for number in reversed(found):
         try:
-            result = _restore_one(steps.path_of(root, number), like, number, rules)
+            return _restore_one(steps.path_of(root, number), like, number, rules, damaged)
         except FormatError as error:
             logger.warning("step %d is damaged, trying the one before it: %s", number, error)
-            damaged.append((number, str(error)))
+            damaged += ((number, str(error)),)
             failure = error
-        else:
-            report = dataclasses.replace(result.report, damaged=tuple(damaged))
-            return dataclasses.replace(result, report=report)
     assert failure is not None
     failure.add_note(f"none of the steps {found} of {root} is whole")
     raise failure
 
 
-def _restore_one(path: str, like: S | None, number: int | None, rules: _Rules) -> Restored[S]:
+def _restore_one(
+    path: str, like: S | None, number: int | None, rules: _Rules, damaged: Damaged = ()
+) -> Restored[S]:
     started = time.perf_counter()
     layout = Layout.of(path)
     parts = _load_parts(layout, like, rules)
     state = cast(S, parts if like is None else states.merge(like, parts))
-    loaded = progress.leaf_names(parts)
-    nbytes = progress.nbytes(parts)
-    report = Report(loaded, nbytes, time.perf_counter() - started)
+    loaded, nbytes = progress.leaf_names(parts), progress.nbytes(parts)
+    report = Report(loaded, nbytes, time.perf_counter() - started, damaged)
     logger.info("restored %s", progress.line(path, number, nbytes, report.seconds))
     config_text, config = _load_config(layout, rules.config)
-    return Restored(state, number, _load_metrics(layout, rules), config, config_text, report)
+    metrics = None
+    if names.METRICS in layout.items:
+        metrics = load_layout(layout, {names.METRICS: None}, rules.context)[names.METRICS]
+    return Restored(state, number, metrics, config, config_text, report)
 
 
 def _load_parts(layout: Layout, like: Any, rules: _Rules) -> dict[str, Any]:
-    if like is None:
-        trees = [name for name, path in layout.items.items() if _is_tree(path)]
-        wanted: dict[str, Any] = dict.fromkeys(trees)
-    else:
-        wanted = states.split(like)
+    wanted: dict[str, Any] = dict.fromkeys(layout.trees) if like is None else states.split(like)
     load_rules = LoadRules(strict=like is not None and not rules.cast)
     differences: list[Difference] = []
-    opened: dict[str, tuple[SavedTree, Any]] = {}
-    try:
-        for name in wanted:
-            opened[name] = _open_part(layout, name), wanted[name]
-        matched: dict[str, Callable[[], Any]] = {}
-        for name, (saved, abstract) in opened.items():
+    reads: dict[str, Callable[[], Any]] = {}
+    with contextlib.ExitStack() as opened:
+        saved = {name: opened.enter_context(_open_part(layout, name)) for name in wanted}
+        for name, part in saved.items():
             try:
-                matched[name] = saved.prepare(abstract, load_rules, partial=rules.ignore_unexpected)
+                partial = rules.ignore_unexpected
+                reads[name] = part.prepare(wanted[name], load_rules, partial=partial)
             except TreeMismatchError as error:
                 differences += [
                     dataclasses.replace(d, path=f"{name}/{d.path}") for d in error.differences
                 ]
         if differences:
             raise mismatch(layout.path, differences)
-        parts = {name: read() for name, read in matched.items()}
-    finally:
-        for saved, _ in opened.values():
-            saved.close()
+        parts = {name: read() for name, read in reads.items()}
     log_fallbacks(epath.Path(layout.path), load_rules)
     return parts
-
-
-def _is_tree(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, names.TREE_METADATA))
 
 
 def _open_part(layout: Layout, name: str) -> SavedTree:
@@ -244,12 +235,6 @@ def _open_part(layout: Layout, name: str) -> SavedTree:
         f"{layout.path} has no {name!r}, which the wanted state has; it has:"
         f" {', '.join(layout.items)}"
     )
-
-
-def _load_metrics(layout: Layout, rules: _Rules) -> dict[str, Any] | None:
-    if names.METRICS not in layout.items:
-        return None
-    return load_layout(layout, {names.METRICS: None}, rules.context)[names.METRICS]
 
 
 def _load_config(layout: Layout, message_type: type[Message] | None) -> tuple[str | None, Any]:
