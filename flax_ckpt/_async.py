@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -32,14 +32,27 @@ class AsyncResponse(Generic[T]):
         work: what to run; the context variables of the caller are visible to it.
         what: names the work in error messages, e.g. `checkpoint /ckpt/100`.
         reported: whether a failure that nobody asks for fails the process at its end.
+        then: called with the result, in the same thread; see `on_complete`.
+
+    Attributes:
+        completed: whether the work itself has ended well, whatever becomes of what follows it.
     """
 
-    def __init__(self, work: Callable[[], T], what: str, *, reported: bool = True) -> None:
+    def __init__(
+        self,
+        work: Callable[[], T],
+        what: str,
+        *,
+        reported: bool = True,
+        then: Sequence[Callable[[T], None]] = (),
+    ) -> None:
         self._work = contextvars.copy_context()
         self.what = what
         self._value: T | None = None
         self.error: BaseException | None = None
-        self._callbacks: list[Callable[[Any], None]] = []
+        self.completed = False
+        self._ended = threading.Event()
+        self._callbacks: list[Callable[[T], None]] = list(then)
         if reported:
             with _lock:
                 _unsurfaced.add(self)
@@ -52,6 +65,7 @@ class AsyncResponse(Generic[T]):
     def _run(self, work: Callable[[], T]) -> None:
         try:
             self._value = work()
+            self.completed = True
             while True:
                 with _lock:
                     if not self._callbacks:
@@ -59,17 +73,20 @@ class AsyncResponse(Generic[T]):
                         self._work = None
                         return
                     callback = self._callbacks.pop(0)
-                callback(self._value)
+                callback(self._value)  # type: ignore[arg-type]
         except BaseException as error:  # kept, and raised in the caller's thread or at exit
             self.error = error
+        finally:
+            self._ended.set()
 
     def done(self) -> bool:
         """Whether the work has ended, well or not."""
-        return not self._thread.is_alive()
+        return self._ended.is_set()
 
     def join(self, timeout: float | None = None) -> None:
         """Waits for the end, without asking how it went."""
-        self._thread.join(timeout)
+        # Not `Thread.join`: interrupted by Ctrl-C, it takes the thread for ended (bpo-45274).
+        self._ended.wait(timeout)
 
     def result(self, timeout: float | None = None) -> T:
         """Waits for the end and returns the result, or raises what went wrong.
@@ -81,7 +98,7 @@ class AsyncResponse(Generic[T]):
             TimeoutError: it still runs.
         """
         self.join(timeout)
-        if self._thread.is_alive():
+        if not self._ended.is_set():
             raise TimeoutError(f"{self.what}: still running after {timeout} s")
         if self.error is not None:
             with _lock:
@@ -89,14 +106,14 @@ class AsyncResponse(Generic[T]):
             raise self.error
         return self._value  # type: ignore[return-value]
 
-    def on_complete(self, callback: Callable[[Any], None]) -> None:
+    def on_complete(self, callback: Callable[[T], None]) -> None:
         """Calls `callback` with the result after success, at once if it is there already."""
         with _lock:
             if self._work is not None and self.error is None:
                 self._callbacks.append(callback)
                 return
         if self.error is None:
-            callback(self._value)
+            callback(self._value)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         state = "running" if not self.done() else "failed" if self.error else "done"
@@ -106,10 +123,19 @@ class AsyncResponse(Generic[T]):
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Runs a coroutine to its end, in this thread, or beside a loop that runs here already."""
     if asyncio._get_running_loop() is None:
-        return asyncio.run(coroutine)
+        return _drive(coroutine)
     context = contextvars.copy_context()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(context.run, asyncio.run, coroutine).result()
+        return pool.submit(context.run, _drive, coroutine).result()
+
+
+def _drive(coroutine: Coroutine[Any, Any, T]) -> T:
+    """As `asyncio.run`, but the event loop that the caller has set stays the one that is set."""
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        loop.close()
 
 
 class _ExitCode:
@@ -137,17 +163,24 @@ def _finish_pending() -> None:
         pending = sorted(_unsurfaced, key=lambda response: response.what)
     for response in pending:
         try:
+            try:
+                response.join()
+            except KeyboardInterrupt:
+                hint = "is still being saved; interrupt once more to give it up"
+                print(f"flax_ckpt: {response.what} {hint}", file=sys.stderr)
             response.result()
         except BaseException as error:
             logger.debug("at exit", exc_info=error)
             _exit_code.code = 1
             reason = f"{type(error).__name__}: {error}"
-            print(f"flax_ckpt: {response.what} was NOT saved: {reason}", file=sys.stderr)
+            fate = "was saved, but what follows failed" if response.completed else "was NOT saved"
+            print(f"flax_ckpt: {response.what} {fate}: {reason}", file=sys.stderr)
 
 
 # When the main thread has ended, and before executors refuse work. `threading._register_atexit`
 # runs its hooks in reverse order, so that of the executors, which naming the class registers, comes
-# after ours. Once more among the exit handlers, for a save that began later. Tried on CPython 3.11.
+# after ours. Once more among the exit handlers, for a save that began later. Tried on CPython 3.11
+# and 3.13.
 concurrent.futures.ThreadPoolExecutor  # noqa: B018
 threading._register_atexit(_finish_pending)  # type: ignore[attr-defined]
 atexit.register(_finish_pending)

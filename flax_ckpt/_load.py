@@ -78,8 +78,8 @@ def load_async(
     checkpointable_name: str | None = names.AUTO,
 ) -> AsyncResponse[Any]:
     """Loads one PyTree in the background; see :func:`load`."""
-    name = checkpointable_name
-    return _in_background(path, lambda: load(path, abstract_state, checkpointable_name=name))
+    name, here = checkpointable_name, local_path(path)
+    return _in_background(here, lambda: load(here, abstract_state, checkpointable_name=name))
 
 
 def load_checkpointables(
@@ -110,11 +110,12 @@ def load_checkpointables_async(
     abstract_checkpointables: Mapping[str, Any] | CheckpointMetadata[Any] | None = None,
 ) -> AsyncResponse[dict[str, Any]]:
     """Loads several checkpointables in the background; see :func:`load_checkpointables`."""
-    return _in_background(path, lambda: load_checkpointables(path, abstract_checkpointables))
+    here = local_path(path)
+    return _in_background(here, lambda: load_checkpointables(here, abstract_checkpointables))
 
 
-def _in_background(path: PathLike, read: Callable[[], T]) -> AsyncResponse[T]:
-    return AsyncResponse(read, f"load of {os.fspath(path)}", reported=False)
+def _in_background(path: str, read: Callable[[], T]) -> AsyncResponse[T]:
+    return AsyncResponse(read, f"load of {path}", reported=False)
 
 
 def metadata(
@@ -128,7 +129,7 @@ def metadata(
 
     Returns:
         Its `metadata` is the tree in dicts and lists, with `jax.ShapeDtypeStruct` for JAX arrays,
-        `arrays.NumpyShapeDtype` for NumPy arrays, 0, 0.0 or False for numbers.
+        a `NumpyShapeDtype`, shape and dtype, for NumPy arrays, 0, 0.0 or False for numbers.
 
     >>> import tempfile, numpy as np, flax_ckpt as fc
     >>> path = tempfile.mkdtemp() + "/ckpt"

@@ -12,9 +12,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import importlib.metadata
+import inspect
 import os
+import threading
 import time
-import weakref
 from collections.abc import Awaitable, Collection, Coroutine, Iterable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from etils import epath
 from flax_ckpt import _async
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt.context import Context, resolve
-from flax_ckpt.errors import CheckpointExistsError, FormatError
+from flax_ckpt.errors import CheckpointExistsError, FormatError, NotHandleableError
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.registry import Handler
@@ -34,7 +35,8 @@ from flax_ckpt.storage.paths import local_path
 PathLike = str | os.PathLike[str]
 
 # Two saves to one path must not share a staging directory: the later waits for the earlier.
-_in_flight: weakref.WeakValueDictionary[str, AsyncResponse[None]] = weakref.WeakValueDictionary()
+_in_flight: dict[str, threading.Event] = {}
+_lock = threading.Lock()
 
 
 def save(
@@ -163,21 +165,31 @@ def start(
         raise FormatError(f"custom_metadata must be a dict that JSON can hold: {error}") from error
     if not checkpointables:
         raise ValueError("there is nothing to save: `checkpointables` is empty")
-    before = _in_flight.get(target)
-    if before is not None and not before.done() and not overwrite:
-        raise CheckpointExistsError(f"{target} is being saved right now; save to another path")
-    with context:
-        work = _Save(target, checkpointables, trees, context, overwrite, custom)
-        response = AsyncResponse(lambda: work.finish(before), f"checkpoint {target}")
-    _in_flight[target] = response
-    return response
+    turn = threading.Event()  # set when this save has ended
+    with _lock:
+        before = _in_flight.get(target)
+        if before is not None and not before.is_set() and not overwrite:
+            raise CheckpointExistsError(f"{target} is being saved right now; save to another path")
+        _in_flight[target] = turn
+    after = context.asynchronous.post_finalization_callback
+    try:
+        with context:
+            work = _Save(target, checkpointables, trees, context, overwrite, custom)
+            return AsyncResponse(
+                lambda: work.finish(before, turn),
+                f"checkpoint {target}",
+                then=[] if after is None else [lambda _: after()],
+            )
+    except BaseException:
+        turn.set()
+        raise
 
 
 def _check(name: Any, value: Any) -> None:
     if not isinstance(name, str) or not name or name != os.path.basename(name) or name in "..":
         raise ValueError(f"a checkpointable's name must be a directory name, got {name!r}")
-    if names.TMP_SUFFIX in name:
-        raise ValueError(f"the name {name!r} has the mark of unfinished directories in it")
+    if names.TMP_SUFFIX in name or name in (*names.MARKS, names.COMMIT_SUCCESS):
+        raise ValueError(f"the name {name!r} is that of a file of the format; take another one")
     if value is None:
         raise ValueError(f"checkpointable {name!r} is None: leave it out instead")
 
@@ -197,9 +209,10 @@ class _Save:
         self._started = time.time_ns()
         mode = context.file.path_permission_mode
         self._staging = Staging(target, overwrite=overwrite, mode=mode)
-        self._hosts = hosts.current(context.multiprocessing, context.asynchronous.timeout_secs)
+        self._hosts = hosts.current(
+            context.multiprocessing, context.asynchronous.timeout_secs, target
+        )
         self._custom_metadata = custom_metadata
-        self._callback = context.asynchronous.post_finalization_callback
         self._created: concurrent.futures.Future[None] = concurrent.futures.Future()
         registry = context.checkpointables.registry or handler_registry.global_registry()
         handlers = {
@@ -216,7 +229,13 @@ class _Save:
         root = DeferredPath(epath.Path(self._staging.path), self._created)
         try:
             for name, handler in handlers.items():
-                writing.append(await handler.save(root / name, values[name]))
+                rest = await handler.save(root / name, values[name])
+                if not inspect.isawaitable(rest):
+                    raise NotHandleableError(
+                        f"checkpointable {name!r}: {type(handler).__name__}.save returned"
+                        f" {rest!r}, not an awaitable that writes it"
+                    )
+                writing.append(rest)
         except BaseException:
             for rest in writing:
                 if isinstance(rest, Coroutine):
@@ -224,16 +243,17 @@ class _Save:
             raise
         return writing
 
-    def finish(self, before: AsyncResponse[None] | None) -> None:
+    def finish(self, before: threading.Event | None, turn: threading.Event) -> None:
         """Writes, syncs and commits; on failure the target is what it was.
 
         Args:
-            before: a save to the same path that has to end first.
+            before: set when the save to the same path that came before has ended.
+            turn: set here at the end.
         """
         if before is not None:
-            before.join()
+            before.wait()
         try:
-            asyncio.run(self._write())
+            _async.run(self._write())
             self._hosts.barrier("written")
             if self._hosts.is_primary:
                 self._write_root()
@@ -247,8 +267,11 @@ class _Save:
             if self._hosts.is_primary:
                 self._staging.discard()
             raise
-        if self._callback is not None:
-            self._callback()
+        finally:
+            turn.set()
+            with _lock:
+                if _in_flight.get(self._staging.target) is turn:
+                    del _in_flight[self._staging.target]
 
     async def _write(self) -> None:
         try:
@@ -282,7 +305,7 @@ class _Save:
         crcs = {
             path: checkpoint.file_crc(files.read(os.path.join(root, path)))
             for path in files.walk(root)
-            if not self._is_array_data(path)
+            if not self._is_array_data(path) and path != names.OWNER
         }
         writers = {package: _version(package) for package in ("flax-ckpt", "jax", "numpy")}
         integrity = checkpoint.Integrity(crcs, writers)

@@ -39,7 +39,8 @@ def merge(like: S, parts: Mapping[str, Any]) -> S:
     values |= parts.get(TRAIN_STATE, {})
     state: Any = like
     if isinstance(like, Mapping):
-        return cast(S, type(cast("Mapping[str, Any]", like))(**values))
+        mapping = cast("Mapping[str, Any]", like)
+        return cast(S, type(mapping)({**mapping, **values}))  # type: ignore[call-arg]
     if hasattr(state, "_replace"):
         return state._replace(**values)
     return dataclasses.replace(state, **values)

@@ -15,6 +15,7 @@ COMMIT_SUCCESS: Final = "commit_success.txt"
 INTEGRITY: Final = "flax_ckpt.json"
 DELETION_RECORD: Final = "_CHECKPOINT_DELETION"
 TMP_SUFFIX: Final = ".orbax-checkpoint-tmp"
+OWNER: Final = ".owner"
 
 # Each of them marks a directory as a checkpoint.
 MARKS: Final = frozenset({INDICATOR, CHECKPOINT_METADATA, INTEGRITY, "_METADATA"})

@@ -19,7 +19,7 @@ from flax_ckpt.format import jsons, names
 SEQUENCE: Final = 1  # lists, tuples, nodes whose children have no names
 DICT: Final = 2  # dicts, named tuples, dataclasses
 KeyPath = tuple[tuple[str, int], ...]
-_MAX_DEPTH = 256  # no tree of a model is as deep; a hostile one would exhaust the stack
+MAX_DEPTH: Final = 256  # no tree of a model is as deep; a hostile one would exhaust the stack
 
 ARRAY: Final = "jax.Array"
 NUMPY: Final = "np.ndarray"
@@ -122,7 +122,7 @@ def _entry_from_json(raw: dict[str, Any]) -> Entry:
     for name, kind in path:
         if not isinstance(name, str) or kind not in (SEQUENCE, DICT):
             raise ValueError(f"key {name!r} of type {kind!r}")
-    if len(path) > _MAX_DEPTH:
+    if len(path) > MAX_DEPTH:
         raise ValueError(f"a key path of {len(path)} keys")
     value = raw["value_metadata"]
     value_type, shape = value["value_type"], value.get("write_shape")

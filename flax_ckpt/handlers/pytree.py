@@ -109,7 +109,8 @@ class PyTreeHandler:
         """
         snapshot = Snapshot(directory.name, checkpointable, self._leaves, self._context)
         timeout = self._context.asynchronous.timeout_secs
-        together = hosts.current(self._context.multiprocessing, timeout)
+        where = os.fspath(directory.path)
+        together = hosts.current(self._context.multiprocessing, timeout, where)
         return self._write(directory, snapshot, together)
 
     async def _write(

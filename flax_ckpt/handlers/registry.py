@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from flax_ckpt.errors import AlreadyExistsError, NoEntryError
+from flax_ckpt.errors import AlreadyExistsError, NoEntryError, NotHandleableError
 from flax_ckpt.format import names
 from flax_ckpt.handlers.base import CheckpointableHandler, HandlerType
 
@@ -198,15 +198,23 @@ def for_load(
 
     Raises:
         NoEntryError: none fits.
+        NotHandleableError: the one bound to the name, or that the checkpoint names, does not load
+            into `abstract`.
     """
-    if registry.has(name):
-        return _build(registry.get(name))
     entries = _unbound(registry)
     named = [h for h in entries if recorded in _aliases(registry, h)]
     ours = [h for h in entries if getattr(h, "TYPESTR", None) == names.TYPE_PYTREE]
     foreign = [h for h in named if not hasattr(h, "TYPESTR")]
-    for handler_type in [*foreign, *(ours if is_pytree else []), *named]:
-        return _build(handler_type)
+    bound = [registry.get(name)] if registry.has(name) else []
+    for handler_type in [*bound, *foreign, *(ours if is_pytree else []), *named]:
+        handler = _build(handler_type)
+        # Of a tree, the handler itself says which of its leaves cannot be loaded so.
+        judged = abstract is not None and typestr(handler_type) != names.TYPE_PYTREE
+        if judged and handler.is_abstract_handleable(abstract) is False:
+            raise NotHandleableError(
+                f"checkpointable {name!r}: {handler_type.__name__} does not load into {abstract!r}"
+            )
+        return handler
     for handler in () if abstract is None else map(_build, entries):
         if handler.is_abstract_handleable(abstract):
             return handler

@@ -120,6 +120,8 @@ def _refusal(path: tree.KeyPath, leaf: Any) -> str:
         return "has no value inside jit: save after the jitted function has returned"
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
         return "the array was donated or deleted: save the state that the train step returned"
+    if len(path) > tree.MAX_DEPTH:
+        return f"lies {len(path)} levels deep, more than {tree.MAX_DEPTH}: flatten the tree"
     try:
         tree.name_of(path).encode()
     except UnicodeEncodeError:

@@ -28,7 +28,7 @@ async def _write(directory: PathAwaitingCreation, filename: str, data: bytes, wa
 
 
 def _is_primary() -> bool:
-    return hosts.current(resolve().multiprocessing).is_primary
+    return hosts.is_primary(resolve().multiprocessing)
 
 
 @final

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from flax_ckpt.errors import TreeMismatchError
+from flax_ckpt.errors import Difference, TreeMismatchError
 from flax_ckpt.format import tree
 from flax_ckpt.leaves.base import Target
 
@@ -74,8 +74,10 @@ def convert(array: NDArray[Any], wanted: np.dtype[Any], target: Target) -> NDArr
         if not exact:
             good = good or bool(np.isfinite(back) == np.isfinite(array))
     if not good:
+        leaf, saved = tree.show(target.saved.path), f"{array.item()!r} ({array.dtype.name})"
         raise TreeMismatchError(
-            f"{tree.show(target.saved.path)}: the saved number {array.item()!r}"
-            f" ({array.dtype.name}) does not fit {wanted.name}; restore it into a wider dtype"
+            f"{leaf}: the saved number {saved} does not fit {wanted.name}; restore it into a"
+            " wider dtype",
+            [Difference(leaf, saved, wanted.name)],
         )
     return result

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.sharding import SingleDeviceSharding as OneDevice
 
+from flax_ckpt.errors import StateError
 from flax_ckpt.format import jsons
 
 _jax: Any = jax  # jaxlib says nothing about the types of devices
@@ -91,5 +92,11 @@ def fits(placed: Any, shape: tuple[int, ...]) -> bool:
 def concrete(sharding: Any) -> Any:
     """A sharding on an abstract mesh, put on the mesh that is set around the call."""
     if isinstance(sharding, NamedSharding) and not isinstance(sharding.mesh, Mesh):
-        return NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+        mesh = jax.sharding.get_mesh()
+        if mesh.empty:
+            raise StateError(
+                f"{sharding} is on an abstract mesh, and no mesh is set: call this within"
+                " jax.set_mesh(mesh)"
+            )
+        return NamedSharding(mesh, sharding.spec)
     return sharding

@@ -19,6 +19,7 @@ import errno
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterable
 
 from etils import epath
@@ -58,13 +59,14 @@ class Staging:
                 f"{self.target} already exists; pass overwrite=True to replace it, or save to"
                 " another path"
             )
-        if os.path.isdir(self.target) and not os.path.islink(self.target):
-            there = os.listdir(self.target)
-            if there and not names.MARKS.intersection(there):
-                raise CheckpointExistsError(
-                    f"{self.target} is a directory but no checkpoint, so it is not overwritten; it"
-                    f" has: {', '.join(sorted(there)[:12])}"
-                )
+        if os.path.isfile(self.target):
+            raise CheckpointExistsError(f"{self.target} is a file: it is not overwritten")
+        there = os.listdir(self.target) if os.path.isdir(self.target) else []
+        if there and not names.MARKS.intersection(there):
+            raise CheckpointExistsError(
+                f"{self.target} is a directory but no checkpoint, so it is not overwritten; it"
+                f" has: {', '.join(sorted(there)[:12])}"
+            )
 
     def create(self, directories: Iterable[str]) -> None:
         """Makes the staging directory and those in it, after removing what a crash left there."""
@@ -72,6 +74,8 @@ class Staging:
         files.make_directory(os.path.dirname(self.target))
         for path in [self.path, *(os.path.join(self.path, name) for name in directories)]:
             os.mkdir(path)
+        owner = f"{socket.gethostname()} {os.getpid()}"
+        files.write(os.path.join(self.path, names.OWNER), owner.encode())
 
     def sync(self) -> None:
         """Makes all that is in the staging directory durable, whoever wrote it."""
@@ -83,6 +87,7 @@ class Staging:
     def commit(self) -> None:
         """Gives the synced directory its name, durably; what was there before is removed."""
         self._check_free()
+        os.unlink(os.path.join(self.path, names.OWNER))
         replaces = os.path.lexists(self.target)
         move = _exchange if replaces else _rename
         move(self.path, self.target)
@@ -132,6 +137,19 @@ def _exchange(source: str, target: str) -> None:
         raise
 
 
+def has_owner(path: str) -> bool:
+    """Whether the process that makes a staging directory may still run, here or elsewhere."""
+    try:
+        host, pid = files.read(os.path.join(path, names.OWNER)).decode().split()
+        if host == socket.gethostname():
+            os.kill(int(pid), 0)
+    except PermissionError:
+        return True  # another user's
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _clear(path: str) -> None:
     """Removes what is at a path, of whatever kind."""
     if os.path.islink(path) or os.path.isfile(path):
@@ -178,7 +196,7 @@ def remove(path: str) -> None:
     _clear(doomed)
     _rename(path, doomed)
     files.sync_path(os.path.dirname(path))
-    _clear(doomed)
+    remove_left_over(doomed)
 
 
 def remove_left_over(path: str) -> None:

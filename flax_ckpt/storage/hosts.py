@@ -7,7 +7,7 @@ not queue behind the train step, and runs in a thread of its own.
 from __future__ import annotations
 
 import dataclasses
-import itertools
+from collections import Counter
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax._src import distributed  # the coordination client has no public name
 from flax_ckpt.errors import BarrierTimeoutError
 from flax_ckpt.options import MultiprocessingOptions
 
-_operations = itertools.count()
+_operations: Counter[str] = Counter()
 _state: Any = distributed.global_state
 
 
@@ -28,7 +28,7 @@ class Hosts:
         index: this process.
         active: all processes that take part, in order.
         primary: the one that writes what is written once.
-        operation: names this operation's barriers; processes start operations in the same order.
+        operation: names this operation's barriers, the same in all processes.
         timeout_secs: how long a barrier waits.
     """
 
@@ -69,12 +69,19 @@ class Hosts:
             ) from error
 
 
-def current(options: MultiprocessingOptions, timeout_secs: float = 0) -> Hosts:
+def is_primary(options: MultiprocessingOptions) -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == options.primary_host
+
+
+def current(options: MultiprocessingOptions, timeout_secs: float, what: str) -> Hosts:
     """The hosts of a new operation, seen from this process.
 
     Args:
         options: who takes part.
         timeout_secs: seconds that a barrier waits.
+        what: the path that is saved. It names the barriers, so that a save that fails on one
+            process alone does not put later ones out of step.
     """
     everyone = tuple(options.active_processes or range(jax.process_count()))
     if options.primary_host not in everyone:
@@ -82,6 +89,7 @@ def current(options: MultiprocessingOptions, timeout_secs: float = 0) -> Hosts:
             f"multiprocessing.primary_host is {options.primary_host}, which is not among the"
             f" active processes {list(everyone)}; set primary_host to one of them"
         )
-    operation = f"{options.barrier_sync_key_prefix or ''}flax_ckpt/{next(_operations)}"
+    _operations[what] += len(everyone) > 1
+    operation = f"{options.barrier_sync_key_prefix or ''}flax_ckpt/{what}/{_operations[what]}"
     index = jax.process_index()
     return Hosts(index, tuple(sorted(everyone)), options.primary_host, operation, timeout_secs)

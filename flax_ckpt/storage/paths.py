@@ -14,6 +14,8 @@ def local_path(path: str | os.PathLike[str]) -> str:
         InvalidLayoutError: a URL; object stores are for a later release.
     """
     text = os.fspath(path)
+    if not text:
+        raise InvalidLayoutError("the path is empty")
     scheme, separator, _ = text.partition("://")
     if separator and scheme.isalnum():
         raise InvalidLayoutError(

@@ -11,6 +11,7 @@ with fc.CheckpointCallback(workdir / "checkpoints", every_n_steps=500, config=co
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,8 @@ from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import ConfigError, FormatError, SaveFailedError, StateError
 from flax_ckpt.format import names, protos
+from flax_ckpt.leaves import dtypes
+from flax_ckpt.storage import hosts
 from flax_ckpt.storage.paths import local_path
 from flax_ckpt.training import policies, progress, steps
 from flax_ckpt.training import restore as restoring
@@ -83,6 +86,11 @@ class CheckpointCallback(Generic[S]):
         on_error: Literal["raise", "warn"] = "raise",
         context: Context | None = None,
     ) -> None:
+        if on_error not in ("raise", "warn") or (keep_last is not None and keep_last < 1):
+            raise ValueError(
+                "on_error must be 'raise' or 'warn' and keep_last at least 1 or None, got"
+                f" {on_error!r} and {keep_last!r}"
+            )
         self.directory = local_path(directory)
         self._schedule = _schedule(every_n_steps, every_secs)
         self._keep_last = keep_last
@@ -97,7 +105,11 @@ class CheckpointCallback(Generic[S]):
         self._decided: tuple[int, bool] | None = None
         self._seen: tuple[int, S, Mapping[str, Any] | None] | None = None
         self._resumed_from: int | None = None
-        self._warned = False
+        self._warned = self._superseded = False
+
+    @property
+    def _is_primary(self) -> bool:
+        return hosts.is_primary(self._context.multiprocessing)
 
     @property
     def latest_step(self) -> int | None:
@@ -110,7 +122,7 @@ class CheckpointCallback(Generic[S]):
         like: S,
         *,
         init: Callable[[], S] | None = None,
-        step: int | Literal["latest"] = "latest",
+        step: int | Literal["latest"] | None = "latest",
     ) -> tuple[S, int]:
         """The state to go on with, and the number of updates it has behind it.
 
@@ -128,9 +140,9 @@ class CheckpointCallback(Generic[S]):
             TreeMismatchError: the checkpoint does not fit `like`.
             DamagedCheckpointError: the step asked for, or every one, is damaged.
         """
-        if jax.process_index() == self._context.multiprocessing.primary_host:
+        if self._is_primary:
             steps.clean(self.directory)
-        if not steps.committed(self.directory) and step == "latest":
+        if not steps.committed(self.directory) and step in ("latest", None):
             state = like if init is None else init()
             if init is None:
                 _require_concrete(like, self.directory)
@@ -198,30 +210,31 @@ class CheckpointCallback(Generic[S]):
 
     def _save(self, step: int, state: S, metrics: Mapping[str, Any] | None) -> None:
         began = time.perf_counter()
+        step = _step_number(step)
         self.wait()
-        self._warn_of_other_step(step, state)
-        if self._resumed_from is not None and jax.process_index() == 0:
-            steps.supersede(self.directory, self._resumed_from)
-            self._resumed_from = None
+        if not self._superseded and self._is_primary:
+            after = step - 1 if self._resumed_from is None else self._resumed_from
+            steps.supersede(self.directory, after)
+        self._superseded = True
         parts = {name: tree for name, tree in states.split(state).items() if tree is not None}
         trees, nbytes = list(parts), progress.nbytes(parts)
         if self._config is not None:
             parts[restoring.CONFIG] = self._config
         if metrics is not None:
-            parts[names.METRICS] = {name: _number(value) for name, value in metrics.items()}
+            parts[names.METRICS] = {name: _number(name, value) for name, value in metrics.items()}
         path = steps.path_of(self.directory, step)
         self._response = _save.start(path, parts, self._context, trees=trees)
         self._saving = self._last_step = step
         self._last_time = time.monotonic()
+        self._warn_of_other_step(step, state)
         blocked = time.perf_counter() - began
         keep, root = self._keep_last, self.directory
 
         def finish(_: None) -> None:
             seconds = time.perf_counter() - began
             logger.info("saved %s", progress.line(path, step, nbytes, seconds, blocked))
-            if jax.process_index() == 0:
-                for old in policies.to_delete(steps.committed(root), keep):
-                    steps.delete(root, old)
+            if self._is_primary:
+                _retain(root, keep, step)
 
         self._response.on_complete(finish)
 
@@ -249,9 +262,12 @@ class CheckpointCallback(Generic[S]):
         try:
             response.result()
         except Exception as error:
-            self._response = self._last_step = None
+            self._response = None
+            fate = "was saved, but what follows failed" if response.completed else "was not saved"
+            if not response.completed:
+                self._last_step = None
             failure = SaveFailedError(
-                f"{response.what} (step {step}) was not saved: {type(error).__name__}: {error}",
+                f"{response.what} (step {step}) {fate}: {type(error).__name__}: {error}",
                 path=steps.path_of(self.directory, step or 0),
                 step=step,
             )
@@ -266,10 +282,17 @@ class CheckpointCallback(Generic[S]):
         Raises:
             SaveFailedError: a save failed.
         """
-        seen, self._seen = self._seen, None
-        if seen is not None and self._at_end and seen[0] != self._last_step:
-            self._save(*seen)
-        self.wait()
+        failure: SaveFailedError | None = None
+        try:
+            self.wait()
+        except SaveFailedError as error:
+            failure = error  # told when the last state is safe
+        if self._seen is not None and self._at_end and self._seen[0] != self._last_step:
+            self._save(*self._seen)
+            self.wait()
+        self._seen = None
+        if failure is not None:
+            raise failure
 
     def __enter__(self) -> CheckpointCallback[S]:
         return self
@@ -307,7 +330,32 @@ def _require_concrete(like: Any, directory: str) -> None:
         )
 
 
-def _number(value: Any) -> Any:
+def _retain(root: str, keep_last: int | None, saved: int) -> None:
+    """Deletes steps that need not be kept; one that cannot be deleted does not stop training."""
+    for old in policies.to_delete(steps.committed(root), keep_last):
+        try:
+            if old != saved:
+                steps.delete(root, old)
+        except OSError as error:
+            logger.warning("step %d could not be deleted: %s", old, error)
+
+
+def _step_number(step: Any) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise StateError(f"a step is the number of completed updates, 0 or more; got {step!r}")
+    return number
+
+
+def _number(name: str, value: Any) -> Any:
     """A metric as JSON has it: a number, or nested lists of them."""
     array = np.asarray(value)
-    return array.astype(np.float64).tolist() if array.dtype.kind not in "biu" else array.tolist()
+    kind = dtypes.kind(array.dtype)
+    if kind not in ("bool", "int", "float"):
+        raise StateError(
+            f"metric {name!r} is {value!r}: metrics are real numbers or arrays of them"
+        )
+    return (array.astype(np.float64) if kind == "float" else array).tolist()

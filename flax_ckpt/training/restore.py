@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 from etils import epath
 from google.protobuf.message import Message
 
-from flax_ckpt._load import Layout, load_layout
+from flax_ckpt._load import Layout, load_layout, steadily
 from flax_ckpt._metadata import CheckpointMetadata
 from flax_ckpt.adapters import config as configs
 from flax_ckpt.adapters import state as states
@@ -26,6 +26,7 @@ from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import (
     CheckpointNotFoundError,
     ConfigError,
+    DamagedCheckpointError,
     Difference,
     FormatError,
     StateError,
@@ -147,17 +148,18 @@ def restore(
         number = int(os.path.basename(here)) if os.path.basename(here).isdigit() else None
         if isinstance(step, int) and step != number:
             raise CheckpointNotFoundError(f"{here} is one checkpoint, not a root with step {step}")
-        return _restore_one(here, like, number, rules)
+        return steadily(here, lambda: _restore_one(here, like, number, rules))
     found = steps.require_steps(here)
     if isinstance(step, int):
         if step not in found:
             raise CheckpointNotFoundError(
                 f"{here} has no step {step}; it has: {', '.join(map(str, found))}"
             )
-        return _restore_one(steps.path_of(here, step), like, step, rules)
+        place = steps.path_of(here, step)
+        return steadily(place, lambda: _restore_one(place, like, step, rules))
     if step not in (None, "latest"):
         raise ValueError(f"step must be a number or 'latest', got {step!r}")
-    return _restore_newest(here, found, like, rules)
+    return _restore_newest(here, like, rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,19 +170,24 @@ class _Rules:
     context: Context
 
 
-def _restore_newest(root: str, found: list[int], like: S | None, rules: _Rules) -> Restored[S]:
+def _restore_newest(root: str, like: S | None, rules: _Rules) -> Restored[S]:
+    """The newest whole step, of a run that may go on saving and deleting meanwhile."""
     damaged: Damaged = ()
-    failure: FormatError | None = None
-    for number in reversed(found):
+    while True:
+        found = [step for step in steps.require_steps(root) if step not in dict(damaged)]
+        number = found[-1]
         try:
             return _restore_one(steps.path_of(root, number), like, number, rules, damaged)
-        except FormatError as error:
+        except (DamagedCheckpointError, FileNotFoundError) as error:
+            if number not in steps.committed(root):
+                continue  # deleted, or moved aside
+            if not isinstance(error, DamagedCheckpointError):
+                raise
+            if len(found) == 1:
+                error.add_note(f"none of the steps {steps.committed(root)} of {root} is whole")
+                raise
             logger.warning("step %d is damaged, trying the one before it: %s", number, error)
             damaged += ((number, str(error)),)
-            failure = error
-    assert failure is not None
-    failure.add_note(f"none of the steps {found} of {root} is whole")
-    raise failure
 
 
 def _restore_one(
@@ -201,7 +208,8 @@ def _restore_one(
 
 
 def _load_parts(layout: Layout, like: Any, rules: _Rules) -> dict[str, Any]:
-    wanted: dict[str, Any] = dict.fromkeys(layout.trees) if like is None else states.split(like)
+    parts = dict.fromkeys(layout.trees) if like is None else states.split(like)
+    wanted = {name: tree for name, tree in parts.items() if like is None or tree is not None}
     load_rules = LoadRules(strict=like is not None and not rules.cast)
     differences: list[Difference] = []
     reads: dict[str, Callable[[], Any]] = {}
@@ -229,11 +237,11 @@ def _open_part(layout: Layout, name: str) -> SavedTree:
         raise StateError(
             f"{layout.path} holds the parts {', '.join(layout.items)} of a training state, and the"
             " value given has no part `params`: give a TrainState, or any dataclass or dict with"
-            " a field `params`"
+            " a field `params`. A tree that was saved whole loads with flax_ckpt.load"
         )
     raise CheckpointNotFoundError(
         f"{layout.path} has no {name!r}, which the wanted state has; it has:"
-        f" {', '.join(layout.items)}"
+        f" {', '.join(layout.items)}. A tree that was saved whole loads with flax_ckpt.load"
     )
 
 

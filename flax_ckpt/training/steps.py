@@ -87,5 +87,6 @@ def clean(root: str) -> None:
         return
     for entry in os.scandir(root):
         step, mark, _ = entry.name.partition(names.TMP_SUFFIX)
-        if mark and _STEP.fullmatch(step.removesuffix(".deleted").removesuffix(".replaced")):
+        ours = mark and _STEP.fullmatch(step.removesuffix(".deleted").removesuffix(".replaced"))
+        if ours and not commit.has_owner(entry.path):
             commit.remove_left_over(entry.path)
