@@ -83,11 +83,6 @@ class AsyncResponse(Generic[T]):
         """Whether the work has ended, well or not."""
         return self._ended.is_set()
 
-    def join(self, timeout: float | None = None) -> None:
-        """Waits for the end, without asking how it went."""
-        # Not `Thread.join`: interrupted by Ctrl-C, it takes the thread for ended (bpo-45274).
-        self._ended.wait(timeout)
-
     def result(self, timeout: float | None = None) -> T:
         """Waits for the end and returns the result, or raises what went wrong.
 
@@ -97,8 +92,8 @@ class AsyncResponse(Generic[T]):
         Raises:
             TimeoutError: it still runs.
         """
-        self.join(timeout)
-        if not self._ended.is_set():
+        # Not `Thread.join`: interrupted by Ctrl-C, it takes the thread for ended (bpo-45274).
+        if not self._ended.wait(timeout):
             raise TimeoutError(f"{self.what}: still running after {timeout} s")
         if self.error is not None:
             with _lock:
@@ -164,10 +159,9 @@ def _finish_pending() -> None:
     for response in pending:
         try:
             try:
-                response.join()
+                response._ended.wait()
             except KeyboardInterrupt:
-                hint = "is still being saved; interrupt once more to give it up"
-                print(f"flax_ckpt: {response.what} {hint}", file=sys.stderr)
+                print(f"flax_ckpt: {response.what} is still being saved", file=sys.stderr)
             response.result()
         except BaseException as error:
             logger.debug("at exit", exc_info=error)

@@ -22,7 +22,7 @@ from flax_ckpt.errors import CheckpointNotFoundError, FormatError, InvalidLayout
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.storage import files
-from flax_ckpt.storage.paths import local_path, require_directory
+from flax_ckpt.storage.paths import contents, local_path, require_directory
 from flax_ckpt.storage.record import Record
 
 PathLike = str | os.PathLike[str]
@@ -162,12 +162,9 @@ def steadily(path: PathLike, read: Callable[[], T]) -> T:
                 raise
 
 
-def _identity(path: PathLike) -> tuple[int, int] | None:
-    try:
-        status = os.stat(local_path(path))
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
+def _identity(path: PathLike) -> int | None:
+    here = local_path(path)
+    return os.stat(here).st_ino if os.path.exists(here) else None
 
 
 def load_layout(layout: Layout, abstract: Any, context: Context) -> dict[str, Any]:
@@ -298,8 +295,7 @@ def _holds_tree(path: str) -> bool:
 
 
 def _no_checkpoint(path: str) -> InvalidLayoutError:
-    there = sorted(os.listdir(path))
-    steps = sorted((name for name in there if name.isdigit()), key=int)
+    steps = sorted((name for name in os.listdir(path) if name.isdigit()), key=int)
     if steps:
         return InvalidLayoutError(
             f"{path} is the root of a run, not one checkpoint; its steps: {', '.join(steps)}."
@@ -308,7 +304,7 @@ def _no_checkpoint(path: str) -> InvalidLayoutError:
         )
     return InvalidLayoutError(
         f"{path} is no checkpoint: it has neither {names.CHECKPOINT_METADATA} nor a directory with"
-        f" {names.TREE_METADATA}; it has: {', '.join(there[:12]) or 'nothing'}"
+        f" {names.TREE_METADATA}; it has: {contents(path)}"
     )
 
 

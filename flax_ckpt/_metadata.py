@@ -1,7 +1,5 @@
 """What a checkpoint says about itself without loading it."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 from typing import Any, Generic, TypeVar, final

@@ -7,8 +7,6 @@
 The synchronous functions are `.result()` on the asynchronous ones.
 """
 
-from __future__ import annotations
-
 import asyncio
 import concurrent.futures
 import importlib.metadata
@@ -16,7 +14,8 @@ import inspect
 import os
 import threading
 import time
-from collections.abc import Awaitable, Collection, Coroutine, Iterable, Mapping
+import weakref
+from collections.abc import Awaitable, Collection, Coroutine, Mapping
 from typing import Any
 
 from etils import epath
@@ -35,7 +34,7 @@ from flax_ckpt.storage.paths import local_path
 PathLike = str | os.PathLike[str]
 
 # Two saves to one path must not share a staging directory: the later waits for the earlier.
-_in_flight: dict[str, threading.Event] = {}
+_in_flight: weakref.WeakValueDictionary[str, threading.Event] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
@@ -90,7 +89,6 @@ def save_async(
     When it returns, the arrays may be donated, deleted or overwritten. A failure of the rest is
     raised by `result()` of what is returned, or reported when the process ends.
     """
-    _refuse_reserved([checkpointable_name])
     tree = {checkpointable_name: state}
     return start(path, tree, resolve(), overwrite, custom_metadata, trees=tree)
 
@@ -127,14 +125,7 @@ def save_checkpointables_async(
     custom_metadata: dict[str, Any] | None = None,
 ) -> AsyncResponse[None]:
     """Saves several checkpointables in the background; see :func:`save_checkpointables`."""
-    _refuse_reserved(checkpointables)
     return start(path, checkpointables, resolve(), overwrite, custom_metadata)
-
-
-def _refuse_reserved(wanted: Iterable[str]) -> None:
-    for name in wanted:
-        if name in names.RESERVED:
-            raise ValueError(f"{name!r} is a reserved name; call the checkpointable something else")
 
 
 def start(
@@ -145,8 +136,9 @@ def start(
     custom_metadata: dict[str, Any] | None = None,
     *,
     trees: Collection[str] = (),
+    internal: bool = False,
 ) -> AsyncResponse[None]:
-    """Begins a save within a context given explicitly; reserved names are the caller's matter.
+    """Begins a save within a context given explicitly.
 
     Args:
         path: the checkpoint's directory.
@@ -155,10 +147,11 @@ def start(
         overwrite: whether a checkpoint at `path` is replaced.
         custom_metadata: anything JSON can hold.
         trees: names of those that are trees, even if other handlers accept them.
+        internal: whether reserved names are allowed.
     """
     target = local_path(path)
     for name, value in checkpointables.items():
-        _check(name, value)
+        _check(name, value, internal)
     try:
         custom = jsons.parse_object(jsons.dump(custom_metadata or {}), "custom_metadata")
     except (TypeError, ValueError) as error:
@@ -185,7 +178,9 @@ def start(
         raise
 
 
-def _check(name: Any, value: Any) -> None:
+def _check(name: Any, value: Any, internal: bool) -> None:
+    if name in names.RESERVED and not internal:
+        raise ValueError(f"{name!r} is a reserved name; call the checkpointable something else")
     if not isinstance(name, str) or not name or name != os.path.basename(name) or name in "..":
         raise ValueError(f"a checkpointable's name must be a directory name, got {name!r}")
     if names.TMP_SUFFIX in name or name in (*names.MARKS, names.COMMIT_SUCCESS):
@@ -269,9 +264,6 @@ class _Save:
             raise
         finally:
             turn.set()
-            with _lock:
-                if _in_flight.get(self._staging.target) is turn:
-                    del _in_flight[self._staging.target]
 
     async def _write(self) -> None:
         try:

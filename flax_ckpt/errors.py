@@ -21,8 +21,6 @@
 Each one also is the builtin that a caller would catch without knowing us.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

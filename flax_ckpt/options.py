@@ -9,8 +9,6 @@ The names are Orbax v1's. An option that this release does not honour is not her
 is an error instead of silence.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -18,16 +16,6 @@ from typing import Any
 from etils import epath
 
 from flax_ckpt.errors import ContextFrozenError
-
-__all__ = [
-    "ArrayOptions",
-    "AsyncOptions",
-    "CheckpointablesOptions",
-    "FileOptions",
-    "MemoryOptions",
-    "MultiprocessingOptions",
-    "PyTreeOptions",
-]
 
 
 class _Options:

@@ -6,8 +6,6 @@ open one, a `FieldReference` its value, a scalar type such as `jnp.bfloat16` its
 equals it, a NumPy scalar the Python number, an instance of a subclass one of its base.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

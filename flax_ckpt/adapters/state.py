@@ -7,8 +7,6 @@ A state is anything with a part called `params`: Flax's `TrainState` and its sub
 dataclass that is a PyTree, a dict, a named tuple. Any other tree is one part, `state`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar, cast

@@ -9,8 +9,6 @@ Source: the zarr v3 specification, and the dtype names that TensorStore adds to 
     parse_zarr3(spec.to_zarr3_json()).native
 """
 
-from __future__ import annotations
-
 import math
 import reprlib
 from dataclasses import dataclass

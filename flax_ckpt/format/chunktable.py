@@ -10,8 +10,6 @@ which bytes belong under which key. A format of this package:
 The CRC of the keys is taken over the u32le lengths of all keys, then all keys, in order.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Sequence
 

@@ -10,8 +10,6 @@ generated `_pb2.py` refuses to load under a protobuf runtime older than its comp
 `config_pb.pyi`. Field names are what a file holds: one may be added, none renamed or reused.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Final
 

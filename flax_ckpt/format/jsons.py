@@ -1,7 +1,5 @@
 """JSON as the format uses it: parsing that answers garbage with one typed error."""
 
-from __future__ import annotations
-
 import json
 from typing import Any, TypeGuard
 

@@ -4,8 +4,6 @@ They are constants, never derived from a class, so that renaming a class cannot 
 Source: the format as Orbax 0.12.8 writes and reads it.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 # Checkpoint root.

@@ -9,8 +9,6 @@ We write uncompressed nodes and read any. No I/O here, callers pass bytes in and
     read_tree(decode_manifest(manifest), fetch) == entries
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Sequence
 from itertools import pairwise

@@ -3,8 +3,6 @@
 The first line names the message; to every text-format parser, Orbax's included, it is a comment.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 from google.protobuf import descriptor_pool, message_factory, text_format

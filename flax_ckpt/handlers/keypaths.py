@@ -1,7 +1,5 @@
 """A PyTree as leaves by key path, empty nodes included, in the words of the on-disk format."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
@@ -23,12 +21,10 @@ def flatten(value: Any) -> tuple[list[tuple[tree.KeyPath, Any]], Any]:
 def _key(key: Any) -> tuple[str, int]:
     if isinstance(key, DictKey):
         return str(key.key), tree.DICT
-    if isinstance(key, SequenceKey):
-        return str(key.idx), tree.SEQUENCE
     if isinstance(key, GetAttrKey):
         return key.name, tree.DICT
-    if isinstance(key, FlattenedIndexKey):
-        return str(key.key), tree.SEQUENCE
+    if isinstance(key, SequenceKey | FlattenedIndexKey):
+        return str(key.idx if isinstance(key, SequenceKey) else key.key), tree.SEQUENCE
     return str(key), tree.DICT  # a key class of the user's own
 
 

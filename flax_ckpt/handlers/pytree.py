@@ -4,8 +4,6 @@ A save flattens the tree and takes a snapshot of each leaf, which is all that bl
 files are written in the background. A load compares everything, then reads.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Awaitable, Mapping, Sequence

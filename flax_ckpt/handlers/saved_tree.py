@@ -5,8 +5,6 @@ with SavedTree(directory) as saved:
     tree = read()                                # reads it
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Container, Iterator, Sequence

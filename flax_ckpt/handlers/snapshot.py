@@ -4,8 +4,6 @@ Taking it is all of a save that blocks the caller. On CPU a JAX array is referen
 so the snapshot is good for as long as it is held, whatever becomes of the array.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

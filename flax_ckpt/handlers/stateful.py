@@ -1,7 +1,5 @@
 """The handler of objects that save and load themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable
 from typing import Any, ClassVar, final
 

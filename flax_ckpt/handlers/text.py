@@ -3,8 +3,6 @@
 Only the primary process writes it; every process reads it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Awaitable
@@ -21,14 +19,10 @@ from flax_ckpt.storage import files, hosts
 from flax_ckpt.storage.record import Record
 
 
-async def _write(directory: PathAwaitingCreation, filename: str, data: bytes, wanted: bool) -> None:
+async def _write(directory: PathAwaitingCreation, filename: str, text: str) -> None:
     path = await directory.await_creation()
-    if wanted:
-        files.write(os.fspath(path / filename), data)
-
-
-def _is_primary() -> bool:
-    return hosts.is_primary(resolve().multiprocessing)
+    if hosts.is_primary(resolve().multiprocessing):
+        files.write(os.fspath(path / filename), text.encode())
 
 
 @final
@@ -74,7 +68,7 @@ class ProtoHandler:
                 f" got a {type(checkpointable).__name__}"
             )
         text = protos.message_to_text(checkpointable)
-        return _write(directory, self._filename, text.encode(), _is_primary())
+        return _write(directory, self._filename, text)
 
     async def load(
         self, directory: epath.Path, abstract_checkpointable: type[Message] | None = None
@@ -92,8 +86,11 @@ class ProtoHandler:
         return self._load(directory, abstract_checkpointable)
 
     async def _load(self, directory: epath.Path, message_type: type[Message] | None) -> Message:
-        text = _decode(Record(os.fspath(directory)).read(self._filename), directory)
-        return protos.text_to_message(text, message_type)
+        data = Record(os.fspath(directory)).read(self._filename)
+        try:
+            return protos.text_to_message(data.decode(), message_type)
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{directory}: not UTF-8 text: {error}") from error
 
     async def metadata(self, directory: epath.Path) -> type[Message] | None:
         """The message's class; None if this process has not registered it."""
@@ -110,13 +107,6 @@ class ProtoHandler:
         """True for message classes."""
         abstract = abstract_checkpointable
         return isinstance(abstract, type) and issubclass(abstract, Message)
-
-
-def _decode(data: bytes, directory: epath.Path) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{directory}: not UTF-8 text: {error}") from error
 
 
 def _to_json(value: Any) -> str:
@@ -163,7 +153,7 @@ class JsonHandler:
             raise NotHandleableError(
                 f"checkpointable {directory.name!r}: JSON cannot hold it: {error}"
             ) from error
-        return _write(directory, self._filenames[0], text.encode(), _is_primary())
+        return _write(directory, self._filenames[0], text)
 
     async def load(
         self, directory: epath.Path, abstract_checkpointable: None = None

@@ -1,7 +1,5 @@
 """`jax.Array` leaves: any dtype that zarr has, any sharding."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 

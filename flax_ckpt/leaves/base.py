@@ -5,8 +5,6 @@ checkpoint says of a leaf, together with what the caller wants, into a target, r
 and the value built from them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable

@@ -4,8 +4,6 @@ Rank-0 numbers wander between Python, NumPy and JAX kinds: `TrainState.step` sta
 int and becomes an int32 array. They match if the value fits; arrays do not convert unasked.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

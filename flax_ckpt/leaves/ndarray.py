@@ -1,7 +1,5 @@
 """NumPy leaves: arrays, copied when saved as they are mutable, and NumPy scalars."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Typed PRNG keys (`jax.random.key`): their key data as an array, the implementation beside it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Which leaf handler takes which leaf: a list, the last registered that accepts it wins."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from flax_ckpt.leaves.array import ArrayLeaf

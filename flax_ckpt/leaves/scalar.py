@@ -1,7 +1,5 @@
 """Python numbers: int as int64 or uint64, float as float64, bool, each a rank-0 array."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Final
 

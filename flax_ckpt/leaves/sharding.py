@@ -3,8 +3,6 @@
 Source: the format as Orbax writes it, `SingleDeviceSharding` and `NamedSharding`.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from typing import Any

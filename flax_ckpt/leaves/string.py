@@ -1,7 +1,5 @@
 """Python strings; their values are in `_strings.json`, not among the arrays."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -27,6 +27,7 @@ from etils import epath
 from flax_ckpt.errors import CheckpointExistsError, CheckpointNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import files
+from flax_ckpt.storage.paths import contents
 
 logger = logging.getLogger("flax_ckpt")
 
@@ -65,7 +66,7 @@ class Staging:
         if there and not names.MARKS.intersection(there):
             raise CheckpointExistsError(
                 f"{self.target} is a directory but no checkpoint, so it is not overwritten; it"
-                f" has: {', '.join(sorted(there)[:12])}"
+                f" has: {contents(self.target)}"
             )
 
     def create(self, directories: Iterable[str]) -> None:

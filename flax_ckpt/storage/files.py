@@ -3,8 +3,6 @@
 Every write to a checkpoint that is not array data goes through here, and every sync.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 import sys

@@ -4,8 +4,6 @@ Barriers go through the client of `jax.distributed`, never through a device coll
 not queue behind the train step, and runs in a thread of its own.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from typing import Any

@@ -5,8 +5,6 @@ call, large ones straight into the array they belong to. Each is compared with i
 and with the table's, so that an old block with its own valid checksum is noticed too.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import itertools
 import math

@@ -5,8 +5,6 @@ manifest, then the table of checksums. When several processes save, each makes a
 own in `ocdbt.process_<n>/` and the primary merges their indices; the data stays where it is.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import time

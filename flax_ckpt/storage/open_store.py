@@ -1,7 +1,5 @@
 """Opens the array store that fits a PyTree directory."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Generator

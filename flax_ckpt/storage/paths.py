@@ -1,7 +1,5 @@
 """Paths as users give them: strings, `pathlib`, `etils.epath`; relative ones, ones with `~`."""
 
-from __future__ import annotations
-
 import os
 
 from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError
@@ -39,6 +37,10 @@ def require_directory(path: str) -> None:
     nearest = os.path.dirname(path)
     while not os.path.isdir(nearest):
         nearest = os.path.dirname(nearest)
-    there = sorted(os.listdir(nearest))
-    shown = ", ".join(there[:12]) + (", …" if len(there) > 12 else "") if there else "nothing"
-    raise CheckpointNotFoundError(f"{path} does not exist; {nearest} has: {shown}")
+    raise CheckpointNotFoundError(f"{path} does not exist; {nearest} has: {contents(nearest)}")
+
+
+def contents(path: str) -> str:
+    """What is in a directory, as error messages print it."""
+    there = sorted(os.listdir(path))
+    return ", ".join(there[:12]) + (", …" if len(there) > 12 else "") if there else "nothing"

@@ -4,8 +4,6 @@
 A checkpoint without it was not written by us: its files are read as they are.
 """
 
-from __future__ import annotations
-
 import os
 
 from flax_ckpt.errors import DamagedCheckpointError

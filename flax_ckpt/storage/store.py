@@ -4,8 +4,6 @@
 box of an array, one `(start, stop)` per axis; bytes are C-ordered and little-endian.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 

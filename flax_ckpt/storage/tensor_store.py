@@ -1,7 +1,5 @@
 """Reads arrays that others wrote, whatever their codecs, through TensorStore."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -223,18 +223,17 @@ class CheckpointCallback(Generic[S]):
         if metrics is not None:
             parts[names.METRICS] = {name: _number(name, value) for name, value in metrics.items()}
         path = steps.path_of(self.directory, step)
-        self._response = _save.start(path, parts, self._context, trees=trees)
+        self._response = _save.start(path, parts, self._context, trees=trees, internal=True)
         self._saving = self._last_step = step
         self._last_time = time.monotonic()
         self._warn_of_other_step(step, state)
         blocked = time.perf_counter() - began
-        keep, root = self._keep_last, self.directory
 
         def finish(_: None) -> None:
             seconds = time.perf_counter() - began
             logger.info("saved %s", progress.line(path, step, nbytes, seconds, blocked))
             if self._is_primary:
-                _retain(root, keep, step)
+                _retain(self.directory, self._keep_last, step)
 
         self._response.on_complete(finish)
 

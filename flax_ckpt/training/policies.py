@@ -1,7 +1,5 @@
 """When to save, and what to keep: pure functions of steps and a clock that is a parameter."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

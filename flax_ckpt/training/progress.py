@@ -1,7 +1,5 @@
 """What the one INFO line of a save or a restore says."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

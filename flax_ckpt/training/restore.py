@@ -5,8 +5,6 @@ out = fc.restore("/runs/7/checkpoints", abstract_state, step=1500)
 out.state, out.step, out.config
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

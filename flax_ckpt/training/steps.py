@@ -3,8 +3,6 @@
 What is on disk is the evidence; there is no index that could disagree with it.
 """
 
-from __future__ import annotations
-
 import datetime
 import logging
 import os
@@ -13,7 +11,7 @@ import re
 from flax_ckpt.errors import CheckpointNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, files
-from flax_ckpt.storage.paths import require_directory
+from flax_ckpt.storage.paths import contents, require_directory
 
 logger = logging.getLogger("flax_ckpt")
 
@@ -25,7 +23,7 @@ def committed(root: str) -> list[int]:
     """Steps that were committed under `root`, in order; empty if it is not there."""
     try:
         found = [entry.name for entry in os.scandir(root) if _STEP.fullmatch(entry.name)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(int(name) for name in found if is_checkpoint(os.path.join(root, name)))
 
@@ -50,10 +48,7 @@ def require_steps(root: str) -> list[int]:
     found = committed(root)
     if found:
         return found
-    there = sorted(os.listdir(root))
-    raise CheckpointNotFoundError(
-        f"{root} has no committed step; it has: {', '.join(there[:12]) or 'nothing'}"
-    )
+    raise CheckpointNotFoundError(f"{root} has no committed step; it has: {contents(root)}")
 
 
 def delete(root: str, step: int) -> None:

@@ -326,12 +326,22 @@ def test_an_existing_target_is_refused_before_anything_is_written(
     assert os.listdir(tmp_path) == ["ckpt"]
 
 
-@pytest.mark.parametrize("kind", ["file", "link to a checkpoint", "empty directory"])
-def test_overwrite_works_whatever_is_at_the_target(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_overwrite_spares_what_is_no_checkpoint(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "ckpt"
-    if kind == "file":
-        target.write_text("in the way")
-    elif kind == "empty directory":
+    work = target if kind == "file" else target / "thesis.tex"
+    work.parent.mkdir(exist_ok=True)
+    work.write_text("years of work")
+    with pytest.raises(CheckpointExistsError, match="not overwritten"):
+        fc.save(target, tree_of(1), overwrite=True)
+    assert work.read_text() == "years of work"
+    assert left_overs(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["link to a checkpoint", "empty directory"])
+def test_overwrite_works_on_a_link_and_on_an_empty_directory(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "ckpt"
+    if kind == "empty directory":
         target.mkdir()
     else:
         fc.save(tmp_path / "real", tree_of(0))
