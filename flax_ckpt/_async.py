@@ -36,6 +36,7 @@ class AsyncResponse(Generic[T]):
 
     Attributes:
         completed: whether the work itself has ended well, whatever becomes of what follows it.
+        ended: set when all has ended, well or not.
     """
 
     def __init__(
@@ -51,16 +52,15 @@ class AsyncResponse(Generic[T]):
         self._value: T | None = None
         self.error: BaseException | None = None
         self.completed = False
-        self._ended = threading.Event()
+        self.ended = threading.Event()
         self._callbacks: list[Callable[[T], None]] = list(then)
         if reported:
             with _lock:
                 _unsurfaced.add(self)
         # The thread starts now, not on demand: once the main thread has ended, none can start.
-        self._thread = threading.Thread(
+        threading.Thread(
             target=self._work.run, args=(self._run, work), name=f"flax_ckpt {what}"
-        )
-        self._thread.start()
+        ).start()
 
     def _run(self, work: Callable[[], T]) -> None:
         try:
@@ -77,11 +77,11 @@ class AsyncResponse(Generic[T]):
         except BaseException as error:  # kept, and raised in the caller's thread or at exit
             self.error = error
         finally:
-            self._ended.set()
+            self.ended.set()
 
     def done(self) -> bool:
         """Whether the work has ended, well or not."""
-        return self._ended.is_set()
+        return self.ended.is_set()
 
     def result(self, timeout: float | None = None) -> T:
         """Waits for the end and returns the result, or raises what went wrong.
@@ -93,7 +93,7 @@ class AsyncResponse(Generic[T]):
             TimeoutError: it still runs.
         """
         # Not `Thread.join`: interrupted by Ctrl-C, it takes the thread for ended (bpo-45274).
-        if not self._ended.wait(timeout):
+        if not self.ended.wait(timeout):
             raise TimeoutError(f"{self.what}: still running after {timeout} s")
         if self.error is not None:
             with _lock:
@@ -159,7 +159,7 @@ def _finish_pending() -> None:
     for response in pending:
         try:
             try:
-                response._ended.wait()
+                response.ended.wait()
             except KeyboardInterrupt:
                 print(f"flax_ckpt: {response.what} is still being saved", file=sys.stderr)
             response.result()

@@ -15,7 +15,8 @@ from typing import final, get_type_hints
 
 from flax_ckpt import options
 
-# The stack of active contexts of this thread and task; copied into what they start.
+# The stack of active contexts of this thread and task. Tasks inherit it; a new thread begins with
+# the defaults.
 _ACTIVE: contextvars.ContextVar[tuple[Context, ...]] = contextvars.ContextVar(
     "flax_ckpt_contexts", default=()
 )
