@@ -128,6 +128,7 @@ class Raw:
     uses_jax = False
     is_async = False
     _CALL_BUFFERS = 1024  # IOV_MAX of Linux and macOS
+    _CALL_BYTES = 8 << 20  # larger calls take longer on ext4
 
     def save(self, path: Path, state: State) -> None:
         path.mkdir()
@@ -135,7 +136,9 @@ class Raw:
         try:
             pending = [memoryview(array).cast("B") for array in state.values()]
             while pending:
-                written = os.writev(fd, pending[: self._CALL_BUFFERS])
+                small = len(pending[0]) < self._CALL_BYTES // self._CALL_BUFFERS
+                buffers = pending[: self._CALL_BUFFERS] if small else [pending[0]]
+                written = os.writev(fd, [view[: self._CALL_BYTES] for view in buffers])
                 while pending and written >= len(pending[0]):
                     written -= len(pending.pop(0))
                 if written:

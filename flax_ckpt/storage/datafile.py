@@ -24,8 +24,8 @@ Bytes = NDArray[np.uint8]
 ALIGNMENT: Final = 64
 TRAILER: Final = 4
 _MAX_BUFFERS: Final = min(1024, os.sysconf("SC_IOV_MAX"))
-_MAX_CALL: Final = 1 << 30  # Linux writes at most 2 GiB - 4 KiB a call
-_QUEUE_BYTES: Final = 64 << 20
+_MAX_READ: Final = 1 << 30  # Linux reads at most 2 GiB - 4 KiB a call
+_MAX_WRITE: Final = 8 << 20  # ext4 takes several times as long for calls of 64 MiB
 
 
 class DataFileWriter:
@@ -74,12 +74,12 @@ class DataFileWriter:
         self._queue.append(memoryview(data))
         self._queued += len(data)
         self.offset += len(data)
-        if self._queued >= _QUEUE_BYTES or len(self._queue) >= _MAX_BUFFERS - 1:
+        if self._queued >= _MAX_WRITE or len(self._queue) >= _MAX_BUFFERS - 1:
             self._flush()
 
     def _flush(self) -> None:
         while self._queue:
-            call = [view[:_MAX_CALL] for view in self._queue]  # only the last can be so large
+            call = [view[:_MAX_WRITE] for view in self._queue]  # only the last can be so large
             _advance(self._queue, os.writev(self._fd, call))
         self._queued = 0
 
@@ -136,7 +136,7 @@ class DataFileReader:
         """
         pending = [buffer.data for buffer in buffers if len(buffer)]
         while pending:
-            call = [pending[0][:_MAX_CALL], *(pending[1:] if len(pending[0]) < _MAX_CALL else [])]
+            call = [pending[0][:_MAX_READ], *(pending[1:] if len(pending[0]) < _MAX_READ else [])]
             count = os.preadv(self._fd, call, offset)
             if count == 0:
                 raise DamagedCheckpointError(
