@@ -19,7 +19,7 @@ from flax_ckpt.errors import CheckpointExistsError, SaveFailedError, StateError
 from flax_ckpt.format import checkpoint
 from flax_ckpt.storage import files
 from flax_ckpt.training import steps
-from tests.training.test_callback import run, tree
+from tests.training.test_callback import RefusingHandler, run, tree
 
 INTERRUPTED = """
     import os, signal, sys, threading
@@ -66,7 +66,7 @@ def test_a_new_run_in_an_old_directory_keeps_its_own_steps(tmp_path: Path, caplo
     assert len(list((tmp_path / "superseded").iterdir())) == 2
 
 
-class Held:
+class Held(RefusingHandler):
     """A handler whose background part waits, so that a save is in flight for as long as needed."""
 
     release = threading.Event()
@@ -78,18 +78,6 @@ class Held:
             (path / "x").write_text("x")
 
         return write()
-
-    async def load(self, directory, abstract_checkpointable=None):
-        raise AssertionError
-
-    async def metadata(self, directory):
-        return None
-
-    def is_handleable(self, checkpointable):
-        return True
-
-    def is_abstract_handleable(self, abstract_checkpointable):
-        return True
 
 
 @pytest.fixture
