@@ -69,7 +69,7 @@ def zarr_dtype(dtype: np.dtype[Any]) -> str:
 
 def is_storable(dtype: Any) -> bool:
     """Whether `zarr_dtype` has a name for the dtype."""
-    return isinstance(dtype, np.dtype) and dtype.newbyteorder("=") in _NAMES
+    return isinstance(dtype, np.dtype) and (dtype in _NAMES or dtype.newbyteorder("=") in _NAMES)
 
 
 def prefix(name: str) -> str:
@@ -133,6 +133,23 @@ def _zarr3_json(spec: ArraySpec) -> bytes:
             "zarr_format": 3,
         }
     )
+
+
+@lru_cache(maxsize=4096)
+def spec_of(
+    shape: tuple[int, ...], dtype: np.dtype[Any], shard_shape: tuple[int, ...], limit: int
+) -> ArraySpec:
+    """How we store an array of which each writer has shards of one shape.
+
+    Args:
+        shape: extents of the whole array.
+        dtype: in any byte order.
+        shard_shape: extents of a shard.
+        limit: wanted chunk size in bytes.
+    """
+    single = shard_shape == shape
+    chunk = choose_chunks(shard_shape, dtype.itemsize, single_shard=single, limit=limit)
+    return ArraySpec(shape, zarr_dtype(dtype), chunk)
 
 
 class ZarrInfo(NamedTuple):

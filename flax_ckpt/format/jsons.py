@@ -1,9 +1,13 @@
 """JSON as the format uses it: parsing that answers garbage with one typed error."""
 
 import json
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
+
+import msgspec
 
 from flax_ckpt.errors import FormatError
+
+T = TypeVar("T")
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
@@ -23,6 +27,28 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     if not is_object(value):
         raise FormatError(f"{what}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def decode(data: bytes, kind: type[T], what: str) -> T:
+    """The structure that `data` describes, checked while it is parsed.
+
+    Args:
+        data: UTF-8 text.
+        kind: a `msgspec.Struct`; fields that it does not have are passed over.
+        what: the file, for error messages.
+
+    Raises:
+        FormatError: it is no JSON, or not of this structure.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, RecursionError):
+        # Python writes and reads NaN, which is no JSON: in a user's own metadata it may be.
+        raw = parse_object(data, what)
+    try:
+        return msgspec.convert(raw, kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise FormatError(f"{what}: malformed: {error}") from error
 
 
 def dump(value: Any) -> bytes:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import base64
 import json
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
+
+import msgspec
 
 from flax_ckpt.errors import DuplicateNameError, FormatError
 from flax_ckpt.format import jsons, names
 
 SEQUENCE: Final = 1  # lists, tuples, nodes whose children have no names
 DICT: Final = 2  # dicts, named tuples, dataclasses
-KeyPath = tuple[tuple[str, int], ...]
 MAX_DEPTH: Final = 256  # no tree of a model is as deep; a hostile one would exhaust the stack
 
 ARRAY: Final = "jax.Array"
@@ -34,20 +34,67 @@ EMPTY: Final[Mapping[str, Callable[[], Any]]] = {
 }
 
 
-class Entry(NamedTuple):
+# What there is once for each leaf is a Struct with `gc=False`: there may be 200,000, and each
+# object that the collector has to visit makes every full collection of the process slower.
+class Key(msgspec.Struct, frozen=True, gc=False):
+    """One step on the way to a leaf.
+
+    Attributes:
+        key: dict key or attribute, or the index as text.
+        kind: `SEQUENCE` or `DICT`.
+    """
+
+    key: str
+    kind: Literal[1, 2] = msgspec.field(name="key_type")
+
+
+KeyPath = tuple[Key, ...]
+Shape = tuple[int, ...]
+
+
+class ValueMetadata(msgspec.Struct, frozen=True, gc=False):
+    """What `_METADATA` says of one value.
+
+    Attributes:
+        value_type: `jax.Array`, `np.ndarray`, `scalar`, `string`, or the kind of an empty node.
+        skip_deserialize: whether it is an empty node.
+        write_shape: shape of what one process wrote at a time; only for `jax.Array`.
+    """
+
+    value_type: str
+    skip_deserialize: bool = False
+    write_shape: Shape | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One leaf or empty node of a saved tree.
 
     Attributes:
         path: its key path.
-        name: of its data on disk, from :func:`name_of`.
-        value_type: `jax.Array`, `np.ndarray`, `scalar`, `string`, or the kind of an empty node.
-        write_shape: shape of what one process wrote at a time; only for `jax.Array`.
+        value: what is there.
     """
 
-    path: KeyPath
-    name: str
-    value_type: str
-    write_shape: tuple[int, ...] | None = None
+    path: KeyPath = msgspec.field(name="key_metadata")
+    value: ValueMetadata = msgspec.field(name="value_metadata")
+
+    @classmethod
+    def of(cls, path: KeyPath, kind: str, write_shape: Shape | None = None) -> Entry:
+        """The entry of a leaf or an empty node of this `value_type`."""
+        shape = msgspec.UNSET if write_shape is None else write_shape
+        return cls(path, ValueMetadata(kind, kind in EMPTY, shape))
+
+    @property
+    def kind(self) -> str:
+        """The `value_type`."""
+        return self.value.value_type
+
+
+class _Document(msgspec.Struct):
+    tree_metadata: dict[str, Entry]
+    use_ocdbt: Any = None
+    use_zarr3: Any = None
+    store_array_data_equal_to_fill_value: Any = True
+    custom_metadata: Any = None
 
 
 class TreeMetadata(NamedTuple):
@@ -59,24 +106,16 @@ class TreeMetadata(NamedTuple):
         use_zarr3: whether arrays are zarr version 3, else 2.
     """
 
-    entries: tuple[Entry, ...]
+    entries: Sequence[Entry]
     use_ocdbt: bool | None = True
     use_zarr3: bool = True
 
     def to_bytes(self) -> bytes:
         """The file."""
-        tree = {str(tuple([key for key, _ in e.path])): _entry_to_json(e) for e in self.entries}
+        tree = {str(tuple([key.key for key in e.path])): e for e in self.entries}
         if len(tree) != len(self.entries):  # {1: {}, "1": []}: same keys, told apart by nothing
             unique_names([(e.path, e.path) for e in self.entries])
-        return jsons.dump(
-            {
-                "tree_metadata": tree,
-                "use_ocdbt": self.use_ocdbt,
-                "use_zarr3": self.use_zarr3,
-                "store_array_data_equal_to_fill_value": True,
-                "custom_metadata": None,
-            }
-        )
+        return msgspec.json.encode(_Document(tree, self.use_ocdbt, self.use_zarr3))
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str) -> TreeMetadata:
@@ -85,69 +124,46 @@ class TreeMetadata(NamedTuple):
         Raises:
             FormatError: it does not describe a tree.
         """
-        raw = jsons.parse_object(data, what)
-        tree = raw.get("tree_metadata")
-        if not jsons.is_object(tree) or not tree:
-            raise FormatError(f"{what}: `tree_metadata` is missing or empty")
-        try:
-            entries = [_entry_from_json(value) for value in tree.values()]
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(
-                f"{what}: an entry of `tree_metadata` is malformed: {error}"
-            ) from error
-        [(path, count)] = Counter(entry.path for entry in entries).most_common(1)
-        if count > 1:
-            raise FormatError(f"{what}: the leaf {show(path)} is there twice")
-        ocdbt = raw.get("use_ocdbt")
+        document = jsons.decode(data, _Document, what)
+        entries = list(document.tree_metadata.values())
+        if not entries:
+            raise FormatError(f"{what}: `tree_metadata` is empty")
+        if (depth := max(len(e.path) for e in entries)) > MAX_DEPTH:
+            raise FormatError(f"{what}: a key path of {depth} keys, expected at most {MAX_DEPTH}")
+        seen: set[KeyPath] = set()
+        for e in entries:
+            if e.path in seen:
+                raise FormatError(f"{what}: the leaf {show(e.path)} is there twice")
+            seen.add(e.path)
+        ocdbt = document.use_ocdbt
         return cls(
-            tuple(_without_leftovers(entries)),
+            _without_leftovers(entries),
             ocdbt if isinstance(ocdbt, bool) else None,
-            raw.get("use_zarr3") is True,
+            document.use_zarr3 is True,
         )
-
-
-def _entry_to_json(entry: Entry) -> dict[str, Any]:
-    value: dict[str, Any] = {
-        "value_type": entry.value_type,
-        "skip_deserialize": entry.value_type in EMPTY,
-    }
-    if entry.write_shape is not None:
-        value["write_shape"] = entry.write_shape
-    keys = [{"key": key, "key_type": kind} for key, kind in entry.path]
-    return {"key_metadata": keys, "value_metadata": value}
-
-
-def _entry_from_json(raw: dict[str, Any]) -> Entry:
-    path = tuple([(key["key"], key["key_type"]) for key in raw["key_metadata"]])
-    for name, kind in path:
-        if not isinstance(name, str) or kind not in (SEQUENCE, DICT):
-            raise ValueError(f"key {name!r} of type {kind!r}")
-    if len(path) > MAX_DEPTH:
-        raise ValueError(f"a key path of {len(path)} keys")
-    value = raw["value_metadata"]
-    value_type, shape = value["value_type"], value.get("write_shape")
-    if not isinstance(value_type, str):
-        raise TypeError(f"value_type {value_type!r}")
-    return Entry(path, name_of(path), value_type, None if shape is None else tuple(shape))
 
 
 def _without_leftovers(entries: list[Entry]) -> list[Entry]:
     """Drops entries whose path is the beginning of another's: partial saves leave such."""
-    inner = {e.path[:n] for e in entries for n in range(len(e.path))}
+    inner: set[KeyPath] = set()
+    for e in entries:
+        path = e.path
+        while path and (path := path[:-1]) not in inner:
+            inner.add(path)
     return [e for e in entries if e.path not in inner]
 
 
 def name_of(path: KeyPath) -> str:
     """The name of a leaf's data on disk: `params.dense.kernel`."""
-    return ".".join([key for key, _ in path])
+    return ".".join([key.key for key in path])
 
 
 def show(path: KeyPath) -> str:
     """A key path as error messages print it: `params/dense/kernel`."""
-    return "/".join([key for key, _ in path]) or "(the whole tree)"
+    return "/".join([key.key for key in path]) or "(the whole tree)"
 
 
-def unique_names(leaves: Iterable[tuple[KeyPath, Hashable]]) -> None:
+def unique_names(leaves: Sequence[tuple[KeyPath, Hashable]]) -> None:
     """Checks that no two leaves share a name.
 
     Args:
@@ -156,6 +172,8 @@ def unique_names(leaves: Iterable[tuple[KeyPath, Hashable]]) -> None:
     Raises:
         DuplicateNameError: names every pair that collides.
     """
+    if len({name for _, name in leaves}) == len(leaves):
+        return
     seen: dict[Hashable, KeyPath] = {}
     clashes: list[str] = []
     for path, name in leaves:
@@ -171,7 +189,7 @@ def unique_names(leaves: Iterable[tuple[KeyPath, Hashable]]) -> None:
 
 
 def _quoted(path: KeyPath) -> str:
-    return "".join(f"[{key!r}]" for key, _ in path)
+    return "".join(f"[{key.key!r}]" for key in path)
 
 
 def build(leaves: Iterable[tuple[KeyPath, Any]], what: str) -> Any:
@@ -187,11 +205,13 @@ def build(leaves: Iterable[tuple[KeyPath, Any]], what: str) -> Any:
     root: dict[str, Any] = {}
     for path, value in leaves:
         node, place = root, ""
-        for key, kind in path:
-            child = node.setdefault(place, _Node(kind))
-            if not isinstance(child, _Node) or child.kind != kind:
+        for key in path:
+            child = node.get(place)
+            if child is None and place not in node:
+                child = node[place] = _Node(key.kind)
+            if not isinstance(child, _Node) or child.kind != key.kind:
                 raise FormatError(f"{what}: {show(path)} lies in a node of another kind")
-            node, place = child, key
+            node, place = child, key.key
         if place in node:
             raise FormatError(f"{what}: {show(path)} is there twice")
         node[place] = value
@@ -233,50 +253,55 @@ def decode_shardings(data: bytes, what: str) -> dict[str, str]:
         raise FormatError(f"{what}: a key is not base64 of UTF-8: {error}") from error
 
 
-class ArrayMetadata(NamedTuple):
+class _ExtMetadata(msgspec.Struct, frozen=True, gc=False):
+    random_key_impl: str | None = None
+
+
+class ArrayMetadata(msgspec.Struct, frozen=True, gc=False):
     """What `array_metadatas/process_N` says of one array, the same in every process.
 
     Attributes:
         name: the array's name on disk.
         write_shape: shape of one shard.
         chunk_shape: shape of one stored chunk.
-        key_impl: implementation of a typed PRNG key, e.g. `threefry2x32`; else None.
+        ext_metadata: holds the implementation of a typed PRNG key.
     """
 
-    name: str
-    write_shape: tuple[int, ...]
-    chunk_shape: tuple[int, ...]
-    key_impl: str | None = None
+    name: str = msgspec.field(name="param_name")
+    write_shape: Shape
+    chunk_shape: Shape
+    ext_metadata: _ExtMetadata | None = None
+
+    @classmethod
+    def of(
+        cls, name: str, write_shape: Shape, chunk_shape: Shape, key_impl: str | None
+    ) -> ArrayMetadata:
+        """The metadata of one array."""
+        return cls(name, write_shape, chunk_shape, _ExtMetadata(key_impl) if key_impl else None)
+
+    @property
+    def key_impl(self) -> str | None:
+        """Implementation of a typed PRNG key, e.g. `threefry2x32`; else None."""
+        return self.ext_metadata and self.ext_metadata.random_key_impl
+
+
+class _ArrayItem(msgspec.Struct, frozen=True, gc=False):
+    array_metadata: ArrayMetadata
+
+
+class _ArrayDocument(msgspec.Struct):
+    array_metadatas: list[_ArrayItem]
 
 
 def encode_array_metadatas(arrays: Sequence[ArrayMetadata]) -> bytes:
     """`array_metadatas/process_N`."""
-    entries = [
-        {
-            "param_name": a.name,
-            "write_shape": a.write_shape,
-            "chunk_shape": a.chunk_shape,
-            "ext_metadata": {"random_key_impl": a.key_impl} if a.key_impl else None,
-        }
-        for a in arrays
-    ]
-    return jsons.dump({"array_metadatas": [{"array_metadata": entry} for entry in entries]})
+    return msgspec.json.encode(_ArrayDocument([_ArrayItem(array) for array in arrays]))
 
 
 def decode_array_metadatas(data: bytes, what: str) -> list[ArrayMetadata]:
     """The opposite of :func:`encode_array_metadatas`."""
-    raw = jsons.parse_object(data, what)
-    found: list[ArrayMetadata] = []
-    try:
-        for item in raw["array_metadatas"]:
-            array = item["array_metadata"]
-            extra: dict[str, Any] = array.get("ext_metadata") or {}
-            shapes = tuple(array["write_shape"]), tuple(array["chunk_shape"])
-            impl = extra.get("random_key_impl")
-            found.append(ArrayMetadata(str(array["param_name"]), *shapes, impl))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{what}: malformed entry: {error!r}") from error
-    return found
+    document = jsons.decode(data, _ArrayDocument, what)
+    return [item.array_metadata for item in document.array_metadatas]
 
 
 def encode_strings(strings: Mapping[str, str]) -> bytes:

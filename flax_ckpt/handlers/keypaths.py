@@ -1,31 +1,81 @@
 """A PyTree as leaves by key path, empty nodes included, in the words of the on-disk format."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
-import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from flax_ckpt.format import tree
+from flax_ckpt.format.tree import DICT, MAX_DEPTH, SEQUENCE, Key
 
 _tree_util: Any = jax.tree_util  # jaxlib says nothing about the types of its trees
-_CERTAIN_LEAVES = (jax.Array, np.ndarray, str, int, float, np.generic, jax.ShapeDtypeStruct)
+_flatten_one_level = _tree_util.default_registry.flatten_one_level
 
 
-def flatten(value: Any) -> tuple[list[tuple[tree.KeyPath, Any]], Any]:
-    """Leaves and empty nodes by key path, and the treedef that takes as many values."""
-    leaves, treedef = _tree_util.tree_flatten_with_path(value, is_leaf=is_empty)
-    return [(tuple([_key(key) for key in path]), leaf) for path, leaf in leaves], treedef
+def flatten(value: Any) -> list[tuple[tree.KeyPath, Any]]:
+    """Leaves and empty nodes by key path, in the order in which JAX flattens the tree.
+
+    What lies deeper than the format goes counts as a leaf.
+    """
+    found: list[tuple[tree.KeyPath, Any]] = []
+    _walk(value, (), found, set())
+    return found
 
 
-def _key(key: Any) -> tuple[str, int]:
+def _walk(
+    node: Any, path: tree.KeyPath, found: list[tuple[tree.KeyPath, Any]], leaf_types: set[type]
+) -> None:
+    # JAX's own flattening with paths takes four times as long: it makes a key object, and calls
+    # back for each node to learn that it is not empty.
+    children = [] if len(path) > MAX_DEPTH else _children(node)
+    if not children:
+        found.append((path, node))
+        if children is None:
+            leaf_types.add(cast("type[Any]", type(node)))
+        return
+    for key, child in children:
+        inner = (*path, key)
+        if type(child) in leaf_types:
+            found.append((inner, child))
+        else:
+            _walk(child, inner, found, leaf_types)
+
+
+def _children(node: Any) -> list[tuple[Key, Any]] | None:
+    """The children of a node by their keys; None for a leaf."""
+    kind: type[Any] = type(node)
+    if kind is dict:
+        try:
+            keys = sorted(node)
+        except TypeError:
+            pass  # keys of several types: JAX says whether and how it orders them
+        else:
+            return [(Key(str(key), DICT), node[key]) for key in keys]
+    if kind is list or kind is tuple:
+        return [(Key(str(i), SEQUENCE), child) for i, child in enumerate(node)]
+    if _flatten_one_level(node) is None:
+        return None
+
+    def is_child(other: Any) -> bool:
+        return other is not node
+
+    pairs, _ = _tree_util.tree_flatten_with_path(node, is_leaf=is_child)
+    return [(_key(path[0]), child) for path, child in pairs]
+
+
+def _key(key: Any) -> Key:
     if isinstance(key, DictKey):
-        return str(key.key), tree.DICT
+        return Key(str(key.key), DICT)
     if isinstance(key, GetAttrKey):
-        return key.name, tree.DICT
+        return Key(key.name, DICT)
     if isinstance(key, SequenceKey | FlattenedIndexKey):
-        return str(key.idx if isinstance(key, SequenceKey) else key.key), tree.SEQUENCE
-    return str(key), tree.DICT  # a key class of the user's own
+        return Key(str(key.idx if isinstance(key, SequenceKey) else key.key), SEQUENCE)
+    return Key(str(key), DICT)  # a key class of the user's own
+
+
+def structure(value: Any) -> Any:
+    """The treedef that takes a value for each that :func:`flatten` finds, in its order."""
+    return _tree_util.tree_structure(value, is_leaf=is_empty)
 
 
 def is_empty(node: Any) -> bool:
@@ -34,9 +84,9 @@ def is_empty(node: Any) -> bool:
         return True
     if type(node) in (dict, list, tuple):
         return not node
-    if isinstance(node, _CERTAIN_LEAVES):
+    if isinstance(node, jax.Array | jax.ShapeDtypeStruct):
         return False
-    children = _tree_util.default_registry.flatten_one_level(node)
+    children = _flatten_one_level(node)
     return children is not None and not any(True for _ in children[0])
 
 

@@ -120,11 +120,14 @@ class PyTreeHandler:
             os.makedirs(folder, exist_ok=True)
             data = tree.encode_array_metadatas(snapshot.metadatas)
             files.write(os.path.join(folder, f"process_{together.index}"), data)
-        native_write.write_arrays(path, snapshot.arrays, together)
+        native_write.write_arrays(path, snapshot.writes, together)
         if together.is_primary:
             for name, data in snapshot.files().items():
                 files.write(os.path.join(path, name), data)
-            self._validator.validate_all_array_metadatas(read_array_metadatas(Record(path)))
+            written = {together.index: snapshot.metadatas}
+            if together.several:
+                written = read_array_metadatas(Record(path))
+            self._validator.validate_all_array_metadatas(written)
 
     async def load(
         self, directory: epath.Path, abstract_checkpointable: Any = None

@@ -53,9 +53,9 @@ class SavedTree(contextlib.ExitStack):
         path = os.path.join(directory, names.TREE_METADATA)
         self._metadata = tree.TreeMetadata.from_bytes(self._record.read(names.TREE_METADATA), path)
         self._arrays = [
-            entry.name
+            tree.name_of(entry.path)
             for entry in self._metadata.entries
-            if entry.value_type not in tree.EMPTY and entry.value_type != tree.STRING
+            if entry.kind not in tree.EMPTY and entry.kind != tree.STRING
         ]
         try:
             if self._arrays:  # without any, Orbax writes no database
@@ -75,14 +75,14 @@ class SavedTree(contextlib.ExitStack):
             shardings = tree.decode_shardings(self._record.read(names.SHARDING), path)
         recorded = list(self.array_metadatas.values())
         impls = {array.name: array.key_impl for array in recorded[0]} if recorded else {}
-        texts = [e.name for e in self._metadata.entries if e.value_type == tree.STRING]
+        texts = [tree.name_of(e.path) for e in self._metadata.entries if e.kind == tree.STRING]
         strings: dict[str, str] = {}
         if texts:
             path = os.path.join(self.directory, names.STRINGS)
             strings = tree.decode_strings(self._record.read(names.STRINGS), texts, path)
         stored = self._store.describe(self._arrays) if self._store else {}
         for entry in self._metadata.entries:
-            path, name, kind = entry.path, entry.name, entry.value_type
+            path, name, kind = entry.path, tree.name_of(entry.path), entry.kind
             if kind in tree.EMPTY:
                 yield SavedLeaf(path, name, kind)
             elif kind == tree.STRING:
@@ -116,9 +116,8 @@ class SavedTree(contextlib.ExitStack):
         if abstract is None:
             matches = self._match([(path, None) for path in self.leaves], rules, partial)
             return lambda: self._build(self._read(matches))
-        wanted, treedef = keypaths.flatten(abstract)
-        matches = self._match(wanted, rules, partial)
-        return lambda: treedef.unflatten(self._read(matches))
+        matches = self._match(keypaths.flatten(abstract), rules, partial)
+        return lambda: keypaths.structure(abstract).unflatten(self._read(matches))
 
     def _build(self, values: Sequence[Any]) -> Any:
         return tree.build(zip(self.leaves, values, strict=True), self.directory)
@@ -207,9 +206,11 @@ def read_array_metadatas(record: Record) -> dict[int, list[tree.ArrayMetadata]]:
 
 def _place(text: str, path: tree.KeyPath, others: Container[tree.KeyPath]) -> str:
     """Says in which kind of node a leaf is, if only that sets two paths apart."""
-    if not path or (*path[:-1], (path[-1][0], 3 - path[-1][1])) not in others:
+    in_list = bool(path) and path[-1].kind == tree.SEQUENCE
+    other = tree.DICT if in_list else tree.SEQUENCE
+    if not path or (*path[:-1], tree.Key(path[-1].key, other)) not in others:
         return text
-    return f"{text} in a {'list' if path[-1][1] == tree.SEQUENCE else 'dict'}"
+    return f"{text} in a {'list' if in_list else 'dict'}"
 
 
 def _show(abstract: Any) -> str:

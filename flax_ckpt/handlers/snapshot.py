@@ -4,7 +4,8 @@ Taking it is all of a save that blocks the caller. On CPU a JAX array is referen
 so the snapshot is good for as long as it is held, whatever becomes of the array.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from flax_ckpt.context import Context
 from flax_ckpt.errors import UnsupportedLeafError
 from flax_ckpt.format import arrays, names, tree
 from flax_ckpt.handlers import keypaths
+from flax_ckpt.leaves import sharding
 from flax_ckpt.leaves.base import LeafWrite
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage.store import ArrayWrite
@@ -29,78 +31,97 @@ class Snapshot:
         registry: handlers of its leaves.
         context: options.
 
-    Attributes:
-        entries: all leaves and empty nodes.
-        arrays: what goes to the array store.
-        metadatas: what `array_metadatas` says.
-
     Raises:
         UnsupportedLeafError: lists every leaf that cannot be saved.
         DuplicateNameError: lists the leaves that would share a name on disk.
     """
 
     def __init__(self, name: str, value: Any, registry: LeafRegistry, context: Context) -> None:
-        found, _ = keypaths.flatten(value)
+        found = keypaths.flatten(value)
         _start_transfers(leaf for _, leaf in found)
-        self.entries: list[tree.Entry] = []
-        self.arrays: list[ArrayWrite] = []
-        self.metadatas: list[tree.ArrayMetadata] = []
-        self._shardings: dict[str, str] = {}
-        self._strings: dict[str, str] = {}
+        copy = context.memory.deepcopy_host_arrays
         limit = context.array.saving.storage_options.chunk_byte_size
         self._limit = limit or arrays.DEFAULT_CHUNK_BYTES
-        refused: list[str] = []
+        self._empty: list[tuple[tree.KeyPath, str]] = []
+        self._leaves: list[tuple[tree.KeyPath, str, LeafWrite]] = []
+        refused: list[tuple[tree.KeyPath, str]] = []
         for path, leaf in found:
-            if keypaths.is_empty(leaf):
-                kind = keypaths.empty_kind(leaf)
-                self.entries.append(tree.Entry(path, tree.name_of(path), kind))
-                continue
             handler = registry.for_value(leaf)
-            reason = _refusal(path, leaf) if handler else f"{_describe(leaf)} cannot be saved"
-            if handler is None or reason:
-                refused.append(f"  {tree.show(path)}: {reason}")
-            elif not refused:
-                self._add(path, handler.write(leaf, copy=context.memory.deepcopy_host_arrays))
+            name_on_disk = tree.name_of(path)
+            if reason := _unstorable(path, name_on_disk):
+                refused.append((path, reason))
+            elif handler is not None:
+                try:
+                    write = handler.write(leaf, copy=copy)
+                except Exception:  # JAX raises several types for an array without a value
+                    if not (reason := _no_value(leaf)):
+                        raise
+                    refused.append((path, reason))
+                else:
+                    self._leaves.append((path, name_on_disk, write))
+            elif keypaths.is_empty(leaf):
+                self._empty.append((path, keypaths.empty_kind(leaf)))
+            else:
+                refused.append((path, f"{_describe(leaf)} cannot be saved"))
         if refused:
-            raise UnsupportedLeafError(
-                f"checkpointable {name!r}: {len(refused)} of {len(found)} leaves cannot be saved:\n"
-                + "\n".join(refused)
-                + "\nLeaves may be JAX and NumPy arrays of the dtypes that zarr has, typed PRNG"
-                " keys, int from -2**63 to 2**64 - 1, float, bool, str and None. Convert these"
-                " leaves, take them out of the tree, or register a leaf handler"
-            )
-        tree.unique_names(
-            (e.path, arrays.prefix(e.name)) for e in self.entries if e.value_type not in tree.EMPTY
-        )
-        # Encoded now: a key that cannot be stored must be an error of the call, not of its thread.
-        self._string_file = tree.encode_strings(self._strings) if self._strings else None
+            raise _cannot_be_saved(name, refused, len(found))
+        # Checked and encoded now: a key that cannot be stored must be an error of the call, not of
+        # its thread. The rest can wait until training has gone on.
+        tree.unique_names([(path, arrays.prefix(name)) for path, name, _ in self._leaves])
+        strings = {name: w.string for _, name, w in self._leaves if w.string is not None}
+        self._string_file = tree.encode_strings(strings) if strings else None
 
-    def _add(self, path: tree.KeyPath, write: LeafWrite) -> None:
-        name = tree.name_of(path)
-        placed = write.shard_shape if write.value_type == tree.ARRAY else None
-        self.entries.append(tree.Entry(path, name, write.value_type, placed))
-        if write.sharding is not None:
-            self._shardings[name] = write.sharding
-        if write.string is not None:
-            self._strings[name] = write.string
-        if write.shape is None or write.dtype is None:
-            return
-        shard, size = write.shard_shape, write.dtype.itemsize
-        single = shard == write.shape
-        chunk = arrays.choose_chunks(shard, size, single_shard=single, limit=self._limit)
-        spec = arrays.ArraySpec(write.shape, arrays.zarr_dtype(write.dtype), chunk)
-        self.arrays.append(ArrayWrite(name, spec, write.shards, write.spread))
-        if placed is not None:
-            self.metadatas.append(tree.ArrayMetadata(name, placed, chunk, write.key_impl))
+    @functools.cached_property
+    def writes(self) -> list[ArrayWrite]:
+        """What goes to the array store."""
+        return [
+            ArrayWrite(name, self._spec(w), w.shards, w.spread)
+            for _, name, w in self._leaves
+            if w.shape is not None
+        ]
+
+    @functools.cached_property
+    def metadatas(self) -> list[tree.ArrayMetadata]:
+        """What `array_metadatas` says."""
+        return [
+            tree.ArrayMetadata.of(name, w.shard_shape, self._spec(w).chunk_shape, w.key_impl)
+            for _, name, w in self._leaves
+            if w.value_type == tree.ARRAY
+        ]
+
+    def _spec(self, write: LeafWrite) -> arrays.ArraySpec:
+        assert write.shape is not None
+        assert write.dtype is not None
+        return arrays.spec_of(write.shape, write.dtype, write.shard_shape, self._limit)
 
     def files(self) -> dict[str, bytes]:
         """The files that describe the tree, by name."""
-        found = {names.TREE_METADATA: tree.TreeMetadata(tuple(self.entries)).to_bytes()}
-        if self._shardings:
-            found[names.SHARDING] = tree.encode_shardings(self._shardings)
+        entries = [tree.Entry.of(path, kind) for path, kind in self._empty]
+        shardings: dict[str, str] = {}
+        for path, name, w in self._leaves:
+            is_array = w.value_type == tree.ARRAY
+            entries.append(tree.Entry.of(path, w.value_type, w.shard_shape if is_array else None))
+            if w.sharding is not None:
+                text = w.sharding if isinstance(w.sharding, str) else sharding.to_json(w.sharding)
+                shardings[name] = text
+        found = {names.TREE_METADATA: tree.TreeMetadata(entries).to_bytes()}
+        if shardings:
+            found[names.SHARDING] = tree.encode_shardings(shardings)
         if self._string_file is not None:
             found[names.STRINGS] = self._string_file
         return found
+
+
+def _cannot_be_saved(
+    name: str, refused: Sequence[tuple[tree.KeyPath, str]], count: int
+) -> UnsupportedLeafError:
+    return UnsupportedLeafError(
+        f"checkpointable {name!r}: {len(refused)} of {count} leaves cannot be saved:\n"
+        + "\n".join(f"  {tree.show(path)}: {reason}" for path, reason in refused)
+        + "\nLeaves may be JAX and NumPy arrays of the dtypes that zarr has, typed PRNG"
+        " keys, int from -2**63 to 2**64 - 1, float, bool, str and None. Convert these"
+        " leaves, take them out of the tree, or register a leaf handler"
+    )
 
 
 def _start_transfers(leaves: Iterable[Any]) -> None:
@@ -112,17 +133,20 @@ def _start_transfers(leaves: Iterable[Any]) -> None:
             leaf.copy_to_host_async()
 
 
-def _refusal(path: tree.KeyPath, leaf: Any) -> str:
-    """Why a leaf of a kind that can be saved cannot be; empty if it can."""
+def _no_value(leaf: Any) -> str:
+    """Why an array has no value; empty if nothing is known against it."""
     if isinstance(leaf, Tracer):
         return "has no value inside jit: save after the jitted function has returned"
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
         return "the array was donated or deleted: save the state that the train step returned"
+    return ""
+
+
+def _unstorable(path: tree.KeyPath, name: str) -> str:
+    """Why the format cannot hold a path; empty if it can."""
     if len(path) > tree.MAX_DEPTH:
-        return f"lies {len(path)} levels deep, more than {tree.MAX_DEPTH}: flatten the tree"
-    try:
-        tree.name_of(path).encode()
-    except UnicodeEncodeError:
+        return f"lies more than {tree.MAX_DEPTH} levels deep: flatten the tree"
+    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
         return "a key has a lone surrogate, which no file name or JSON can hold: rename it"
     return ""
 

@@ -1,15 +1,16 @@
 """`jax.Array` leaves: any dtype that zarr has, any sharding."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from flax_ckpt.format import arrays, tree
-from flax_ckpt.leaves import dtypes, sharding
+from flax_ckpt.leaves import dtypes, sharding, transfer
 from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show_array
 from flax_ckpt.storage.store import Region, whole
 
@@ -35,40 +36,36 @@ class ArrayLeaf:
         # On CPU the memory is referenced, not copied: JAX arrays do not change, and one that is
         # donated or deleted lives on until the save lets go of it.
         array = cast("jax.Array", value)
-        placed = array.sharding
-        shape = array.shape
-        if placed.num_devices == 1:
-            shards = [((0,) * array.ndim, np.asarray(array))]
-        else:
-            shape = placed.shard_shape(shape)
-            shards = [
-                (tuple([s.start or 0 for s in shard.index]), np.asarray(shard.data))
-                for shard in array.addressable_shards
-                if shard.replica_id == 0
-            ]
-        dtype, text = np.dtype(array.dtype), sharding.to_json(placed)
+        placed, shape, dtype = array.sharding, array.shape, np.dtype(array.dtype)
+        if type(placed) is SingleDeviceSharding or placed.num_devices == 1:
+            shards = (((0,) * len(shape), np.asarray(array)),)
+            return LeafWrite(tree.ARRAY, shape, dtype, shape, shards, placed)
+        shards = [
+            (tuple([s.start or 0 for s in shard.index]), np.asarray(shard.data))
+            for shard in array.addressable_shards
+            if shard.replica_id == 0
+        ]
         spread = not array.is_fully_addressable
-        return LeafWrite(
-            tree.ARRAY, array.shape, dtype, shape, shards, sharding=text, spread=spread
-        )
+        part = placed.shard_shape(shape)
+        return LeafWrite(tree.ARRAY, shape, dtype, part, shards, placed, spread=spread)
 
     def describe(self, saved: SavedLeaf) -> Any:
         """A `jax.ShapeDtypeStruct`, with the saved sharding if its devices are here."""
         assert saved.shape is not None
-        return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=_saved_placement(saved))
+        return _describe(saved.shape, saved.dtype, saved.sharding)
 
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
         """See :class:`LeafHandler`."""
         if saved.shape is None or saved.dtype is None:
             return _show(abstract)
         if abstract is None or isinstance(abstract, type):
-            abstract = jax.ShapeDtypeStruct(saved.shape, saved.dtype)
+            abstract = _struct(saved.shape, saved.dtype)
         shape, dtype = tuple(abstract.shape), np.dtype(abstract.dtype)
         fits = dtypes.matches(saved.dtype, dtype, shape, strict=rules.strict)
         if shape != saved.shape or not fits:
             return _show(abstract)
-        canonical = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
-        if canonical != dtype:  # a 64-bit one, without `jax_enable_x64`
+        if not dtypes.is_canonical(dtype):  # a 64-bit one, without `jax_enable_x64`
+            canonical = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
             return (
                 f"{show_array(shape, dtype)}, which JAX would silently make {canonical.name}:"
                 " set jax_enable_x64, or ask for a 32-bit dtype or for NumPy"
@@ -77,21 +74,35 @@ class ArrayLeaf:
         if placed is not None and not sharding.fits(placed, shape):
             return f"{show_array(shape, dtype)} split as {placed}, which does not fit the shape"
         weak = bool(getattr(abstract, "weak_type", False))
-        resolved = jax.ShapeDtypeStruct(shape, dtype, sharding=placed, weak_type=weak)
-        return Target(saved, _regions(placed, shape), resolved, rules.strict)
+        wish = _struct(shape, dtype, placed, weak)
+        return Target(saved, _regions(placed, shape), wish, rules.strict)
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`. Aligned memory is adopted by JAX on CPU without a copy."""
         result: list[Any] = []
         for target, parts in zip(targets, data, strict=True):
-            parts = [dtypes.convert(part, target.abstract.dtype, target) for part in parts]
-            result.append(_assemble(target, parts) if target.abstract.sharding else parts[0])
+            wish: jax.ShapeDtypeStruct = target.abstract
+            if parts[0].dtype != wish.dtype:
+                parts = [dtypes.convert(part, wish.dtype, target) for part in parts]
+            result.append(_assemble(target, parts) if wish.sharding else parts[0])
         unplaced = [i for i, target in enumerate(targets) if target.abstract.sharding is None]
-        placed = jax.device_put([result[i] for i in unplaced])
+        placed = transfer.to_device([result[i] for i in unplaced])
         for i, array in zip(unplaced, placed, strict=True):
             result[i] = array
         weak = [target.abstract.weak_type for target in targets]
         return [_weak(array) if w else array for array, w in zip(result, weak, strict=True)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _struct(
+    shape: tuple[int, ...], dtype: Any, placed: Sharding | None = None, weak: bool = False
+) -> jax.ShapeDtypeStruct:
+    """One object for all leaves that are alike: it costs more to make than all else about them."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placed, weak_type=weak)
+
+
+def _describe(shape: tuple[int, ...], dtype: Any, text: str | None) -> jax.ShapeDtypeStruct:
+    return _struct(shape, dtype, _saved_placement(text, shape))
 
 
 def is_key(dtype: Any) -> bool:
@@ -107,26 +118,30 @@ def _show(abstract: Any) -> str:
 
 def _placement(saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Sharding | None:
     """The sharding to load into; None: uncommitted on JAX's default device."""
-    uncommitted = isinstance(abstract, jax.Array) and not abstract.committed
-    wanted = None if uncommitted else sharding.concrete(abstract.sharding)
-    if wanted is not None:
-        return wanted
-    placed = _saved_placement(saved)
+    wanted = abstract.sharding
+    if wanted is not None and not (isinstance(abstract, jax.Array) and not abstract.committed):
+        return sharding.concrete(wanted)
+    assert saved.shape is not None
+    # The last axis of key data is part of the key.
+    shape = saved.shape if saved.key_impl is None else (*saved.shape[:-1], 1)
+    placed = _saved_placement(saved.sharding, shape)
     if placed is None:
         if saved.sharding and saved.value_type == tree.ARRAY:
             rules.fallbacks.append(saved.name)
         return None
-    default = placed.num_devices == 1 and placed.device_set == {jax.devices()[0]}
-    return None if default else placed
+    return None if _is_default(placed) else placed
 
 
-def _saved_placement(saved: SavedLeaf) -> Sharding | None:
-    """Where the array was, if its devices are here and what is recorded fits it."""
-    assert saved.shape is not None
-    placed = sharding.from_json(saved.sharding) if saved.sharding else None
-    # The last axis of key data is part of the key.
-    shape = saved.shape if saved.key_impl is None else (*saved.shape[:-1], 1)
+@functools.lru_cache(maxsize=4096)
+def _saved_placement(text: str | None, shape: tuple[int, ...]) -> Sharding | None:
+    """Where an array was, if its devices are here and what is recorded fits it."""
+    placed = sharding.from_json(text) if text else None
     return placed if placed is not None and sharding.fits(placed, shape) else None
+
+
+def _is_default(placed: Sharding) -> bool:
+    """Whether arrays that are not committed to a device are there anyway."""
+    return placed.num_devices == 1 and placed.device_set == {jax.devices()[0]}
 
 
 def _regions(placed: Sharding | None, shape: tuple[int, ...]) -> tuple[Region, ...]:
@@ -142,7 +157,7 @@ def _region(index: Any, shape: tuple[int, ...]) -> Region:
     return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
-def _assemble(target: Target, parts: list[NDArray[Any]]) -> jax.Array:
+def _assemble(target: Target, parts: Sequence[NDArray[Any]]) -> jax.Array:
     wish: jax.ShapeDtypeStruct = target.abstract
     by_region = dict(zip(target.regions, parts, strict=True))
     return jax.make_array_from_callback(

@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import msgspec
 import numpy as np
+from jax.sharding import Sharding
 from numpy.typing import NDArray
 
 from flax_ckpt.format import tree
@@ -19,8 +21,7 @@ from flax_ckpt.storage.store import Region
 Shard = tuple[tuple[int, ...], NDArray[Any]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class LeafWrite:
+class LeafWrite(msgspec.Struct, frozen=True, gc=False):
     """A leaf, ready to be written: plain memory and strings, no device, no reference to change.
 
     Attributes:
@@ -29,7 +30,7 @@ class LeafWrite:
         dtype: dtype as stored.
         shard_shape: shape of one shard; the last ones may be smaller only if there is one.
         shards: the shards that this process writes.
-        sharding: JSON text for `_sharding`.
+        sharding: where the array is, or the JSON text for `_sharding`.
         key_impl: for a typed PRNG key, its implementation.
         string: the value of a string leaf.
         spread: whether several processes hold parts of it; else the primary writes all of it.
@@ -40,14 +41,13 @@ class LeafWrite:
     dtype: np.dtype[Any] | None = None
     shard_shape: tuple[int, ...] = ()
     shards: Sequence[Shard] = ()
-    sharding: str | None = None
+    sharding: Sharding | str | None = None
     key_impl: str | None = None
     string: str | None = None
     spread: bool = False
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SavedLeaf:
+class SavedLeaf(msgspec.Struct, frozen=True, gc=False):
     """What a checkpoint says of a leaf before its data is read.
 
     Attributes:
@@ -93,8 +93,7 @@ def show_array(shape: Sequence[int], dtype: Any) -> str:
     return f"{getattr(dtype, 'name', dtype)}{_shape(shape)}"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True, gc=False):
     """What a leaf shall become, resolved from the saved leaf and the caller's wish.
 
     Attributes:

@@ -4,7 +4,7 @@ Rank-0 numbers wander between Python, NumPy and JAX kinds: `TrainState.step` sta
 int and becomes an int32 array. They match if the value fits; arrays do not convert unasked.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import jax
 import numpy as np
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from flax_ckpt.errors import Difference, TreeMismatchError
 from flax_ckpt.format import tree
 from flax_ckpt.leaves.base import Target
+
+_WIDE: Final = frozenset(map(np.dtype, ("int64", "uint64", "float64", "complex128")))
 
 
 def is_kind(dtype: Any, parent: Any) -> bool:
@@ -49,6 +51,11 @@ def matches(
         return a != "complex" or b == "complex"
     numbers = ("int", "float", "complex")
     return shape == () and (a == b or (a in numbers and b in numbers))
+
+
+def is_canonical(dtype: np.dtype[Any]) -> bool:
+    """Whether JAX has arrays of this dtype; of 64-bit ones only with `jax_enable_x64`."""
+    return dtype not in _WIDE or bool(jax.dtypes.canonicalize_dtype(dtype) == dtype)
 
 
 def convert(array: NDArray[Any], wanted: np.dtype[Any], target: Target) -> NDArray[Any]:

@@ -1,10 +1,11 @@
 """Typed PRNG keys (`jax.random.key`): their key data as an array, the implementation beside it."""
 
-import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,12 +32,12 @@ class KeyLeaf:
     def write(self, value: Any, *, copy: bool) -> LeafWrite:
         """See :class:`LeafHandler`."""
         written = _ARRAYS.write(jax.random.key_data(value), copy=copy)
-        return dataclasses.replace(written, key_impl=str(jax.random.key_impl(value)))
+        return msgspec.structs.replace(written, key_impl=str(jax.random.key_impl(value)))
 
     def describe(self, saved: SavedLeaf) -> Any:
         """A `ShapeDtypeStruct` of the key dtype and the logical shape."""
         assert saved.shape is not None
-        return jax.ShapeDtypeStruct(saved.shape[:-1], _key_dtype(saved))
+        return jax.ShapeDtypeStruct(saved.shape[:-1], _key_dtype(saved.key_impl))
 
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
         """See :class:`LeafHandler`; the key's logical shape or that of its data may be asked."""
@@ -46,7 +47,7 @@ class KeyLeaf:
             return _ARRAYS.target(saved, jax.Array, rules)
         logical = is_key(abstract.dtype)
         expected = saved.shape[:-1] if logical else saved.shape
-        dtype = _key_dtype(saved) if logical else np.uint32
+        dtype = _key_dtype(saved.key_impl) if logical else np.uint32
         if tuple(abstract.shape) != expected or abstract.dtype != dtype:
             return show_array(abstract.shape, abstract.dtype)
         placed = abstract.sharding  # fits the key data too: the trailing axis is not split
@@ -64,5 +65,6 @@ class KeyLeaf:
         ]
 
 
-def _key_dtype(saved: SavedLeaf) -> Any:
-    return jax.eval_shape(lambda: jax.random.key(0, impl=saved.key_impl)).dtype
+@functools.lru_cache(maxsize=16)
+def _key_dtype(impl: str | None) -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype

@@ -29,11 +29,17 @@ class LeafRegistry:
 
     def for_value(self, value: Any) -> LeafHandler | None:
         """The handler to save a value with."""
-        return next((h for h in reversed(self._handlers) if h.handles(value)), None)
+        for handler in reversed(self._handlers):
+            if handler.handles(value):
+                return handler
+        return None
 
     def for_abstract(self, abstract: Any) -> LeafHandler | None:
         """The handler to load a leaf as `abstract` with."""
-        return next((h for h in reversed(self._handlers) if h.handles_abstract(abstract)), None)
+        for handler in reversed(self._handlers):
+            if handler.handles_abstract(abstract):
+                return handler
+        return None
 
     def for_saved(self, saved: SavedLeaf, abstract: Any = None) -> LeafHandler | None:
         """The handler to load a saved leaf with, as `abstract` if that is not None."""

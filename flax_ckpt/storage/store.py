@@ -4,6 +4,7 @@
 box of an array, one `(start, stop)` per axis; bytes are C-ordered and little-endian.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -64,6 +65,7 @@ class ArrayStore(Protocol):
         ...
 
 
+@functools.lru_cache(maxsize=4096)
 def whole(shape: tuple[int, ...]) -> Region:
     """The region that is all of an array."""
     return tuple((0, size) for size in shape)

@@ -301,7 +301,7 @@ def test_a_tree_that_is_too_deep_to_load_is_not_saved(tmp_path: Path):
     deep: Any = np.ones(1)
     for _ in range(300):
         deep = {"a": deep}
-    with pytest.raises(fc.errors.UnsupportedLeafError, match="300 levels deep"):
+    with pytest.raises(fc.errors.UnsupportedLeafError, match="more than 256 levels deep"):
         fc.save(tmp_path / "c", deep)
 
 
