@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -63,6 +64,7 @@ class AsyncResponse(Generic[T]):
         ).start()
 
     def _run(self, work: Callable[[], T]) -> None:
+        time.sleep(0)  # lets go of the GIL: the caller goes on now, not when this first does I/O
         try:
             self._value = work()
             self.completed = True

@@ -84,7 +84,12 @@ def zarr_key(name: str) -> bytes:
 
 def chunk_key(name: str, index: tuple[int, ...]) -> bytes:
     """The key of one chunk of the array `name`; `index` has one number per axis."""
-    return (prefix(name) + "/".join(("c", *map(str, index)))).encode()
+    return (prefix(name) + _grid_key(index)).encode()
+
+
+@lru_cache(maxsize=4096)
+def _grid_key(index: tuple[int, ...]) -> str:
+    return "/".join(("c", *map(str, index)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ We write uncompressed nodes and read any. No I/O here, callers pass bytes in and
     read_tree(decode_manifest(manifest), fetch) == entries
 """
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Final, NamedTuple, TypeAlias
 
+import msgspec
 import numpy as np
 
 from flax_ckpt.errors import DuplicateNameError, FormatError
@@ -38,7 +39,7 @@ class NumberedManifestError(FormatError):
     """The database keeps its versions in numbered manifests, which only TensorStore reads."""
 
 
-class ValueRef(NamedTuple):
+class ValueRef(msgspec.Struct, frozen=True, order=True, gc=False):
     """A value that is stored outside of the tree.
 
     Attributes:
@@ -111,7 +112,7 @@ def encode_nodes(
     cuts = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(entries)]
     blobs: list[bytes] = []
     rows: list[tuple[int, int, int, int, int]] = []  # offset, length, then the counts of a leaf
-    for start, end in pairwise(cuts):
+    for start, end in itertools.pairwise(cuts):
         blob, outside = _leaf(entries[start:end])
         rows.append((offset, len(blob), end - start, len(blob), outside))
         blobs.append(blob)
@@ -127,7 +128,7 @@ def encode_nodes(
 
 
 def _check(entries: Sequence[Entry], file: str) -> None:
-    for (last, _), (key, _) in pairwise(entries):
+    for (last, _), (key, _) in itertools.pairwise(entries):
         if last == key:
             raise DuplicateNameError(f"key {key[:80]!r} occurs twice in one database")
         if last > key:
@@ -225,7 +226,7 @@ def decode_manifest(data: bytes, *, what: str = "manifest.ocdbt") -> NodeRef:
     return NodeRef(height, file, offset, length, base=base, counts=(keys, nodes, outside))
 
 
-def read_tree(root: NodeRef, fetch: Callable[[str, int, int], bytes]) -> list[Entry]:
+def read_tree(root: NodeRef, fetch: Callable[[str, int, int], bytes]) -> dict[bytes, Value]:
     """All keys of a database, in order, with their values or where those are.
 
     Args:
@@ -238,7 +239,8 @@ def read_tree(root: NodeRef, fetch: Callable[[str, int, int], bytes]) -> list[En
         FormatError: a valid checksum over contents that break the format, or a tree that would
             take more than about 2 GB of memory.
     """
-    entries: list[Entry] = []
+    found: dict[bytes, Value] = {}
+    last: list[bytes] = []
     todo = [root] if root.file else []
     spent = 0
     while todo:
@@ -250,53 +252,72 @@ def read_tree(root: NodeRef, fetch: Callable[[str, int, int], bytes]) -> list[En
                 f"{ref}: found a node of {ref.length} bytes in a tree of {spent}, "
                 f"expected at most {wire.MAX_NODE} in {_MAX_TREE_BYTES}"
             )
-        rows, children = _decode_node(fetch(ref.file, ref.offset, ref.length), ref)
-        spent += sum(len(key) + (len(v) if isinstance(v, bytes) else 0) for key, v in rows)
-        spent += sum(len(child.prefix) for child in children)
-        spent += _ROW_COST * (len(rows) + len(children))
-        keys = [key for key, _ in (*entries[-1:], *rows)]
-        if any(map(operator.ge, keys, keys[1:])):
+        node = _Node(fetch(ref.file, ref.offset, ref.length), ref)
+        if ref.height:
+            children = node.children()
+            spent += _ROW_COST * len(children) + sum(len(child.prefix) for child in children)
+            todo += reversed(children)
+            continue
+        keys, values = node.keys, node.values()
+        spent += _ROW_COST * len(keys) + sum(map(len, keys)) + node.inline_bytes
+        ordered = last + keys
+        if any(map(operator.ge, ordered, keys if last else keys[1:])):
             raise FormatError(f"{ref}: found keys out of order, expected strictly increasing keys")
-        entries += rows
-        todo += reversed(children)
-    if len(entries) != root.counts[0]:
-        raise FormatError(f"{root}: found {len(entries)} keys, expected {root.counts[0]}")
-    return entries
+        last = keys[-1:] or last
+        found.update(zip(keys, values, strict=True))
+    if len(found) != root.counts[0]:
+        raise FormatError(f"{root}: found {len(found)} keys, expected {root.counts[0]}")
+    return found
 
 
-def _decode_node(data: bytes, ref: NodeRef) -> tuple[list[Entry], list[NodeRef]]:
-    """The entries of a leaf or the children of an interior node."""
-    what = str(ref)
-    reader = wire.open_frame(data, NODE_MAGIC, what)
-    if (height := reader.take(1, "height")[0]) != ref.height:
-        raise reader.error("height", height, ref.height)
-    files = reader.files(ref.base)
-    keys, marks = reader.strings("key", ref.prefix, marked=height > 0)
-    entries: list[Entry] = []
-    children: list[NodeRef] = []
-    if height:
-        places = reader.pick(files, len(keys))
-        offsets = reader.varints(len(keys), "node offset").tolist()
-        lengths = reader.varints(len(keys), "node length").tolist()
-        reader.varints(3 * len(keys), "node counts")
-        columns = (keys, marks.tolist(), places, offsets, lengths)
-        for key, mark, (file, base), offset, length in zip(*columns, strict=True):
-            children.append(NodeRef(height - 1, file, offset, length, key[:mark], base))
-    else:
-        lengths = reader.varints(len(keys), "value length").tolist()
-        kinds = reader.take(len(keys), "value kind")
+class _Node:
+    """A node whose frame, file table and keys are read; the rest is read once."""
+
+    def __init__(self, data: bytes, ref: NodeRef) -> None:
+        self._what = str(ref)
+        self._height = ref.height
+        self._reader = reader = wire.open_frame(data, NODE_MAGIC, self._what)
+        if (height := reader.take(1, "height")[0]) != ref.height:
+            raise reader.error("height", height, ref.height)
+        self._files = reader.files(ref.base)
+        self.keys, self._marks = reader.strings("key", ref.prefix, marked=height > 0)
+        self.inline_bytes = 0
+
+    def children(self) -> list[NodeRef]:
+        """The children of an interior node."""
+        reader, count = self._reader, len(self.keys)
+        places = reader.pick(self._files, count)
+        offsets = reader.varints(count, "node offset").tolist()
+        lengths = reader.varints(count, "node length").tolist()
+        reader.varints(3 * count, "node counts")
+        reader.finish()
+        columns = (self.keys, self._marks.tolist(), places, offsets, lengths)
+        return [
+            NodeRef(self._height - 1, file, offset, length, key[:mark], base)
+            for key, mark, (file, base), offset, length in zip(*columns, strict=True)
+        ]
+
+    def values(self) -> list[Value]:
+        """The value of each key of a leaf."""
+        reader, count = self._reader, len(self.keys)
+        lengths = reader.varints(count, "value length").tolist()
+        kinds = reader.take(count, "value kind")
         if (kind := max(kinds, default=0)) > 1:
             raise reader.error("value kind", kind, "0 or 1")
-        places = reader.pick(files, sum(kinds))
-        offsets = reader.varints(len(places), "value offset").tolist()
-        outside = zip(places, offsets, strict=True)
-        for key, kind, length in zip(keys, kinds, lengths, strict=True):
+        places = reader.pick(self._files, sum(kinds))
+        offsets = iter(reader.varints(len(places), "value offset").tolist())
+        outside = iter(places)
+        self.inline_bytes = sum(itertools.compress(lengths, [not kind for kind in kinds]))
+        inline, at = reader.take(self.inline_bytes, "inline value"), 0
+        reader.finish()
+        values: list[Value] = []
+        for kind, length in zip(kinds, lengths, strict=True):
             if kind:
-                (file, _), offset = next(outside)
-                value = ValueRef(file, offset, length)
-                _check_place(value, what)
+                ref = ValueRef(next(outside)[0], next(offsets), length)
+                if not ref.file or ref.offset + length > wire.MAX_OFFSET:
+                    _check_place(ref, self._what)
+                values.append(ref)
             else:
-                value = reader.take(length, "inline value")
-            entries.append((key, value))
-    reader.finish()
-    return entries, children
+                values.append(inline[at : at + length])
+                at += length
+        return values

@@ -8,6 +8,7 @@ Containers come back as dicts and lists: the format knows no other kinds.
 from __future__ import annotations
 
 import base64
+import binascii
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
@@ -58,12 +59,16 @@ class ValueMetadata(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         value_type: `jax.Array`, `np.ndarray`, `scalar`, `string`, or the kind of an empty node.
         skip_deserialize: whether it is an empty node.
-        write_shape: shape of what one process wrote at a time; only for `jax.Array`.
     """
 
     value_type: str
     skip_deserialize: bool = False
-    write_shape: Shape | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class _ArrayValue(ValueMetadata, frozen=True, gc=False):
+    """With the shape of what one process wrote at a time, which no reader needs."""
+
+    write_shape: Shape = ()
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -79,9 +84,13 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def of(cls, path: KeyPath, kind: str, write_shape: Shape | None = None) -> Entry:
-        """The entry of a leaf or an empty node of this `value_type`."""
-        shape = msgspec.UNSET if write_shape is None else write_shape
-        return cls(path, ValueMetadata(kind, kind in EMPTY, shape))
+        """The entry of a leaf or an empty node of this `value_type`.
+
+        An array's `write_shape` is the shape of what one process writes at a time.
+        """
+        if write_shape is None:
+            return cls(path, ValueMetadata(kind, kind in EMPTY))
+        return cls(path, _ArrayValue(kind, False, write_shape))
 
     @property
     def kind(self) -> str:
@@ -114,7 +123,8 @@ class TreeMetadata(NamedTuple):
         """The file."""
         tree = {str(tuple([key.key for key in e.path])): e for e in self.entries}
         if len(tree) != len(self.entries):  # {1: {}, "1": []}: same keys, told apart by nothing
-            unique_names([(e.path, e.path) for e in self.entries])
+            paths = [e.path for e in self.entries]
+            unique_names(paths, [tuple([key.key for key in path]) for path in paths])
         return msgspec.json.encode(_Document(tree, self.use_ocdbt, self.use_zarr3))
 
     @classmethod
@@ -163,20 +173,21 @@ def show(path: KeyPath) -> str:
     return "/".join([key.key for key in path]) or "(the whole tree)"
 
 
-def unique_names(leaves: Sequence[tuple[KeyPath, Hashable]]) -> None:
+def unique_names(paths: Sequence[KeyPath], names: Sequence[Hashable]) -> None:
     """Checks that no two leaves share a name.
 
     Args:
-        leaves: key path of each leaf, and the name on disk that it gets (any hashable).
+        paths: key path of each leaf.
+        names: what each is told apart by on disk.
 
     Raises:
         DuplicateNameError: names every pair that collides.
     """
-    if len({name for _, name in leaves}) == len(leaves):
+    if len(set(names)) == len(names):
         return
     seen: dict[Hashable, KeyPath] = {}
     clashes: list[str] = []
-    for path, name in leaves:
+    for path, name in zip(paths, names, strict=True):
         other = seen.setdefault(name, path)
         if other is not path:
             clashes.append(f"  {_quoted(other)} and {_quoted(path)}")
@@ -237,6 +248,9 @@ def _plain(node: Any, what: str) -> Any:
         raise FormatError(f"{what}: a list of {len(node)} has no element {error}") from error
 
 
+_URL_SAFE: Final = str.maketrans("-_", "+/")
+
+
 def encode_shardings(shardings: Mapping[str, str]) -> bytes:
     """`_sharding`: the JSON text of each array's sharding, by the array's name."""
     return jsons.dump(
@@ -246,9 +260,13 @@ def encode_shardings(shardings: Mapping[str, str]) -> bytes:
 
 def decode_shardings(data: bytes, what: str) -> dict[str, str]:
     """The opposite of :func:`encode_shardings`."""
-    raw = jsons.parse_object(data, what)
+    raw = jsons.decode(data, dict[str, str], what)
+    keys = "\n".join(raw).translate(_URL_SAFE).split("\n") if raw else []  # all at once
     try:
-        return {base64.urlsafe_b64decode(key).decode(): str(value) for key, value in raw.items()}
+        return {
+            binascii.a2b_base64(key).decode(): text
+            for key, text in zip(keys, raw.values(), strict=True)
+        }
     except ValueError as error:
         raise FormatError(f"{what}: a key is not base64 of UTF-8: {error}") from error
 
@@ -302,6 +320,28 @@ def decode_array_metadatas(data: bytes, what: str) -> list[ArrayMetadata]:
     """The opposite of :func:`encode_array_metadatas`."""
     document = jsons.decode(data, _ArrayDocument, what)
     return [item.array_metadata for item in document.array_metadatas]
+
+
+class _Key(msgspec.Struct, gc=False):
+    param_name: str
+    ext_metadata: _ExtMetadata | None = None
+
+
+class _KeyItem(msgspec.Struct, gc=False):
+    array_metadata: _Key
+
+
+class _KeyDocument(msgspec.Struct):
+    array_metadatas: list[_KeyItem]
+
+
+def decode_key_impls(data: bytes, what: str) -> dict[str, str]:
+    """Implementation of each typed PRNG key by its name: what a reader needs of the file."""
+    arrays = [
+        item.array_metadata for item in jsons.decode(data, _KeyDocument, what).array_metadatas
+    ]
+    impls = {a.param_name: a.ext_metadata.random_key_impl for a in arrays if a.ext_metadata}
+    return {name: impl for name, impl in impls.items() if impl is not None}
 
 
 def encode_strings(strings: Mapping[str, str]) -> bytes:

@@ -12,38 +12,45 @@ _tree_util: Any = jax.tree_util  # jaxlib says nothing about the types of its tr
 _flatten_one_level = _tree_util.default_registry.flatten_one_level
 
 
-def flatten(value: Any) -> list[tuple[tree.KeyPath, Any]]:
-    """Leaves and empty nodes by key path, in the order in which JAX flattens the tree.
+def flatten(value: Any) -> tuple[list[tree.KeyPath], list[Any]]:
+    """Key paths of leaves and empty nodes, and these, in the order of JAX's own flattening.
 
     What lies deeper than the format goes counts as a leaf.
     """
-    found: list[tuple[tree.KeyPath, Any]] = []
-    _walk(value, (), found, set())
-    return found
+    paths: list[tree.KeyPath] = []
+    leaves: list[Any] = []
+    _walk(value, (), paths, leaves, set())
+    return paths, leaves
 
 
 def _walk(
-    node: Any, path: tree.KeyPath, found: list[tuple[tree.KeyPath, Any]], leaf_types: set[type]
+    node: Any,
+    path: tree.KeyPath,
+    paths: list[tree.KeyPath],
+    leaves: list[Any],
+    leaf_types: set[type],
 ) -> None:
     # JAX's own flattening with paths takes four times as long: it makes a key object, and calls
     # back for each node to learn that it is not empty.
     children = [] if len(path) > MAX_DEPTH else _children(node)
     if not children:
-        found.append((path, node))
+        paths.append(path)
+        leaves.append(node)
         if children is None:
             leaf_types.add(cast("type[Any]", type(node)))
         return
     for key, child in children:
         inner = (*path, key)
         if type(child) in leaf_types:
-            found.append((inner, child))
+            paths.append(inner)
+            leaves.append(child)
         else:
-            _walk(child, inner, found, leaf_types)
+            _walk(child, inner, paths, leaves, leaf_types)
 
 
 def _children(node: Any) -> list[tuple[Key, Any]] | None:
     """The children of a node by their keys; None for a leaf."""
-    kind: type[Any] = type(node)
+    kind = cast("type[Any]", type(node))
     if kind is dict:
         try:
             keys = sorted(node)

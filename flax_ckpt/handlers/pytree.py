@@ -92,7 +92,7 @@ class PyTreeHandler:
                 " save the whole tree in one call"
             )
         self._context = resolve(context)
-        self._validator = array_metadata_validator or ArrayMetadataValidator()
+        self._validator = array_metadata_validator
         self._leaves = leaf_handler_registry or LeafRegistry()
 
     async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
@@ -124,10 +124,12 @@ class PyTreeHandler:
         if together.is_primary:
             for name, data in snapshot.files().items():
                 files.write(os.path.join(path, name), data)
-            written = {together.index: snapshot.metadatas}
-            if together.several:
-                written = read_array_metadatas(Record(path))
-            self._validator.validate_all_array_metadatas(written)
+            if together.several or self._validator is not None:
+                self._validate(read_array_metadatas(Record(path)))
+
+    def _validate(self, found: Mapping[int, Sequence[tree.ArrayMetadata]]) -> None:
+        validator = self._validator or ArrayMetadataValidator()
+        validator.validate_all_array_metadatas(found)
 
     async def load(
         self, directory: epath.Path, abstract_checkpointable: Any = None
@@ -149,7 +151,8 @@ class PyTreeHandler:
     async def _load(self, directory: epath.Path, abstract: Any) -> Any:
         rules = LoadRules()
         with SavedTree(os.fspath(directory), self._leaves) as saved:
-            self._validator.validate_all_array_metadatas(saved.array_metadatas)
+            if saved.processes > 1 or self._validator is not None:
+                self._validate(saved.array_metadatas)
             partial = self._context.pytree.loading.partial_load
             result = saved.prepare(abstract, rules, partial=partial)()
         log_fallbacks(directory, rules)

@@ -6,16 +6,15 @@ with SavedTree(directory) as saved:
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Container, Iterator, Sequence
-from typing import Any
-
-from numpy.typing import NDArray
+from typing import Any, NamedTuple
 
 from flax_ckpt.errors import Difference, FormatError, TreeMismatchError
 from flax_ckpt.format import names, tree
 from flax_ckpt.handlers import keypaths
-from flax_ckpt.leaves.base import LeafHandler, LoadRules, SavedLeaf, Target, show_array
+from flax_ckpt.leaves.base import LeafHandler, LoadRules, SavedLeaf, show_array
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage.open_store import open_store
 from flax_ckpt.storage.record import Record
@@ -24,8 +23,11 @@ from flax_ckpt.storage.store import ArrayRead, ArrayStore
 _SHOWN = 40  # differences in a message; all of them are in the exception
 
 
-# What becomes of one wanted leaf: a target and the handler that builds it, or a value as it is.
-Match = tuple[LeafHandler, Target] | tuple[None, Any]
+class _Matches(NamedTuple):
+    """What becomes of each wanted leaf: a target and the handler that builds it, or a value."""
+
+    handlers: list[LeafHandler | None]
+    values: list[Any]
 
 
 class SavedTree(contextlib.ExitStack):
@@ -37,7 +39,7 @@ class SavedTree(contextlib.ExitStack):
 
     Attributes:
         leaves: what is saved, empty nodes included, by key path.
-        array_metadatas: what each process wrote about the arrays, by its index.
+        processes: how many wrote it, as far as is recorded.
 
     Raises:
         DamagedCheckpointError: a file that describes the tree is missing or changed.
@@ -52,37 +54,36 @@ class SavedTree(contextlib.ExitStack):
         self._record = Record(directory)
         path = os.path.join(directory, names.TREE_METADATA)
         self._metadata = tree.TreeMetadata.from_bytes(self._record.read(names.TREE_METADATA), path)
-        self._arrays = [
-            tree.name_of(entry.path)
-            for entry in self._metadata.entries
-            if entry.kind not in tree.EMPTY and entry.kind != tree.STRING
-        ]
+        found = [(entry, tree.name_of(entry.path)) for entry in self._metadata.entries]
+        arrays = [name for e, name in found if e.kind not in tree.EMPTY and e.kind != tree.STRING]
         try:
-            if self._arrays:  # without any, Orbax writes no database
+            if arrays:  # without any, Orbax writes no database
                 meta = self._metadata
                 store = open_store(self._record, ocdbt=meta.use_ocdbt, zarr3=meta.use_zarr3)
                 self._store = self.enter_context(store)
-            self.array_metadatas = read_array_metadatas(self._record)
-            self.leaves = {leaf.path: leaf for leaf in self._describe()}
+            self.leaves = {leaf.path: leaf for leaf in self._describe(found, arrays)}
         except BaseException:
             self.close()
             raise
 
-    def _describe(self) -> Iterator[SavedLeaf]:
+    def _describe(
+        self, found: Sequence[tuple[tree.Entry, str]], arrays: Sequence[str]
+    ) -> Iterator[SavedLeaf]:
         shardings: dict[str, str] = {}
         if self._record.lists(names.SHARDING):
             path = os.path.join(self.directory, names.SHARDING)
             shardings = tree.decode_shardings(self._record.read(names.SHARDING), path)
-        recorded = list(self.array_metadatas.values())
-        impls = {array.name: array.key_impl for array in recorded[0]} if recorded else {}
-        texts = [tree.name_of(e.path) for e in self._metadata.entries if e.kind == tree.STRING]
+        recorded = list(_process_files(self._record).values())
+        self.processes = len(recorded)
+        impls = tree.decode_key_impls(*recorded[0]) if recorded else {}
+        texts = [name for entry, name in found if entry.kind == tree.STRING]
         strings: dict[str, str] = {}
         if texts:
             path = os.path.join(self.directory, names.STRINGS)
             strings = tree.decode_strings(self._record.read(names.STRINGS), texts, path)
-        stored = self._store.describe(self._arrays) if self._store else {}
-        for entry in self._metadata.entries:
-            path, name, kind = entry.path, tree.name_of(entry.path), entry.kind
+        stored = self._store.describe(arrays) if self._store else {}
+        for entry, name in found:
+            path, kind = entry.path, entry.kind
             if kind in tree.EMPTY:
                 yield SavedLeaf(path, name, kind)
             elif kind == tree.STRING:
@@ -91,6 +92,11 @@ class SavedTree(contextlib.ExitStack):
                 array, placed = stored[name], shardings.get(name)
                 impl = impls.get(name) if kind == tree.ARRAY else None
                 yield SavedLeaf(path, name, kind, array.shape, array.dtype, placed, impl)
+
+    @functools.cached_property
+    def array_metadatas(self) -> dict[int, list[tree.ArrayMetadata]]:
+        """What each process wrote about the arrays, by its index."""
+        return read_array_metadatas(self._record)
 
     def abstract(self) -> Any:
         """The tree in dicts and lists, each leaf in the abstract form that loads it as saved."""
@@ -114,51 +120,58 @@ class SavedTree(contextlib.ExitStack):
             TreeMismatchError: with every difference; nothing was read.
         """
         if abstract is None:
-            matches = self._match([(path, None) for path in self.leaves], rules, partial)
+            matches = self._match(list(self.leaves), [None] * len(self.leaves), rules, partial)
             return lambda: self._build(self._read(matches))
-        matches = self._match(keypaths.flatten(abstract), rules, partial)
+        matches = self._match(*keypaths.flatten(abstract), rules, partial)
         return lambda: keypaths.structure(abstract).unflatten(self._read(matches))
 
     def _build(self, values: Sequence[Any]) -> Any:
         return tree.build(zip(self.leaves, values, strict=True), self.directory)
 
     def _match(
-        self, wanted: Sequence[tuple[tree.KeyPath, Any]], rules: LoadRules, partial: bool
-    ) -> list[Match]:
-        matches: list[Match] = []
+        self,
+        paths: Sequence[tree.KeyPath],
+        wanted: Sequence[Any],
+        rules: LoadRules,
+        partial: bool,
+    ) -> _Matches:
+        matches = _Matches([], [])
         differences: list[Difference] = []
-        for path, abstract in wanted:
-            match = self._match_one(path, abstract, rules)
-            if isinstance(match, Difference):
-                differences.append(match)
-            else:
-                matches.append(match)
+        for path, abstract in zip(paths, wanted, strict=True):
+            handler, found = self._match_one(path, abstract, rules)
+            if isinstance(found, Difference):
+                differences.append(found)
+            matches.handlers.append(handler)
+            matches.values.append(found)
         if not partial:
-            paths = {path for path, _ in wanted}
+            asked = set(paths)
             differences += [
-                Difference(tree.show(path), _place(str(leaf), path, paths), "nothing")
+                Difference(tree.show(path), _place(str(leaf), path, asked), "nothing")
                 for path, leaf in self.leaves.items()
-                if path not in paths and not leaf.is_empty
+                if path not in asked and not leaf.is_empty
             ]
         if differences:
             raise mismatch(self.directory, differences)
         return matches
 
-    def _match_one(self, path: tree.KeyPath, abstract: Any, rules: LoadRules) -> Match | Difference:
+    def _match_one(
+        self, path: tree.KeyPath, abstract: Any, rules: LoadRules
+    ) -> tuple[LeafHandler | None, Any]:
+        """The handler and its target; or None and the value as it is, or a difference."""
         saved = self.leaves.get(path)
         empty = keypaths.is_empty(abstract)
         if empty and (saved is None or saved.is_empty):
             return None, tree.EMPTY[saved.value_type]() if saved and abstract is None else abstract
         if saved is None:
             wish = _place(_show(abstract), path, self.leaves)
-            return Difference(tree.show(path), "nothing", wish)
+            return None, Difference(tree.show(path), "nothing", wish)
         fits = not saved.is_empty and (not empty or (abstract is None and not rules.strict))
         handler = self._handler(saved, abstract) if fits else None
         if handler is None:
-            return Difference(tree.show(path), str(saved), _show(abstract))
+            return None, Difference(tree.show(path), str(saved), _show(abstract))
         target = handler.target(saved, abstract, rules)
         if isinstance(target, str):
-            return Difference(tree.show(path), str(saved), target)
+            return None, Difference(tree.show(path), str(saved), target)
         return handler, target
 
     def _handler(self, leaf: SavedLeaf, abstract: Any) -> LeafHandler | None:
@@ -170,37 +183,46 @@ class SavedTree(contextlib.ExitStack):
             )
         return handler
 
-    def _read(self, matches: Sequence[Match]) -> list[Any]:
+    def _read(self, matches: _Matches) -> list[Any]:
         """The value of each match, in order; the data of all is read in one batch."""
-        found = [(i, h, target) for i, (h, target) in enumerate(matches) if h is not None]
-        reads = [
-            ArrayRead(target.saved.name, target.regions, tree.show(target.saved.path))
-            for _, _, target in found
-            if target.regions
-        ]
+        values = matches.values
+        reads: list[ArrayRead] = []
+        groups: dict[LeafHandler, list[int]] = {}
+        for i, handler in enumerate(matches.handlers):
+            if handler is not None:
+                groups.setdefault(handler, []).append(i)
+                if (target := values[i]).regions:
+                    saved = target.saved
+                    reads.append(ArrayRead(saved.name, target.regions, tree.show(saved.path)))
         data = iter(self._store.read_arrays(reads) if self._store else [])
-        groups: dict[LeafHandler, list[tuple[int, Target, Sequence[NDArray[Any]]]]] = {}
-        for i, handler, target in found:
-            parts = next(data) if target.regions else ()
-            groups.setdefault(handler, []).append((i, target, parts))
-        values = [value for _, value in matches]
+        parts = [
+            next(data) if handler is not None and value.regions else ()
+            for handler, value in zip(matches.handlers, values, strict=True)
+        ]
+        result = list(values)
         for handler, group in groups.items():
-            built = handler.build([target for _, target, _ in group], [part for *_, part in group])
-            for (i, _, _), value in zip(group, built, strict=True):
-                values[i] = value
-        return values
+            built = handler.build([values[i] for i in group], [parts[i] for i in group])
+            for i, value in zip(group, built, strict=True):
+                result[i] = value
+        return result
 
 
 def read_array_metadatas(record: Record) -> dict[int, list[tree.ArrayMetadata]]:
     """What each process wrote about the arrays of a PyTree directory, by its index."""
+    found = _process_files(record).items()
+    return {index: tree.decode_array_metadatas(data, what) for index, (data, what) in found}
+
+
+def _process_files(record: Record) -> dict[int, tuple[bytes, str]]:
+    """The files of `array_metadatas`, with their paths, by the index of the process."""
     folder = os.path.join(record.directory, names.ARRAY_METADATAS)
     present = os.listdir(folder) if os.path.isdir(folder) else []
-    found: dict[int, list[tree.ArrayMetadata]] = {}
+    found: dict[int, tuple[bytes, str]] = {}
     for name in sorted({*present, *record.listed(f"{names.ARRAY_METADATAS}/")}):
         index = name.removeprefix("process_")
         if index != name and index.isdigit():
             data = record.read(f"{names.ARRAY_METADATAS}/{name}")
-            found[int(index)] = tree.decode_array_metadatas(data, os.path.join(folder, name))
+            found[int(index)] = data, os.path.join(folder, name)
     return found
 
 

@@ -37,15 +37,17 @@ class Snapshot:
     """
 
     def __init__(self, name: str, value: Any, registry: LeafRegistry, context: Context) -> None:
-        found = keypaths.flatten(value)
-        _start_transfers(leaf for _, leaf in found)
+        paths, leaves = keypaths.flatten(value)
+        _start_transfers(leaves)
         copy = context.memory.deepcopy_host_arrays
         limit = context.array.saving.storage_options.chunk_byte_size
         self._limit = limit or arrays.DEFAULT_CHUNK_BYTES
         self._empty: list[tuple[tree.KeyPath, str]] = []
-        self._leaves: list[tuple[tree.KeyPath, str, LeafWrite]] = []
+        self._paths: list[tree.KeyPath] = []
+        self._names: list[str] = []
+        self._writes: list[LeafWrite] = []
         refused: list[tuple[tree.KeyPath, str]] = []
-        for path, leaf in found:
+        for path, leaf in zip(paths, leaves, strict=True):
             handler = registry.for_value(leaf)
             name_on_disk = tree.name_of(path)
             if reason := _unstorable(path, name_on_disk):
@@ -58,17 +60,19 @@ class Snapshot:
                         raise
                     refused.append((path, reason))
                 else:
-                    self._leaves.append((path, name_on_disk, write))
+                    self._paths.append(path)
+                    self._names.append(name_on_disk)
+                    self._writes.append(write)
             elif keypaths.is_empty(leaf):
                 self._empty.append((path, keypaths.empty_kind(leaf)))
             else:
                 refused.append((path, f"{_describe(leaf)} cannot be saved"))
         if refused:
-            raise _cannot_be_saved(name, refused, len(found))
+            raise _cannot_be_saved(name, refused, len(leaves))
         # Checked and encoded now: a key that cannot be stored must be an error of the call, not of
         # its thread. The rest can wait until training has gone on.
-        tree.unique_names([(path, arrays.prefix(name)) for path, name, _ in self._leaves])
-        strings = {name: w.string for _, name, w in self._leaves if w.string is not None}
+        tree.unique_names(self._paths, list(map(arrays.prefix, self._names)))
+        strings = {name: w.string for name, w in self._named() if w.string is not None}
         self._string_file = tree.encode_strings(strings) if strings else None
 
     @functools.cached_property
@@ -76,7 +80,7 @@ class Snapshot:
         """What goes to the array store."""
         return [
             ArrayWrite(name, self._spec(w), w.shards, w.spread)
-            for _, name, w in self._leaves
+            for name, w in self._named()
             if w.shape is not None
         ]
 
@@ -85,9 +89,12 @@ class Snapshot:
         """What `array_metadatas` says."""
         return [
             tree.ArrayMetadata.of(name, w.shard_shape, self._spec(w).chunk_shape, w.key_impl)
-            for _, name, w in self._leaves
+            for name, w in self._named()
             if w.value_type == tree.ARRAY
         ]
+
+    def _named(self) -> Iterable[tuple[str, LeafWrite]]:
+        return zip(self._names, self._writes, strict=True)
 
     def _spec(self, write: LeafWrite) -> arrays.ArraySpec:
         assert write.shape is not None
@@ -98,7 +105,7 @@ class Snapshot:
         """The files that describe the tree, by name."""
         entries = [tree.Entry.of(path, kind) for path, kind in self._empty]
         shardings: dict[str, str] = {}
-        for path, name, w in self._leaves:
+        for path, (name, w) in zip(self._paths, self._named(), strict=True):
             is_array = w.value_type == tree.ARRAY
             entries.append(tree.Entry.of(path, w.value_type, w.shard_shape if is_array else None))
             if w.sharding is not None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flax_ckpt.format import arrays, tree
 from flax_ckpt.leaves import dtypes, sharding, transfer
 from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show_array
-from flax_ckpt.storage.store import Region, whole
+from flax_ckpt.storage.store import Region, Shard, origin, whole
 
 
 class ArrayLeaf:
@@ -36,12 +36,13 @@ class ArrayLeaf:
         # On CPU the memory is referenced, not copied: JAX arrays do not change, and one that is
         # donated or deleted lives on until the save lets go of it.
         array = cast("jax.Array", value)
-        placed, shape, dtype = array.sharding, array.shape, np.dtype(array.dtype)
+        placed, dtype = array.sharding, np.dtype(array.dtype)
+        shape = _shared(array.shape)
         if type(placed) is SingleDeviceSharding or placed.num_devices == 1:
-            shards = (((0,) * len(shape), np.asarray(array)),)
+            shards = (Shard(origin(len(shape)), np.asarray(array)),)
             return LeafWrite(tree.ARRAY, shape, dtype, shape, shards, placed)
         shards = [
-            (tuple([s.start or 0 for s in shard.index]), np.asarray(shard.data))
+            Shard(tuple([s.start or 0 for s in shard.index]), np.asarray(shard.data))
             for shard in array.addressable_shards
             if shard.replica_id == 0
         ]
@@ -91,6 +92,12 @@ class ArrayLeaf:
             result[i] = array
         weak = [target.abstract.weak_type for target in targets]
         return [_weak(array) if w else array for array, w in zip(result, weak, strict=True)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One object for all equal shapes: JAX makes a new one whenever it is asked."""
+    return shape
 
 
 @functools.lru_cache(maxsize=4096)

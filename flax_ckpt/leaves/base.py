@@ -15,10 +15,7 @@ from jax.sharding import Sharding
 from numpy.typing import NDArray
 
 from flax_ckpt.format import tree
-from flax_ckpt.storage.store import Region
-
-# Where a part of an array begins in it, and the part, in host memory.
-Shard = tuple[tuple[int, ...], NDArray[Any]]
+from flax_ckpt.storage.store import Region, Shard
 
 
 class LeafWrite(msgspec.Struct, frozen=True, gc=False):

@@ -49,6 +49,7 @@ class LeafRegistry:
             return self._keys if is_array and saved.key_impl is not None else handler
         if saved.key_impl is not None:
             return self._keys
-        return next(
-            (h for h in reversed(self._handlers) if saved.value_type in h.value_types), None
-        )
+        for handler in reversed(self._handlers):
+            if saved.value_type in handler.value_types:
+                return handler
+        return None

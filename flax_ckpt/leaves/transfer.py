@@ -24,8 +24,10 @@ def to_device(arrays: Sequence[NDArray[Any]]) -> list[jax.Array]:
     for array in arrays:
         kind = array.shape, array.dtype
         if (like := first.get(kind)) is None:
-            made = first[kind] = jax.device_put(array)
+            made: Any = jax.device_put(array)
+            first[kind] = made.aval, made.sharding, list(made.devices())
         else:
-            made = _put(like.aval, like.sharding, [array], list(like.devices()), committed=False)
+            aval, placed, devices = like
+            made = _put(aval, placed, [array], devices, committed=False)
         result.append(made)
     return result

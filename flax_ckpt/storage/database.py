@@ -35,7 +35,7 @@ class Database:
         path = os.path.join(self.directory, names.MANIFEST)
         manifest = ocdbt.decode_manifest(record.read(names.MANIFEST), what=path)
         try:
-            self.values = dict(ocdbt.read_tree(manifest, self._fetch))
+            self.values = ocdbt.read_tree(manifest, self._fetch)
             self.crcs = self._read_crcs(record) if checked else {}
         except BaseException:
             self.close()
@@ -76,7 +76,9 @@ class Database:
             raise DamagedCheckpointError(
                 f"{self.directory}: the database has no {key.decode(errors='replace')!r}"
             )
-        return value if isinstance(value, bytes) else self._fetch(*value)
+        if isinstance(value, bytes):
+            return value
+        return self._fetch(value.file, value.offset, value.length)
 
     def close(self) -> None:
         """Closes the data files."""

@@ -6,14 +6,16 @@ and with the table's, so that an old block with its own valid checksum is notice
 """
 
 import concurrent.futures
+import functools
 import itertools
 import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final
 
 import crc32c
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,26 +24,41 @@ from flax_ckpt.format import arrays as zarr
 from flax_ckpt.format.ocdbt import Value, ValueRef
 from flax_ckpt.storage.database import Database
 from flax_ckpt.storage.datafile import ALIGNMENT, TRAILER, Bytes, aligned_empty
-from flax_ckpt.storage.store import ArrayRead, ArrayStore, Region, StoredArray
+from flax_ckpt.storage.store import ArrayRead, ArrayStore, Region, StoredArray, origin
 
 _SMALL: Final = 1 << 20  # chunks up to here are read together and share memory
 _GROUP: Final = 4 << 20  # how much at most
 _GAP: Final = 4096  # bytes of no interest that are read to save a call
 _THREADS: Final = min(4, os.cpu_count() or 1)
+_PENDING: Final[NDArray[Any]] = np.empty(0)
 
 
-class _Chunk(NamedTuple):
-    """A chunk to read: its bytes go `into` memory of their array, or `place` takes them."""
+class _Chunk(msgspec.Struct, frozen=True, gc=False):
+    """A chunk to read.
+
+    Attributes:
+        leaf, key, ref: whose it is, and where.
+        trailer: bytes of the CRC-32C that follows it, 0 or 4.
+        parts: takes the array at `position`, if the chunk is all of one, described by `stored`.
+        place: else, what puts the bytes where they belong.
+        into: memory that they can be read into, so that there is nothing left to put.
+    """
 
     leaf: str
     key: bytes
     ref: Value
-    trailer: int  # bytes of the CRC-32C that follows, 0 or 4
-    place: Callable[[Bytes], None]
+    trailer: int
+    parts: list[NDArray[Any]]
+    position: int
+    stored: StoredArray
+    place: Callable[[Bytes], None] | None = None
     into: Bytes | None = None
 
-
-_Placed: TypeAlias = tuple[ValueRef, _Chunk]  # a chunk in a data file, and where
+    @property
+    def span(self) -> ValueRef:
+        """Where it is in a data file."""
+        assert isinstance(self.ref, ValueRef)
+        return self.ref
 
 
 class NativeStore:
@@ -72,8 +89,7 @@ class NativeStore:
 
     def describe(self, names: Sequence[str]) -> dict[str, StoredArray]:
         """See :class:`ArrayStore`."""
-        infos = {name: self._info(name) for name in names}
-        return {n: StoredArray(i.shape, zarr.numpy_dtype(i.dtype)) for n, i in infos.items()}
+        return {name: _stored(self._info(name)) for name in names}
 
     def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
         """See :class:`ArrayStore`."""
@@ -99,19 +115,15 @@ class NativeStore:
         self, read: ArrayRead, info: zarr.ZarrInfo, region: Region, parts: list[NDArray[Any]]
     ) -> Iterator[_Chunk]:
         """The chunks that a region needs; the region's array is added to `parts`."""
-        dtype = zarr.numpy_dtype(info.dtype)
-        shape = tuple([stop - start for start, stop in region])
+        stored = _stored(info)
+        dtype, shape = stored.dtype, tuple([stop - start for start, stop in region])
         trailer = TRAILER if info.crc32c else 0
         nbytes = math.prod(info.chunk_shape) * dtype.itemsize
+        position = len(parts)
         if info.chunk_shape == info.shape == shape and nbytes <= _SMALL:
-            position = len(parts)
-            parts.append(np.empty(0))
-
-            def adopt(data: Bytes) -> None:
-                parts[position] = data.view(dtype).reshape(shape)
-
-            found = self._find(read, (0,) * len(shape), nbytes + trailer)
-            yield _Chunk(read.leaf, *found, trailer, adopt)
+            parts.append(_PENDING)
+            found = self._find(read, origin(len(shape)), nbytes + trailer)
+            yield _Chunk(read.leaf, *found, trailer, parts, position, stored)
             return
         array = aligned_empty(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
         parts.append(array)
@@ -122,7 +134,7 @@ class NativeStore:
         for index in itertools.product(*grid):
             found = self._find(read, index, nbytes + trailer)
             copy, into = _destination(array, region, info.chunk_shape, index)
-            yield _Chunk(read.leaf, *found, trailer, copy, into)
+            yield _Chunk(read.leaf, *found, trailer, parts, position, stored, copy, into)
 
     def _find(self, read: ArrayRead, index: tuple[int, ...], expected: int) -> tuple[bytes, Value]:
         """The key of a chunk, and where it is; checks that it has as many bytes as expected."""
@@ -138,17 +150,18 @@ class NativeStore:
         return key, ref
 
     def _read_chunks(self, chunks: list[_Chunk]) -> None:
-        placed: list[_Placed] = []
+        placed: list[_Chunk] = []
         for chunk in chunks:
             if isinstance(chunk.ref, bytes):
                 self._deliver(chunk, np.frombuffer(bytearray(chunk.ref), np.uint8))
             else:
-                placed.append((chunk.ref, chunk))
+                placed.append(chunk)
+        placed.sort(key=operator.attrgetter("ref"))
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(self._read_group, _groups(placed)))
 
-    def _read_group(self, group: list[_Placed]) -> None:
-        first, chunk = group[0]
+    def _read_group(self, group: list[_Chunk]) -> None:
+        chunk, first = group[0], group[0].span
         reader = self._database.reader(first.file)
         if chunk.into is not None:
             rest = np.empty(first.length - len(chunk.into), np.uint8)
@@ -156,18 +169,23 @@ class NativeStore:
             self._check(chunk, chunk.into, rest)
             return
         lead = first.offset % ALIGNMENT  # so that the file's alignment becomes the memory's
-        end = max(ref.offset + ref.length for ref, _ in group)
+        end = max(chunk.span.offset + chunk.span.length for chunk in group)
         buffer = aligned_empty(lead + end - first.offset)
         reader.read_into(first.offset, buffer[lead:])
-        for ref, chunk in group:
-            begin = lead + ref.offset - first.offset
-            self._deliver(chunk, buffer[begin : begin + ref.length])
+        for chunk in group:
+            begin = lead + chunk.span.offset - first.offset
+            self._deliver(chunk, buffer[begin : begin + chunk.span.length])
 
     def _deliver(self, chunk: _Chunk, value: Bytes) -> None:
         """Checks a whole value and gives it to the array it belongs to."""
         split = len(value) - chunk.trailer
-        self._check(chunk, value[:split], value[split:])
-        chunk.place(value[:split])
+        data = value[:split]
+        self._check(chunk, data, value[split:])
+        if chunk.place is not None:
+            chunk.place(data)
+        else:
+            stored = chunk.stored
+            chunk.parts[chunk.position] = data.view(stored.dtype).reshape(stored.shape)
 
     def _check(self, chunk: _Chunk, data: Bytes, rest: Bytes) -> None:
         """Compares a chunk with its checksums; `rest` is padding, if any, and the trailer."""
@@ -188,6 +206,11 @@ class NativeStore:
             f"{chunk.leaf}: damaged: {where} have CRC-32C {crc:08x}, saved with {expected};"
             " restore another step"
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _stored(info: zarr.ZarrInfo) -> StoredArray:
+    return StoredArray(info.shape, zarr.numpy_dtype(info.dtype))
 
 
 def _destination(
@@ -216,20 +239,21 @@ def _destination(
     return copy, target.reshape(-1).view(np.uint8) if leads and target.flags.c_contiguous else None
 
 
-def _groups(chunks: list[_Placed]) -> Iterator[list[_Placed]]:
-    """Chunks that are read in one call: alone if large or placed, else with their neighbours."""
-    group: list[_Placed] = []
-    for ref, chunk in sorted(chunks, key=operator.itemgetter(0)):
+def _groups(chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
+    """Sorted chunks that are read in one call: alone if large or placed, else with neighbours."""
+    group: list[_Chunk] = []
+    for chunk in chunks:
+        ref = chunk.span
         alone = chunk.into is not None or ref.length > _SMALL
         if group:
-            first, last = group[0][0], group[-1][0]
+            first, last = group[0].span, group[-1].span
             near = ref.file == first.file and ref.offset - (last.offset + last.length) <= _GAP
             if alone or not near or ref.offset + ref.length - first.offset > _GROUP:
                 yield group
                 group = []
         if alone:
-            yield [(ref, chunk)]
+            yield [chunk]
         else:
-            group.append((ref, chunk))
+            group.append(chunk)
     if group:
         yield group

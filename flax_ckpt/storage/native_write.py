@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 
 import crc32c
+import msgspec
 import numpy as np
 
 from flax_ckpt.format import arrays as zarr
@@ -83,7 +84,7 @@ def _merge(directory: str, processes: Iterable[int]) -> None:
         with Database(Record(os.path.join(directory, name)), checked=True) as database:
             for key, value in database.values.items():
                 if not isinstance(value, bytes):
-                    value = value._replace(file=f"{name}/{value.file}")
+                    value = msgspec.structs.replace(value, file=f"{name}/{value.file}")
                 rows.append((key, value, database.crcs[key]))
         for index in (names.MANIFEST, names.CHUNK_TABLE):  # only the data is needed from now on
             os.unlink(os.path.join(directory, name, index))
@@ -98,13 +99,19 @@ def _chunks(array: ArrayWrite) -> Iterator[tuple[tuple[int, ...], Bytes, int]]:
     nothing is copied; only along the split axis the last chunk may be short.
     """
     chunk = array.spec.chunk_shape
-    for start, data in array.shards:
-        if not data.size:
+    for part in array.shards:
+        if not part.data.size:
             continue
-        shard = np.asarray(data, order="C")
+        shard = np.asarray(part.data, order="C")
+        if shard.shape == chunk:
+            index = tuple([low // step for low, step in zip(part.start, chunk, strict=True)])
+            yield index, shard.reshape(-1).view(np.uint8), 0
+            continue
         counts = [-(-extent // step) for extent, step in zip(shard.shape, chunk, strict=True)]
         for place in itertools.product(*map(range, counts)):
             box = [slice(i * step, (i + 1) * step) for i, step in zip(place, chunk, strict=True)]
             piece: Bytes = shard[..., *box].reshape(-1).view(np.uint8)  # `...` for rank 0
-            index = tuple(low // step + i for low, step, i in zip(start, chunk, place, strict=True))
+            index = tuple(
+                low // step + i for low, step, i in zip(part.start, chunk, place, strict=True)
+            )
             yield index, piece, array.spec.chunk_nbytes - len(piece)

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,23 +17,35 @@ from flax_ckpt.format.arrays import ArraySpec
 Region = tuple[tuple[int, int], ...]
 
 
+class Shard(msgspec.Struct, frozen=True, gc=False):
+    """A part of an array in host memory.
+
+    Attributes:
+        start: where it begins in the array.
+        data: what it holds.
+    """
+
+    start: tuple[int, ...]
+    data: NDArray[Any]
+
+
 class ArrayWrite(NamedTuple):
     """One array to write, and the shards of it that this process writes.
 
     Attributes:
         name: its name on disk.
         spec: shape, dtype and chunk shape of the whole array.
-        shards: where each shard begins, and its data; every shard begins at a chunk's corner.
+        shards: every shard begins at a chunk's corner.
         spread: whether every process writes its shards; else only the primary does.
     """
 
     name: str
     spec: ArraySpec
-    shards: Sequence[tuple[tuple[int, ...], NDArray[Any]]]
+    shards: Sequence[Shard]
     spread: bool = False
 
 
-class ArrayRead(NamedTuple):
+class ArrayRead(msgspec.Struct, frozen=True, gc=False):
     """One array to read.
 
     Attributes:
@@ -63,6 +76,12 @@ class ArrayStore(Protocol):
     def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
         """The regions of each array, as arrays of the stored dtype."""
         ...
+
+
+@functools.lru_cache(maxsize=4096)
+def origin(rank: int) -> tuple[int, ...]:
+    """The index of an array's first element."""
+    return (0,) * rank
 
 
 @functools.lru_cache(maxsize=4096)

@@ -51,5 +51,5 @@ def nbytes(value: Any) -> int:
 
 def leaf_names(value: Any) -> tuple[str, ...]:
     """Key paths of the leaves of a tree."""
-    found = keypaths.flatten(value)
-    return tuple(tree.show(path) for path, leaf in found if not keypaths.is_empty(leaf))
+    pairs = zip(*keypaths.flatten(value), strict=True)
+    return tuple(tree.show(path) for path, leaf in pairs if not keypaths.is_empty(leaf))

@@ -779,7 +779,6 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no value": (_add({"key_metadata": []}), "value_metadata"),
     "entry no object": (_add("x"), "malformed"),  # type: ignore[arg-type]
     "too deep": (_add(_entry([("a", 2)] * 5000, **_NONE)), "5000|deep"),
-    "write shape": (_add(_entry([("new", 2)], **_NONE, write_shape=3)), "malformed"),
     "empty": (lambda data: {**data, "tree_metadata": {}}, "tree_metadata"),
     "missing": (_drop("tree_metadata"), "tree_metadata"),
     "a list": (lambda data: [data], "_METADATA"),

@@ -93,7 +93,7 @@ def fetcher(directory: Path | str) -> Any:
 
 def entries_of(directory: Path | str) -> list[ocdbt.Entry]:
     manifest = ocdbt.decode_manifest(Path(directory, "manifest.ocdbt").read_bytes())
-    return ocdbt.read_tree(manifest, fetcher(directory))
+    return list(ocdbt.read_tree(manifest, fetcher(directory)).items())
 
 
 def read(directory: Path | str) -> dict[bytes, bytes]:
@@ -320,7 +320,7 @@ def test_keys_and_values_beyond_the_limits_are_refused() -> None:
 
 def decode_node(blob: bytes, root: NodeRef) -> list[ocdbt.Entry]:
     """The entries of a database whose only node is `blob`."""
-    return ocdbt.read_tree(root, lambda file, offset, length: blob)
+    return list(ocdbt.read_tree(root, lambda file, offset, length: blob).items())
 
 
 def small() -> tuple[bytes, bytes, NodeRef, list[ocdbt.Entry]]:
@@ -637,7 +637,7 @@ class Disk:
         return self.data[offset : offset + length]
 
     def read(self, root: NodeRef) -> list[ocdbt.Entry]:
-        return ocdbt.read_tree(root, self.fetch)
+        return list(ocdbt.read_tree(root, self.fetch).items())
 
 
 def interior(height: int, *children: tuple[bytes, int, tuple[int, int], int]) -> bytes:
@@ -773,9 +773,7 @@ def mutations(body: bytes) -> st.SearchStrategy[bytes]:
 
 def decode_children(blob: bytes) -> list[NodeRef]:
     root = NodeRef(1, "d/x", 0, len(blob))
-    entries, children = ocdbt._decode_node(blob, root)  # pyright: ignore[reportPrivateUsage]
-    assert not entries
-    return children
+    return ocdbt._Node(blob, root).children()  # pyright: ignore[reportPrivateUsage]
 
 
 def decode(kind: str, blob: bytes) -> None:
@@ -893,4 +891,5 @@ def test_a_root_says_what_its_tree_holds() -> None:
     assert [child.length for child in children] == [*map(len, blobs[:-1])]
     assert (children[0].offset, root.offset) == (100, 100 + sum(map(len, blobs[:-1])))
     data = bytes(100) + b"".join(blobs)
-    assert ocdbt.read_tree(root, lambda _, offset, size: data[offset : offset + size]) == entries
+    found = ocdbt.read_tree(root, lambda _, offset, size: data[offset : offset + size])
+    assert list(found.items()) == entries
