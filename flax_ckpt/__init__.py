@@ -10,7 +10,7 @@ from flax_ckpt._load import (
     load_checkpointables_async,
     metadata,
 )
-from flax_ckpt._metadata import CheckpointMetadata
+from flax_ckpt._metadata import CheckpointMetadata, PyTreeMetadata
 from flax_ckpt._save import (
     save,
     save_async,
@@ -18,16 +18,24 @@ from flax_ckpt._save import (
     save_checkpointables_async,
 )
 from flax_ckpt.context import Context
-from flax_ckpt.handlers import CheckpointableHandler, StatefulCheckpointable
+from flax_ckpt.handlers import (
+    AbstractCheckpointable,
+    Checkpointable,
+    CheckpointableHandler,
+    StatefulCheckpointable,
+)
 from flax_ckpt.training.callback import CheckpointCallback
 from flax_ckpt.training.restore import Report, Restored, restore, restore_train_state
 
 __all__ = [
+    "AbstractCheckpointable",
     "AsyncResponse",
     "CheckpointCallback",
     "CheckpointMetadata",
+    "Checkpointable",
     "CheckpointableHandler",
     "Context",
+    "PyTreeMetadata",
     "Report",
     "Restored",
     "StatefulCheckpointable",

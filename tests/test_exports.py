@@ -35,12 +35,17 @@ CLASSES = {
     "Restored",
     "StatefulCheckpointable",
 }
+ALIASES = {
+    "AbstractCheckpointable",
+    "Checkpointable",
+    "PyTreeMetadata",
+}
 MODULES = {
     "errors",
     "handlers",
     "options",
 }
-PUBLIC = FUNCTIONS | CLASSES | MODULES
+PUBLIC = FUNCTIONS | CLASSES | ALIASES | MODULES
 
 # Loaded when a value of theirs is met, or never. They cost a user seconds, or a conflict.
 NOT_LOADED = ("absl", "flax", "grain", "ml_collections", "orbax", "safetensors", "sklearn")
