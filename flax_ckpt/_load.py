@@ -21,6 +21,7 @@ from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import CheckpointNotFoundError, FormatError, InvalidLayoutError
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers import registry as handler_registry
+from flax_ckpt.handlers.pytree import PyTreeHandler
 from flax_ckpt.storage import files
 from flax_ckpt.storage.paths import contents, local_path, require_directory
 from flax_ckpt.storage.record import Record
@@ -328,7 +329,9 @@ async def _load_items(
     with context:
         handlers = {name: _handler(layout, name, a, context) for name, a in wanted.items()}
         for name, handler in handlers.items():
-            if not hasattr(handler, "TYPESTR"):  # the user's: it knows nothing of checksums
+            if not isinstance(
+                handler, PyTreeHandler
+            ):  # which reads part of a tree, and checks that
                 Record(os.fspath(layout.item(name))).check_all()
         return {
             name: await (await handler.load(layout.item(name), wanted[name]))
