@@ -1,6 +1,6 @@
 """Checkpointing for Flax and Optax training: save, resume, evaluate, anywhere."""
 
-from flax_ckpt import errors, handlers, options
+from flax_ckpt import errors, handlers, leaves, options
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt._load import (
     checkpointables_metadata,
@@ -42,6 +42,7 @@ __all__ = [
     "checkpointables_metadata",
     "errors",
     "handlers",
+    "leaves",
     "load",
     "load_async",
     "load_checkpointables",

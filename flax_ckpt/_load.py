@@ -22,6 +22,7 @@ from flax_ckpt.errors import CheckpointNotFoundError, FormatError, InvalidLayout
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.pytree import PyTreeHandler
+from flax_ckpt.handlers.saved_tree import SavedTree
 from flax_ckpt.storage import files
 from flax_ckpt.storage.paths import contents, local_path, require_directory
 from flax_ckpt.storage.record import Record
@@ -321,6 +322,13 @@ def _handler(layout: Layout, name: str, abstract: Any, context: Context) -> Any:
     types = layout.root.item_handlers
     recorded = types if isinstance(types, str) else types.get(name)
     return handler_registry.for_load(registry, name, abstract, recorded, is_tree)
+
+
+def open_tree(layout: Layout, name: str, context: Context) -> SavedTree:
+    """A saved tree, with the leaf handlers of the PyTree handler that the context has for it."""
+    handler = _handler(layout, name, None, context)
+    leaves = handler.leaf_handler_registry if isinstance(handler, PyTreeHandler) else None
+    return SavedTree(layout.items[name], leaves)
 
 
 async def _load_items(

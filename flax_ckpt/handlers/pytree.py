@@ -96,6 +96,11 @@ class PyTreeHandler:
         self._validator = array_metadata_validator or ArrayMetadataValidator()
         self._leaves = leaf_handler_registry or LeafRegistry()
 
+    @property
+    def leaf_handler_registry(self) -> LeafRegistry:
+        """Handlers of leaves."""
+        return self._leaves
+
     async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
         """See :class:`CheckpointableHandler`.
 

@@ -67,7 +67,8 @@ class Snapshot:
                 + "\n".join(refused)
                 + "\nLeaves may be JAX and NumPy arrays of the dtypes that zarr has, typed PRNG"
                 " keys, int from -2**63 to 2**64 - 1, float, bool, str and None. Convert these"
-                " leaves, take them out of the tree, or register a leaf handler"
+                " leaves, take them out of the tree, or register a leaf handler, as"
+                " flax_ckpt.leaves says"
             )
         tree.unique_names(
             (e.path, arrays.prefix(e.name)) for e in self.entries if e.value_type not in tree.EMPTY

@@ -127,8 +127,7 @@ class LeafTests(Samples):
             raise AssertionError(f"{wish} does not fit, but it was loaded: {found}")
 
     def _context(self) -> Context:
-        leaves = LeafRegistry()
-        leaves.add(self.handler())
+        leaves = LeafRegistry(self.handler())
 
         class Trees(PyTreeHandler):
             def __init__(self) -> None:
