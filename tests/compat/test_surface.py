@@ -332,6 +332,11 @@ def test_orbaxs_public_names_are_ours() -> None:
     assert not wrong, f"compared with Orbax v1:\n{wrong}"
 
 
+def test_the_page_for_those_who_come_has_the_list() -> None:
+    again = "run `python -m tests.compat.test_surface`, which writes it"
+    assert DOCS.read_text() == documented(DOCS.read_text()), again
+
+
 # The comparison itself, on libraries made up for the purpose.
 
 
