@@ -74,25 +74,18 @@ class HandlerTests(Samples):
             _write(directory, self._snapshot(directory, value))
             self.check(self._read(directory, i), i, "by its own methods")
 
-    def test_a_value_may_change_once_save_has_returned(self, tmp_path: Path) -> None:
-        """The snapshot is taken by `save` itself, not by the part in the background."""
+    def test_nothing_that_follows_a_save_changes_what_it_writes(self, tmp_path: Path) -> None:
+        """`save` itself takes the snapshot: values may change then, and other saves begin."""
+        begun: list[tuple[_Directory, Awaitable[None]]] = []
         for i, value in enumerate(self.values()):
             directory = _Directory(tmp_path / str(i))
-            rest = self._snapshot(directory, value)
+            begun.append((directory, self._snapshot(directory, value)))
             self.change(value)
+        for directory, rest in reversed(begun):
             _write(directory, rest)
-            self.check(self._read(directory, i), i, "the value was changed after `save`")
-
-    def test_saves_may_overlap(self, tmp_path: Path) -> None:
-        """One save knows nothing of another that has not ended."""
-        values = [*self.values(), *self.values()]
-        places = [_Directory(tmp_path / str(i)) for i in range(len(values))]
-        rests = [self._snapshot(*pair) for pair in zip(places, values, strict=True)]
-        for directory, rest in reversed([*zip(places, rests, strict=True)]):
-            _write(directory, rest)
-        n = len(self.values())
-        for i, directory in enumerate(places):
-            self.check(self._read(directory, i % n), i % n, "saves overlapped")
+        for i, (directory, _) in enumerate(begun):
+            when = "the value was changed after `save`, and other saves overlapped"
+            self.check(self._read(directory, i), i, when)
 
     def test_it_loads_what_it_saved_and_leaves_it_as_it_is(self, tmp_path: Path) -> None:
         """Bound to a name or not, with and without an abstract value, as often as one likes."""
