@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import inspect
 import os
 from collections.abc import Awaitable
@@ -91,9 +92,7 @@ class HandlerTests(Samples):
         """Bound to a name or not, with and without an abstract value, as often as one likes."""
         for bound in (True, False):
             with self._context(bound=bound):
-                for i, value in enumerate(self.values()):
-                    path = tmp_path / f"{bound}{i}"
-                    save_checkpointables(path, {_NAME: value})
+                for i, path in enumerate(self._saved(tmp_path / str(bound))):
                     before = _files(path)
                     for form in 2 * self.forms(i):
                         found = load_checkpointables(path, {_NAME: form})[_NAME]
@@ -114,9 +113,7 @@ class HandlerTests(Samples):
     def test_metadata_is_cheap_and_loads_the_value(self, tmp_path: Path) -> None:
         """`metadata` waits for nothing, and what it returns is an abstract value or None."""
         with self._context():
-            for i, value in enumerate(self.values()):
-                path = tmp_path / str(i)
-                save_checkpointables(path, {_NAME: value})
+            for i, path in enumerate(self._saved(tmp_path)):
                 found = _async.run(_at_once(self.handler().metadata(epath.Path(path / _NAME))))
                 if found is not None or not self.needs_abstract:
                     loaded = load_checkpointables(path, checkpointables_metadata(path))
@@ -125,30 +122,25 @@ class HandlerTests(Samples):
     def test_damage_is_noticed(self, tmp_path: Path) -> None:
         """A changed byte or a lost file is a FormatError, or does not matter to the value."""
         with self._context():
-            for i, value in enumerate(self.values()):
-                path = tmp_path / str(i)
-                save_checkpointables(path, {_NAME: value})
+            for i, path in enumerate(self._saved(tmp_path)):
                 for file, whole in _files(path / _NAME).items():
                     for damaged in _damaged(whole):
                         file.unlink()
                         if damaged is not None:
                             file.write_bytes(damaged)
-                        try:
-                            found = self._load(path, i)
-                        except FormatError:
-                            pass  # noticed
-                        else:
-                            self.check(found, i, f"{os.path.relpath(file, path)} was damaged")
+                        with contextlib.suppress(FormatError):  # it was noticed
+                            when = f"{os.path.relpath(file, path)} was damaged"
+                            self.check(self._load(path, i), i, when)
                         file.write_bytes(whole)
 
     def test_it_may_be_renamed(self, tmp_path: Path) -> None:
         """With its old type string among `secondary_typestrs`, its checkpoints load."""
         renamed = type("Renamed", (self.handler,), {})
-        for i, value in enumerate(self.values()):
-            with self._context():
-                save_checkpointables(tmp_path / str(i), {_NAME: value})
-            with self._context(renamed, secondary_typestrs=[typestr(self.handler)]):
-                self.check(self._load(tmp_path / str(i), i), i, "the handler was renamed")
+        with self._context():
+            paths = self._saved(tmp_path)
+        with self._context(renamed, secondary_typestrs=[typestr(self.handler)]):
+            for i, path in enumerate(paths):
+                self.check(self._load(path, i), i, "the handler was renamed")
 
     def _context(
         self, handler: HandlerType | None = None, *, bound: bool = False, **more: Any
@@ -160,6 +152,13 @@ class HandlerTests(Samples):
         context = Context()
         context.checkpointables.registry = registry
         return context
+
+    def _saved(self, folder: Path) -> list[Path]:
+        """Saves each value in a checkpoint of its own."""
+        paths = [folder / str(i) for i in range(len(self.values()))]
+        for path, value in zip(paths, self.values(), strict=True):
+            save_checkpointables(path, {_NAME: value})
+        return paths
 
     def _snapshot(self, directory: _Directory, value: Any) -> Awaitable[None]:
         rest: Any = _async.run(_coroutine(self.handler().save(directory, value)))
