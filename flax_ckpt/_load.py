@@ -325,10 +325,14 @@ def _handler(layout: Layout, name: str, abstract: Any, context: Context) -> Any:
 
 
 def open_tree(layout: Layout, name: str, context: Context) -> SavedTree:
-    """A saved tree, with the leaf handlers of the PyTree handler that the context has for it."""
-    handler = _handler(layout, name, None, context)
-    leaves = handler.leaf_handler_registry if isinstance(handler, PyTreeHandler) else None
-    return SavedTree(layout.items[name], leaves)
+    """A saved tree, with the leaf handlers of the context's PyTree handler for it, if any."""
+    registry = context.checkpointables.registry or handler_registry.global_registry()
+    entries = list(reversed(registry.get_all_entries()))
+    entries.sort(key=lambda entry: entry[1] is None)  # one bound to the name comes first
+    for handler_type, bound in entries:
+        if bound in (name, None) and issubclass(handler_type, PyTreeHandler):
+            return SavedTree(layout.items[name], handler_type().leaf_handler_registry)
+    return SavedTree(layout.items[name])
 
 
 async def _load_items(

@@ -147,9 +147,10 @@ def test_a_type_that_is_stored_as_an_array_is_one_to_other_readers(path: Path) -
         fc.load(path, {"w": wrong})
 
 
-def test_a_training_run_saves_and_resumes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [None, "params"])
+def test_a_training_run_saves_and_resumes_it(tmp_path: Path, name: str | None) -> None:
     state = {"params": {"at": Point(1, 2), "w": jnp.ones(2)}, "step": 1}
-    context = with_points()
+    context = with_points(name)
     with fc.CheckpointCallback(tmp_path, every_n_steps=1, context=context) as ckpt:
         ckpt.on_step_end(1, state)
     found = fc.restore_train_state(tmp_path, state, context=context)
