@@ -1,6 +1,6 @@
 """Checkpointing for Flax and Optax training: save, resume, evaluate, anywhere."""
 
-from flax_ckpt import errors, handlers, options
+from flax_ckpt import errors, handlers, leaves, options
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt._load import (
     checkpointables_metadata,
@@ -10,7 +10,7 @@ from flax_ckpt._load import (
     load_checkpointables_async,
     metadata,
 )
-from flax_ckpt._metadata import CheckpointMetadata
+from flax_ckpt._metadata import CheckpointMetadata, PyTreeMetadata
 from flax_ckpt._save import (
     save,
     save_async,
@@ -18,22 +18,31 @@ from flax_ckpt._save import (
     save_checkpointables_async,
 )
 from flax_ckpt.context import Context
-from flax_ckpt.handlers import CheckpointableHandler, StatefulCheckpointable
+from flax_ckpt.handlers import (
+    AbstractCheckpointable,
+    Checkpointable,
+    CheckpointableHandler,
+    StatefulCheckpointable,
+)
 from flax_ckpt.training.callback import CheckpointCallback
 from flax_ckpt.training.restore import Report, Restored, restore, restore_train_state
 
 __all__ = [
+    "AbstractCheckpointable",
     "AsyncResponse",
     "CheckpointCallback",
     "CheckpointMetadata",
+    "Checkpointable",
     "CheckpointableHandler",
     "Context",
+    "PyTreeMetadata",
     "Report",
     "Restored",
     "StatefulCheckpointable",
     "checkpointables_metadata",
     "errors",
     "handlers",
+    "leaves",
     "load",
     "load_async",
     "load_checkpointables",

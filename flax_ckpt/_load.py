@@ -21,6 +21,8 @@ from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import CheckpointNotFoundError, FormatError, InvalidLayoutError
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers import registry as handler_registry
+from flax_ckpt.handlers.pytree import PyTreeHandler
+from flax_ckpt.handlers.saved_tree import SavedTree
 from flax_ckpt.storage import files
 from flax_ckpt.storage.paths import contents, local_path, require_directory
 from flax_ckpt.storage.record import Record
@@ -322,13 +324,26 @@ def _handler(layout: Layout, name: str, abstract: Any, context: Context) -> Any:
     return handler_registry.for_load(registry, name, abstract, recorded, is_tree)
 
 
+def open_tree(layout: Layout, name: str, context: Context) -> SavedTree:
+    """A saved tree, with the leaf handlers of the context's PyTree handler for it, if any."""
+    registry = context.checkpointables.registry or handler_registry.global_registry()
+    entries = list(reversed(registry.get_all_entries()))
+    entries.sort(key=lambda entry: entry[1] is None)  # one bound to the name comes first
+    for handler_type, bound in entries:
+        if bound in (name, None) and issubclass(handler_type, PyTreeHandler):
+            return SavedTree(layout.items[name], handler_type().leaf_handler_registry)
+    return SavedTree(layout.items[name])
+
+
 async def _load_items(
     layout: Layout, wanted: Mapping[str, Any], context: Context
 ) -> dict[str, Any]:
     with context:
         handlers = {name: _handler(layout, name, a, context) for name, a in wanted.items()}
         for name, handler in handlers.items():
-            if not hasattr(handler, "TYPESTR"):  # the user's: it knows nothing of checksums
+            if not isinstance(
+                handler, PyTreeHandler
+            ):  # which reads part of a tree, and checks that
                 Record(os.fspath(layout.item(name))).check_all()
         return {
             name: await (await handler.load(layout.item(name), wanted[name]))

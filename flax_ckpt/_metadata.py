@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar, final
 from etils import epath
 
 T = TypeVar("T")
+PyTreeMetadata = Any  # a tree of abstract leaves, in dicts and lists
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -35,12 +36,33 @@ CLASSES = {
     "Restored",
     "StatefulCheckpointable",
 }
+ALIASES = {
+    "AbstractCheckpointable",
+    "Checkpointable",
+    "PyTreeMetadata",
+}
 MODULES = {
     "errors",
     "handlers",
+    "leaves",
     "options",
 }
-PUBLIC = FUNCTIONS | CLASSES | MODULES
+PUBLIC = FUNCTIONS | CLASSES | ALIASES | MODULES
+
+NAMES_IN = {
+    "leaves": {
+        "ArrayLeaf",
+        "LeafHandler",
+        "LeafRegistry",
+        "LeafWrite",
+        "LoadRules",
+        "SavedLeaf",
+        "Target",
+        "host_write",
+        "whole",
+    },
+    "testing": {"HandlerTests", "LeafTests"},
+}
 
 # Loaded when a value of theirs is met, or never. They cost a user seconds, or a conflict.
 NOT_LOADED = ("absl", "flax", "grain", "ml_collections", "orbax", "safetensors", "sklearn")
@@ -68,6 +90,12 @@ def test_public_modules_are_ours(name: str) -> None:
     assert module.__name__ == f"flax_ckpt.{name}"
 
 
+@pytest.mark.parametrize("name", sorted(NAMES_IN))
+def test_names_in_modules_are_pinned(name: str) -> None:
+    module = importlib.import_module(f"flax_ckpt.{name}")
+    assert set(module.__all__) == NAMES_IN[name]
+
+
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_public_functions_are_documented(name: str) -> None:
     assert inspect.isfunction(getattr(fc, name))
@@ -86,3 +114,12 @@ def test_import_is_light() -> None:
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     )
     assert sorted(set(NOT_LOADED) & set(done.stdout.split())) == []
+
+
+def test_the_suites_for_authors_need_no_pytest() -> None:
+    program = "import sys, flax_ckpt; print('flax_ckpt.testing' in sys.modules)\n"
+    program += "import flax_ckpt.testing; print('pytest' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["False", "False"]

@@ -7,7 +7,7 @@ files are written in the background. A load compares everything, then reads.
 import logging
 import os
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar
 
 import jax
 from etils import epath
@@ -50,11 +50,12 @@ class ArrayMetadataValidator:
                 )
 
 
-@final
 class PyTreeHandler:
     """Saves and loads any JAX PyTree of arrays, numbers and strings.
 
     Bind it to a name through a registry; without one it takes every tree whose leaves it knows.
+    A registry builds handlers without arguments: to give it some, register a subclass whose
+    `__init__` calls this one with them.
 
     Args:
         context: options; None: those of the context around the constructor's call.
@@ -94,6 +95,11 @@ class PyTreeHandler:
         self._context = resolve(context)
         self._validator = array_metadata_validator
         self._leaves = leaf_handler_registry or LeafRegistry()
+
+    @property
+    def leaf_handler_registry(self) -> LeafRegistry:
+        """Handlers of leaves."""
+        return self._leaves
 
     async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
         """See :class:`CheckpointableHandler`.

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from flax_ckpt.errors import Difference, FormatError, TreeMismatchError
+from flax_ckpt.errors import Difference, TreeMismatchError
 from flax_ckpt.format import names, tree
 from flax_ckpt.handlers import keypaths
 from flax_ckpt.leaves.base import LeafHandler, LoadRules, SavedLeaf, show_array
@@ -177,10 +177,7 @@ class SavedTree(contextlib.ExitStack):
     def _handler(self, leaf: SavedLeaf, abstract: Any) -> LeafHandler | None:
         handler = self._registry.for_saved(leaf, abstract)
         if handler is None and abstract is None:
-            raise FormatError(
-                f"{self.directory}: the leaf {tree.show(leaf.path)} is of the unknown kind"
-                f" {leaf.value_type!r}"
-            )
+            raise self._registry.missing(self.directory, self.leaves.values())
         return handler
 
     def _read(self, matches: _Matches) -> list[Any]:

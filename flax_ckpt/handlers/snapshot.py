@@ -127,7 +127,8 @@ def _cannot_be_saved(
         + "\n".join(f"  {tree.show(path)}: {reason}" for path, reason in refused)
         + "\nLeaves may be JAX and NumPy arrays of the dtypes that zarr has, typed PRNG"
         " keys, int from -2**63 to 2**64 - 1, float, bool, str and None. Convert these"
-        " leaves, take them out of the tree, or register a leaf handler"
+        " leaves, take them out of the tree, or register a leaf handler, as flax_ckpt.leaves"
+        " says"
     )
 
 

@@ -77,8 +77,9 @@ class SavedLeaf(msgspec.Struct, frozen=True, gc=False):
             return f"key<{self.key_impl}>{_shape(self.shape[:-1])}"
         if self.shape is None or self.dtype is None:
             return self.value_type
-        suffix = {tree.ARRAY: "", tree.NUMPY: " (numpy)", tree.SCALAR: " (Python scalar)"}
-        return f"{self.dtype.name}{_shape(self.shape)}{suffix.get(self.value_type, '')}"
+        kinds = {tree.ARRAY: "", tree.NUMPY: " (numpy)", tree.SCALAR: " (Python scalar)"}
+        kind = kinds.get(self.value_type, f" ({self.value_type})")
+        return f"{self.dtype.name}{_shape(self.shape)}{kind}"
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -1,7 +1,10 @@
 """Which leaf handler takes which leaf: a list, the last registered that accepts it wins."""
 
+from collections.abc import Iterable
 from typing import Any
 
+from flax_ckpt.errors import FormatError
+from flax_ckpt.format import tree
 from flax_ckpt.leaves.array import ArrayLeaf
 from flax_ckpt.leaves.base import LeafHandler, SavedLeaf
 from flax_ckpt.leaves.ndarray import NumpyLeaf
@@ -11,17 +14,20 @@ from flax_ckpt.leaves.string import StringLeaf
 
 
 class LeafRegistry:
-    """An ordered set of leaf handlers.
+    """An ordered set of leaf handlers: those of this package, then your own.
+
+    Args:
+        handlers: your own; as with :meth:`add`.
 
     Lookup: to save, the last one whose `handles` is true of the value. To load, the one of typed
     keys if the leaf is one; else the last whose `handles_abstract` is true of the wish; without a
     wish the last that names the leaf's `value_type`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *handlers: LeafHandler) -> None:
         self._keys = KeyLeaf()
         self._handlers: list[LeafHandler] = [StringLeaf(), ScalarLeaf(), NumpyLeaf()]
-        self._handlers += [self._keys, ArrayLeaf()]
+        self._handlers += [self._keys, ArrayLeaf(), *handlers]
 
     def add(self, handler: LeafHandler) -> None:
         """Registers a handler; it wins over those before it."""
@@ -53,3 +59,17 @@ class LeafRegistry:
             if saved.value_type in handler.value_types:
                 return handler
         return None
+
+    def missing(self, where: str, leaves: Iterable[SavedLeaf]) -> FormatError:
+        """The error for saved leaves of which some are of a kind that no handler here loads."""
+        unknown = [leaf for leaf in leaves if not leaf.is_empty and self.for_saved(leaf) is None]
+        lines = [f"  {tree.show(leaf.path)}: kind {leaf.value_type!r}" for leaf in unknown[:10]]
+        if len(unknown) > len(lines):
+            lines.append(f"  … and {len(unknown) - len(lines)} more")
+        return FormatError(
+            f"{where}: no leaf handler is registered for {len(unknown)} of its leaves:\n"
+            + "\n".join(lines)
+            + "\nLoad it with PyTreeHandler(leaf_handler_registry=LeafRegistry(handler)), where"
+            " `handler` is the leaf handler that they were saved with; or name the other leaves"
+            " alone, with partial_load; or ask for their arrays with numpy.ndarray"
+        )

@@ -88,8 +88,13 @@ def fits(placed: Any, shape: tuple[int, ...]) -> bool:
 
 
 def concrete(sharding: Any) -> Any:
-    """A sharding on an abstract mesh, put on the mesh that is set around the call."""
+    """A sharding on an abstract mesh, put on the mesh that is set around the call.
+
+    The empty abstract mesh, which `jax.typeof` reports of an array that is not sharded, is none.
+    """
     if isinstance(sharding, NamedSharding) and not isinstance(sharding.mesh, Mesh):
+        if sharding.mesh.empty:
+            return None
         mesh = jax.sharding.get_mesh()
         if mesh.empty:
             raise StateError(

@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 from etils import epath
 from google.protobuf.message import Message
 
-from flax_ckpt._load import Layout, load_layout, steadily
+from flax_ckpt._load import Layout, load_layout, open_tree, steadily
 from flax_ckpt._metadata import CheckpointMetadata
 from flax_ckpt.adapters import config as configs
 from flax_ckpt.adapters import state as states
@@ -212,7 +212,7 @@ def _load_parts(layout: Layout, like: Any, rules: _Rules) -> dict[str, Any]:
     differences: list[Difference] = []
     reads: dict[str, Callable[[], Any]] = {}
     with contextlib.ExitStack() as opened:
-        saved = {name: opened.enter_context(_open_part(layout, name)) for name in wanted}
+        saved = {name: opened.enter_context(_open_part(layout, name, rules)) for name in wanted}
         for name, part in saved.items():
             try:
                 partial = rules.ignore_unexpected
@@ -228,9 +228,9 @@ def _load_parts(layout: Layout, like: Any, rules: _Rules) -> dict[str, Any]:
     return parts
 
 
-def _open_part(layout: Layout, name: str) -> SavedTree:
+def _open_part(layout: Layout, name: str, rules: _Rules) -> SavedTree:
     if name in layout.items:
-        return SavedTree(layout.items[name])
+        return open_tree(layout, name, rules.context)
     if name == states.WHOLE:
         raise StateError(
             f"{layout.path} holds the parts {', '.join(layout.items)} of a training state, and the"

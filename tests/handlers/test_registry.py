@@ -19,6 +19,7 @@ from google.protobuf.duration_pb2 import Duration
 import flax_ckpt as fc
 from flax_ckpt.errors import (
     AlreadyExistsError,
+    DamagedCheckpointError,
     NoEntryError,
     NotHandleableError,
     UnsupportedLeafError,
@@ -472,6 +473,15 @@ def test_a_stateful_checkpointable_saves_and_loads_itself(path: Path) -> None:
     assert loaded["data"] is target
     assert target.value == 5
     assert loaded["state"] == {"n": 1}
+
+
+def test_damage_to_the_file_of_a_stateful_checkpointable_is_noticed(path: Path) -> None:
+    fc.save_checkpointables(path, {"data": Counter(5)})
+    (path / "data/counter").write_text("6")
+    target = Counter()
+    with pytest.raises(DamagedCheckpointError, match="data/counter: CRC-32C"):
+        fc.load_checkpointables(path, {"data": target})
+    assert target.value == 0
 
 
 def test_without_an_object_its_state_goes_nowhere(path: Path) -> None:

@@ -310,6 +310,14 @@ def test_a_target_mesh_without_devices_is_refused_by_name(saved: Path) -> None:
         fc.load(saved, wanted)
 
 
+def test_the_type_of_an_array_is_an_abstract_leaf(tmp_path: Path) -> None:
+    """`jax.typeof` of an array that is not sharded has a sharding on an empty abstract mesh."""
+    state = {"w": jnp.arange(6.0).reshape(2, 3), "n": jnp.zeros((), jnp.int32)}
+    fc.save(tmp_path / "ckpt", state)
+    loaded = fc.load(tmp_path / "ckpt", jax.tree.map(jax.typeof, state))
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, state))
+
+
 def test_a_sharding_that_does_not_divide_the_shape_names_the_leaf(tmp_path: Path) -> None:
     fc.save(tmp_path / "ckpt", {"fine": jnp.zeros((8, 3)), "odd": jnp.zeros((7, 3))})
     sharding = NamedSharding(mesh(4, 2), P("x"))

@@ -1,0 +1,237 @@
+"""The suite for checkpointable handlers."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import inspect
+import os
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from etils import epath
+
+from flax_ckpt import _async
+from flax_ckpt._load import checkpointables_metadata, load_checkpointables
+from flax_ckpt._save import save_checkpointables, save_checkpointables_async
+from flax_ckpt.context import Context
+from flax_ckpt.errors import FormatError
+from flax_ckpt.handlers import global_registry, local_registry
+from flax_ckpt.handlers.base import CheckpointableHandler, HandlerType, PathAwaitingCreation
+from flax_ckpt.handlers.registry import typestr
+from flax_ckpt.testing.samples import Samples
+
+_NAME = "item"  # of the checkpointable in the checkpoints that are saved here
+
+
+class HandlerTests(Samples):
+    """Tests of a checkpointable handler.
+
+    Attributes:
+        handler: the class, as it is registered: built without arguments.
+
+    >>> from google.protobuf.duration_pb2 import Duration
+    >>> import flax_ckpt as fc
+    >>> class TestProtoHandler(HandlerTests):
+    ...     handler = fc.handlers.ProtoHandler
+    ...
+    ...     def values(self):
+    ...         return [Duration(seconds=1), Duration()]
+    ...
+    ...     def abstracts(self, value):
+    ...         return [Duration]
+    >>> TestProtoHandler().test_it_says_what_it_takes()
+    """
+
+    handler: ClassVar[HandlerType]
+
+    def test_it_is_a_handler(self) -> None:
+        """It has the methods, is built without arguments, and checkpoints can name it."""
+        lacks = f"{self.handler.__name__} lacks methods of CheckpointableHandler"
+        assert isinstance(self.handler(), CheckpointableHandler), lacks
+        name = typestr(self.handler)
+        assert "<locals>" not in name, f"checkpoints name it {name}: define it in a module"
+
+    def test_it_says_what_it_takes(self) -> None:
+        """`is_handleable` and `is_abstract_handleable` are true of what it takes, and no more."""
+        handler = self.handler()
+        for value in self.values():
+            assert handler.is_handleable(value) is True, f"does not take {value!r}"
+            for abstract in self.abstracts(value):
+                takes = handler.is_abstract_handleable(abstract)
+                assert takes in (True, None), f"does not load into {abstract!r}"
+        for value in self.refused():
+            assert handler.is_handleable(value) is False, f"takes {value!r}"
+        for abstract in self.refused_abstracts():
+            takes = handler.is_abstract_handleable(abstract)
+            assert takes in (False, None), f"loads into {abstract!r}"
+
+    def test_it_writes_only_into_its_directory_and_once_it_is_there(self, tmp_path: Path) -> None:
+        """`save` returns the rest as an awaitable, which awaits the creation before it writes."""
+        for i, value in enumerate(self.values()):
+            directory = _Directory(tmp_path / str(i))
+            _write(directory, self._snapshot(directory, value))
+            self.check(self._read(directory, i), i, "by its own methods")
+
+    def test_nothing_that_follows_a_save_changes_what_it_writes(self, tmp_path: Path) -> None:
+        """`save` itself takes the snapshot: values may change then, and other saves begin."""
+        begun: list[tuple[_Directory, Awaitable[None]]] = []
+        for i, value in enumerate(self.values()):
+            directory = _Directory(tmp_path / str(i))
+            begun.append((directory, self._snapshot(directory, value)))
+            self.change(value)
+        for directory, rest in reversed(begun):
+            _write(directory, rest)
+        for i, (directory, _) in enumerate(begun):
+            when = "the value was changed after `save`, and other saves overlapped"
+            self.check(self._read(directory, i), i, when)
+
+    def test_it_loads_what_it_saved_and_leaves_it_as_it_is(self, tmp_path: Path) -> None:
+        """Bound to a name or not, with and without an abstract value, as often as one likes."""
+        for bound in (True, False):
+            with self._context(bound=bound):
+                for i, path in enumerate(self._saved(tmp_path / str(bound))):
+                    before = _files(path)
+                    for form in 2 * self.forms(i):
+                        found = load_checkpointables(path, {_NAME: form})[_NAME]
+                        self.check(found, i, f"loaded into {form!r}")
+                    assert _files(path) == before, "loading changed the checkpoint"
+
+    def test_it_works_in_the_background_of_any_caller(self, tmp_path: Path) -> None:
+        """Callers may be in another thread than the main one, and may run an event loop."""
+
+        async def in_a_loop() -> None:
+            self._round_trip(tmp_path / "in a loop")
+
+        self._round_trip(tmp_path / "in the main thread")
+        asyncio.run(in_a_loop())
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(self._round_trip, tmp_path / "in another thread").result()
+
+    def test_metadata_is_cheap_and_loads_the_value(self, tmp_path: Path) -> None:
+        """`metadata` waits for nothing, and what it returns is an abstract value or None."""
+        with self._context():
+            for i, path in enumerate(self._saved(tmp_path)):
+                found = _async.run(_at_once(self.handler().metadata(epath.Path(path / _NAME))))
+                if found is not None or not self.needs_abstract:
+                    loaded = load_checkpointables(path, checkpointables_metadata(path))
+                    self.check(loaded[_NAME], i, f"loaded into its metadata, {found!r}")
+
+    def test_damage_is_noticed(self, tmp_path: Path) -> None:
+        """A changed byte or a lost file is a FormatError, or does not matter to the value."""
+        with self._context():
+            for i, path in enumerate(self._saved(tmp_path)):
+                for file, whole in _files(path / _NAME).items():
+                    for damaged in _damaged(whole):
+                        file.unlink()
+                        if damaged is not None:
+                            file.write_bytes(damaged)
+                        with contextlib.suppress(FormatError):  # it was noticed
+                            when = f"{os.path.relpath(file, path)} was damaged"
+                            self.check(self._load(path, i), i, when)
+                        file.write_bytes(whole)
+
+    def test_it_may_be_renamed(self, tmp_path: Path) -> None:
+        """With its old type string among `secondary_typestrs`, its checkpoints load."""
+        renamed = type("Renamed", (self.handler,), {})
+        with self._context():
+            paths = self._saved(tmp_path)
+        with self._context(renamed, secondary_typestrs=[typestr(self.handler)]):
+            for i, path in enumerate(paths):
+                self.check(self._load(path, i), i, "the handler was renamed")
+
+    def _context(
+        self, handler: HandlerType | None = None, *, bound: bool = False, **more: Any
+    ) -> Context:
+        ours = any(self.handler is entry for entry, _ in global_registry().get_all_entries())
+        registry = local_registry(include_global_registry=not ours)
+        name = _NAME if bound else None
+        registry.add(handler or self.handler, checkpointable_name=name, **more)
+        context = Context()
+        context.checkpointables.registry = registry
+        return context
+
+    def _saved(self, folder: Path) -> list[Path]:
+        """Saves each value in a checkpoint of its own."""
+        paths = [folder / str(i) for i in range(len(self.values()))]
+        for path, value in zip(paths, self.values(), strict=True):
+            save_checkpointables(path, {_NAME: value})
+        return paths
+
+    def _snapshot(self, directory: _Directory, value: Any) -> Awaitable[None]:
+        rest: Any = _async.run(_coroutine(self.handler().save(directory, value)))
+        assert inspect.isawaitable(rest), f"`save` returned {rest!r}, not the rest as an awaitable"
+        return rest
+
+    def _read(self, directory: _Directory, index: int) -> Any:
+        async def read() -> Any:
+            return await (await self.handler().load(directory.path, self.forms(index)[0]))
+
+        return _async.run(read())
+
+    def _load(self, path: Path, index: int) -> Any:
+        return load_checkpointables(path, {_NAME: self.forms(index)[0]})[_NAME]
+
+    def _round_trip(self, path: Path) -> None:
+        with self._context():
+            for i, value in enumerate(self.values()):
+                response = save_checkpointables_async(path / str(i), {_NAME: value})
+                self.change(value)
+                response.result()
+                self.check(self._load(path / str(i), i), i, path.name)
+
+
+class _Directory:
+    """A directory that is made when its creation is awaited; before, nothing may be there."""
+
+    def __init__(self, inside: Path, path: epath.Path | None = None, top: Any = None) -> None:
+        inside.mkdir(exist_ok=True)
+        self.inside = inside
+        self.path = path or epath.Path(inside / _NAME)
+        self.name = self.path.name
+        self.made = False
+        self._top: _Directory = top or self
+
+    def __truediv__(self, other: str | os.PathLike[str]) -> PathAwaitingCreation:
+        return _Directory(self.inside, self.path / other, self._top)
+
+    async def await_creation(self) -> epath.Path:
+        if not self._top.made:
+            early = os.listdir(self.inside)
+            assert not early, f"{early} was written before the creation of the directory"
+            self._top.path.mkdir()
+            self._top.made = True
+        return self.path
+
+
+def _write(directory: _Directory, rest: Awaitable[None]) -> None:
+    _async.run(_coroutine(rest))
+    assert directory.made, "the background part never awaited the creation of its directory"
+    beside = set(os.listdir(directory.inside)) - {_NAME}
+    assert not beside, f"{beside} was written beside the directory"
+
+
+async def _coroutine(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+async def _at_once(awaitable: Awaitable[Any]) -> Any:
+    waiting = awaitable.__await__()
+    try:
+        next(waiting)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("`metadata` waits: it must end in the caller's thread")
+
+
+def _files(path: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def _damaged(whole: bytes) -> list[bytes | None]:
+    """A bit flipped at the beginning, in the middle, at the end; and None: no file at all."""
+    places = {0, len(whole) // 2, len(whole) - 1} if whole else ()
+    flipped = [whole[:p] + bytes([whole[p] ^ 1]) + whole[p + 1 :] for p in places]
+    return [*flipped, None]
