@@ -57,6 +57,7 @@ NAMES_IN = {
         "LeafWrite",
         "LoadRules",
         "SavedLeaf",
+        "Shard",
         "Target",
         "host_write",
         "whole",
