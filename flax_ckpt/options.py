@@ -105,7 +105,8 @@ class PyTreeOptions(_Options):
 
         Attributes:
             partial_load: leaves that the abstract tree does not name are not loaded, instead of
-                being an error.
+                being an error. A leaf that it names and the checkpoint lacks is an error all the
+                same, unless it is `PLACEHOLDER`: an abstract leaf never comes back as data.
         """
 
         partial_load: bool = False

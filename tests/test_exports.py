@@ -40,7 +40,8 @@ MODULES = {
     "handlers",
     "options",
 }
-PUBLIC = FUNCTIONS | CLASSES | MODULES
+CONSTANTS = {"PLACEHOLDER"}
+PUBLIC = FUNCTIONS | CLASSES | MODULES | CONSTANTS
 
 # Loaded when a value of theirs is met, or never. They cost a user seconds, or a conflict.
 NOT_LOADED = ("absl", "flax", "grain", "ml_collections", "orbax", "safetensors", "sklearn")

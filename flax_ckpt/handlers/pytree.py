@@ -20,6 +20,7 @@ from flax_ckpt.handlers.saved_tree import SavedTree, read_array_metadatas
 from flax_ckpt.handlers.snapshot import Snapshot
 from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.leaves.registry import LeafRegistry
+from flax_ckpt.leaves.types import PLACEHOLDER
 from flax_ckpt.storage import files, hosts, native_write
 from flax_ckpt.storage.record import Record
 
@@ -135,7 +136,8 @@ class PyTreeHandler:
             directory: of the PyTree.
             abstract_checkpointable: tree of abstract leaves: `jax.ShapeDtypeStruct` or
                 `jax.Array` (a JAX array, with that sharding or the saved one), NumPy values or
-                types, `int`, `float`, `bool`, `str` or values of them; None: as saved.
+                types, `int`, `float`, `bool`, `str` or values of them, `PLACEHOLDER` to leave
+                one alone; None: as saved.
 
         Raises:
             TreeMismatchError: lists every difference; nothing was read.
@@ -163,7 +165,8 @@ class PyTreeHandler:
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Likewise of the abstract leaves."""
-        return all(map(self._leaves.for_abstract, _one_of_each_type(abstract_checkpointable)))
+        wanted = _one_of_each_type(abstract_checkpointable)
+        return all(leaf is PLACEHOLDER or self._leaves.for_abstract(leaf) for leaf in wanted)
 
 
 def _one_of_each_type(value: Any) -> list[Any]:

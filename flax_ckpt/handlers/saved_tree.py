@@ -17,6 +17,7 @@ from flax_ckpt.format import names, tree
 from flax_ckpt.handlers import keypaths
 from flax_ckpt.leaves.base import LeafHandler, LoadRules, SavedLeaf, Target, show_array
 from flax_ckpt.leaves.registry import LeafRegistry
+from flax_ckpt.leaves.types import PLACEHOLDER
 from flax_ckpt.storage.open_store import open_store
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayRead, ArrayStore
@@ -146,6 +147,8 @@ class SavedTree(contextlib.ExitStack):
         return matches
 
     def _match_one(self, path: tree.KeyPath, abstract: Any, rules: LoadRules) -> Match | Difference:
+        if abstract is PLACEHOLDER:
+            return None, abstract
         saved = self.leaves.get(path)
         empty = keypaths.is_empty(abstract)
         if empty and (saved is None or saved.is_empty):
