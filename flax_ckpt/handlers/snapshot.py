@@ -14,9 +14,11 @@ from jax.core import Tracer
 from flax_ckpt.context import Context
 from flax_ckpt.errors import UnsupportedLeafError
 from flax_ckpt.format import arrays, names, tree
+from flax_ckpt.format.encoding import Encoding
 from flax_ckpt.handlers import keypaths
 from flax_ckpt.leaves.base import LeafWrite
 from flax_ckpt.leaves.registry import LeafRegistry
+from flax_ckpt.storage import array_write
 from flax_ckpt.storage.store import ArrayWrite
 
 
@@ -33,6 +35,7 @@ class Snapshot:
         entries: all leaves and empty nodes.
         arrays: what goes to the array store.
         metadatas: what `array_metadatas` says.
+        layout: where the arrays go, and how they are encoded.
 
     Raises:
         UnsupportedLeafError: lists every leaf that cannot be saved.
@@ -49,6 +52,10 @@ class Snapshot:
         self._strings: dict[str, str] = {}
         limit = context.array.saving.storage_options.chunk_byte_size
         self._limit = limit or arrays.DEFAULT_CHUNK_BYTES
+        saving = context.array.saving
+        encoding = Encoding(saving.use_zarr3, saving.use_compression)
+        file_size = saving.ocdbt_target_data_file_size or 0
+        self.layout = array_write.ArrayLayout(saving.use_ocdbt, encoding, file_size)
         refused: list[str] = []
         for path, leaf in found:
             if keypaths.is_empty(leaf):
@@ -69,6 +76,8 @@ class Snapshot:
                 " keys, int from -2**63 to 2**64 - 1, float, bool, str and None. Convert these"
                 " leaves, take them out of the tree, or register a leaf handler"
             )
+        if not self.layout.ocdbt:
+            array_write.check_names([array.name for array in self.arrays])
         tree.unique_names(
             (e.path, arrays.prefix(e.name)) for e in self.entries if e.value_type not in tree.EMPTY
         )
@@ -95,7 +104,9 @@ class Snapshot:
 
     def files(self) -> dict[str, bytes]:
         """The files that describe the tree, by name."""
-        found = {names.TREE_METADATA: tree.TreeMetadata(tuple(self.entries)).to_bytes()}
+        layout = self.layout
+        metadata = tree.TreeMetadata(tuple(self.entries), layout.ocdbt, layout.encoding.zarr3)
+        found = {names.TREE_METADATA: metadata.to_bytes()}
         if self._shardings:
             found[names.SHARDING] = tree.encode_shardings(self._shardings)
         if self._string_file is not None:

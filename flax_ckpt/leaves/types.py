@@ -1,4 +1,4 @@
-"""What the types of trees and arrays are called in signatures: `flax_ckpt.tree`, `flax_ckpt.arrays`.
+"""The types of trees and arrays in signatures, public as `flax_ckpt.tree` and `flax_ckpt.arrays`.
 
     def save_params(params: tree.PyTreeOf[jax.Array]) -> None: ...
 
@@ -30,7 +30,7 @@ class PyTree:
 PyTreeKey: TypeAlias = SequenceKey | DictKey | GetAttrKey | FlattenedIndexKey
 PyTreeKeyPath: TypeAlias = tuple[PyTreeKey, ...]
 JsonType: TypeAlias = list["JsonValue"] | dict[str, "JsonValue"]
-JsonValue: TypeAlias = str | int | float | bool | None | JsonType
+JsonValue: TypeAlias = str | int | float | bool | JsonType | None
 
 Shape: TypeAlias = tuple[int, ...]
 DType: TypeAlias = np.dtype[Any]

@@ -16,9 +16,10 @@ import numpy as np
 
 from flax_ckpt.format import arrays as zarr
 from flax_ckpt.format import chunktable, names, ocdbt
+from flax_ckpt.format.encoding import DEFAULT, Encoding
 from flax_ckpt.storage import files
 from flax_ckpt.storage.database import Database
-from flax_ckpt.storage.datafile import TRAILER, Bytes, DataFileWriter
+from flax_ckpt.storage.datafile import Bytes, DataFileWriter
 from flax_ckpt.storage.hosts import Hosts
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayWrite
@@ -27,20 +28,28 @@ from flax_ckpt.storage.store import ArrayWrite
 _Row = tuple[bytes, ocdbt.Value, int]
 
 
-def write_arrays(directory: str, arrays: Sequence[ArrayWrite], hosts: Hosts) -> None:
+def write_arrays(
+    directory: str,
+    arrays: Sequence[ArrayWrite],
+    hosts: Hosts,
+    encoding: Encoding = DEFAULT,
+    file_size: int = 0,
+) -> None:
     """Writes arrays as one database; nothing is synced, the commit does that.
 
     Args:
         directory: of the PyTree; exists.
         arrays: all arrays of the tree, in every process the same, with this process's shards.
         hosts: the processes that write together.
+        encoding: of the arrays.
+        file_size: bytes after which another data file begins; 0: never.
     """
     if not hosts.several:
-        _write_database(directory, arrays, primary=True)
+        _write_database(directory, arrays, encoding, file_size, primary=True)
         return
     own = os.path.join(directory, _process_dir(hosts.index))
     os.makedirs(own)
-    _write_database(own, arrays, primary=hosts.is_primary)
+    _write_database(own, arrays, encoding, file_size, primary=hosts.is_primary)
     hosts.barrier(f"{os.path.basename(directory)} written")
     if hosts.is_primary:
         _merge(directory, hosts.active)
@@ -50,17 +59,26 @@ def _process_dir(index: int) -> str:
     return f"ocdbt.process_{index}"
 
 
-def _write_database(directory: str, arrays: Sequence[ArrayWrite], *, primary: bool) -> None:
+def _write_database(
+    directory: str,
+    arrays: Sequence[ArrayWrite],
+    encoding: Encoding,
+    file_size: int,
+    *,
+    primary: bool,
+) -> None:
     rows: list[_Row] = []
-    with DataFileWriter(directory) as out:
+    with DataFileWriter(directory, file_size) as out:
         for array in sorted(arrays, key=lambda array: array.name):
             if primary:
-                spec = array.spec.to_zarr3_json()
-                rows.append((zarr.zarr_key(array.name), spec, crc32c.crc32c(spec)))
-            for index, data, padding in _chunks(array) if primary or array.spread else ():
+                spec = encoding.metadata(array.spec)
+                rows.append((encoding.metadata_key(array.name), spec, crc32c.crc32c(spec)))
+            for index, data, padding in chunks(array) if primary or array.spread else ():
+                data, padding = encoding.encode(data, padding)
                 offset, crc = out.append_chunk(data, padding)
-                ref = ocdbt.ValueRef(out.file, offset, array.spec.chunk_nbytes + TRAILER)
-                rows.append((zarr.chunk_key(array.name, index), ref, crc))
+                length = len(data) + padding + encoding.trailer
+                ref = ocdbt.ValueRef(out.file, offset, length)
+                rows.append((encoding.chunk_key(array.name, index), ref, crc))
         _write_index(directory, out, rows)
 
 
@@ -91,17 +109,20 @@ def _merge(directory: str, processes: Iterable[int]) -> None:
         _write_index(directory, out, rows)
 
 
-def _chunks(array: ArrayWrite) -> Iterator[tuple[tuple[int, ...], Bytes, int]]:
+def chunks(array: ArrayWrite) -> Iterator[tuple[tuple[int, ...], Bytes, int]]:
     """Index, bytes and padding of each chunk that this process writes.
 
-    A chunk is contiguous in its shard: leading axes of 1, one axis that is split, whole axes. So
-    nothing is copied; only along the split axis the last chunk may be short.
+    A chunk mostly is contiguous in its shard: leading axes of 1, one axis that is split, whole
+    axes. Then nothing is copied, and along the split axis the last chunk may be short. One that
+    is split along other axes divides the shard, and is copied.
     """
     chunk = array.spec.chunk_shape
+    dtype = zarr.numpy_dtype(array.spec.dtype)
     for start, data in array.shards:
         if not data.size:
             continue
-        shard = np.asarray(data, order="C")
+        with np.errstate(all="ignore"):  # where the user wants a narrower dtype on disk
+            shard = np.asarray(data, dtype, order="C")
         counts = [-(-extent // step) for extent, step in zip(shard.shape, chunk, strict=True)]
         for place in itertools.product(*map(range, counts)):
             box = [slice(i * step, (i + 1) * step) for i, step in zip(place, chunk, strict=True)]

@@ -8,6 +8,7 @@ from flax_ckpt.format import names
 from flax_ckpt.format.ocdbt import NumberedManifestError
 from flax_ckpt.storage import files
 from flax_ckpt.storage.database import Database
+from flax_ckpt.storage.encoded_read import EncodedStore, from_database, from_files
 from flax_ckpt.storage.native_read import NativeStore
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayStore
@@ -28,15 +29,19 @@ def open_store(record: Record, *, ocdbt: bool | None, zarr3: bool) -> Generator[
     """
     if ocdbt is None:
         ocdbt = os.path.isfile(os.path.join(record.directory, names.MANIFEST))
-    general = TensorStoreStore(record.directory, ocdbt=ocdbt, zarr3=zarr3)
+    where = record.directory
+    general: ArrayStore = TensorStoreStore(where, ocdbt=ocdbt, zarr3=zarr3)
     database: Database | None = None
+    checked = record.native and record.lists(names.CHUNK_TABLE)
     if ocdbt:
         with contextlib.suppress(NumberedManifestError):
-            checked = record.native and record.lists(names.CHUNK_TABLE)
             database = Database(record, checked=checked)
     if database is None:
-        files.refuse_links(record.directory)
-        yield general
+        files.refuse_links(where)
+        ours = record.native and not ocdbt
+        yield EncodedStore(where, from_files(record), zarr3=zarr3) if ours else general
     else:
         with database:
+            if checked:
+                general = EncodedStore(where, from_database(database), zarr3=zarr3)
             yield NativeStore(database, general) if zarr3 else general
