@@ -15,7 +15,8 @@ from flax_ckpt.context import Context
 from flax_ckpt.errors import UnsupportedLeafError
 from flax_ckpt.format import arrays, names, tree
 from flax_ckpt.format.encoding import Encoding
-from flax_ckpt.handlers import keypaths
+from flax_ckpt.handlers import keypaths, storage_options
+from flax_ckpt.handlers.storage_options import LeafStorage
 from flax_ckpt.leaves.base import LeafWrite
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage import array_write
@@ -50,9 +51,8 @@ class Snapshot:
         self.metadatas: list[tree.ArrayMetadata] = []
         self._shardings: dict[str, str] = {}
         self._strings: dict[str, str] = {}
-        limit = context.array.saving.storage_options.chunk_byte_size
-        self._limit = limit or arrays.DEFAULT_CHUNK_BYTES
         saving = context.array.saving
+        storages = storage_options.per_leaf(value, saving)
         encoding = Encoding(saving.use_zarr3, saving.use_compression)
         file_size = saving.ocdbt_target_data_file_size or 0
         self.layout = array_write.ArrayLayout(saving.use_ocdbt, encoding, file_size)
@@ -62,12 +62,14 @@ class Snapshot:
                 kind = keypaths.empty_kind(leaf)
                 self.entries.append(tree.Entry(path, tree.name_of(path), kind))
                 continue
+            storage = next(storages)
             handler = registry.for_value(leaf)
             reason = _refusal(path, leaf) if handler else f"{_describe(leaf)} cannot be saved"
             if handler is None or reason:
                 refused.append(f"  {tree.show(path)}: {reason}")
             elif not refused:
-                self._add(path, handler.write(leaf, copy=context.memory.deepcopy_host_arrays))
+                write = handler.write(leaf, copy=context.memory.deepcopy_host_arrays)
+                self._add(path, write, storage)
         if refused:
             raise UnsupportedLeafError(
                 f"checkpointable {name!r}: {len(refused)} of {len(found)} leaves cannot be saved:\n"
@@ -84,7 +86,7 @@ class Snapshot:
         # Encoded now: a key that cannot be stored must be an error of the call, not of its thread.
         self._string_file = tree.encode_strings(self._strings) if self._strings else None
 
-    def _add(self, path: tree.KeyPath, write: LeafWrite) -> None:
+    def _add(self, path: tree.KeyPath, write: LeafWrite, storage: LeafStorage) -> None:
         name = tree.name_of(path)
         placed = write.shard_shape if write.value_type == tree.ARRAY else None
         self.entries.append(tree.Entry(path, name, write.value_type, placed))
@@ -92,12 +94,12 @@ class Snapshot:
             self._shardings[name] = write.sharding
         if write.string is not None:
             self._strings[name] = write.string
-        if write.shape is None or write.dtype is None:
+        dtype = storage.dtype_of(write, tree.show(path))
+        if write.shape is None or dtype is None:
             return
-        shard, size = write.shard_shape, write.dtype.itemsize
-        single = shard == write.shape
-        chunk = arrays.choose_chunks(shard, size, single_shard=single, limit=self._limit)
-        spec = arrays.ArraySpec(write.shape, arrays.zarr_dtype(write.dtype), chunk)
+        single = write.shard_shape == write.shape
+        chunk = storage.chunk_of(write.shard_shape, dtype.itemsize, single_shard=single)
+        spec = arrays.ArraySpec(write.shape, arrays.zarr_dtype(dtype), chunk)
         self.arrays.append(ArrayWrite(name, spec, write.shards, write.spread))
         if placed is not None:
             self.metadatas.append(tree.ArrayMetadata(name, placed, chunk, write.key_impl))

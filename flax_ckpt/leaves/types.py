@@ -6,7 +6,7 @@ They are for people and type checkers; nothing here runs.
 """
 
 from types import EllipsisType
-from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -27,7 +27,10 @@ class PyTree:
     """A tree of nested containers with any leaves."""
 
 
-PyTreeKey: TypeAlias = SequenceKey | DictKey | GetAttrKey | FlattenedIndexKey
+if TYPE_CHECKING:  # jaxlib says nothing about the types of its keys
+    PyTreeKey: TypeAlias = Any
+else:
+    PyTreeKey = SequenceKey | DictKey | GetAttrKey | FlattenedIndexKey
 PyTreeKeyPath: TypeAlias = tuple[PyTreeKey, ...]
 JsonType: TypeAlias = list["JsonValue"] | dict[str, "JsonValue"]
 JsonValue: TypeAlias = str | int | float | bool | JsonType | None

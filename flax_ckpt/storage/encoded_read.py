@@ -90,7 +90,8 @@ class EncodedStore:
                 work += self._plan(read, region, parts[-1])
             results.append(parts)
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(lambda fill: fill(), work))
+            for done in [pool.submit(fill) for fill in work]:
+                done.result()
         return results
 
     def _plan(

@@ -126,6 +126,7 @@ def chunks(array: ArrayWrite) -> Iterator[tuple[tuple[int, ...], Bytes, int]]:
         counts = [-(-extent // step) for extent, step in zip(shard.shape, chunk, strict=True)]
         for place in itertools.product(*map(range, counts)):
             box = [slice(i * step, (i + 1) * step) for i, step in zip(place, chunk, strict=True)]
-            piece: Bytes = shard[..., *box].reshape(-1).view(np.uint8)  # `...` for rank 0
+            part = np.ascontiguousarray(shard[..., *box])  # `...` for rank 0
+            piece: Bytes = part.reshape(-1).view(np.uint8)
             index = tuple(low // step + i for low, step, i in zip(start, chunk, place, strict=True))
             yield index, piece, array.spec.chunk_nbytes - len(piece)
