@@ -146,8 +146,10 @@ class PyTreeHandler:
         return self._load(directory, abstract_checkpointable)
 
     async def _load(self, directory: epath.Path, abstract: Any) -> Any:
-        rules = LoadRules()
-        with SavedTree(os.fspath(directory), self._leaves) as saved:
+        loading = self._context.array.loading
+        rules = LoadRules(resize=loading.enable_padding_and_truncation)
+        fill = not loading.raise_array_data_missing_error
+        with SavedTree(os.fspath(directory), self._leaves, fill_missing=fill) as saved:
             self._validator.validate_all_array_metadatas(saved.array_metadatas)
             partial = self._context.pytree.loading.partial_load
             result = saved.prepare(abstract, rules, partial=partial)()

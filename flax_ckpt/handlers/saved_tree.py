@@ -20,6 +20,7 @@ from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.leaves.types import PLACEHOLDER
 from flax_ckpt.storage.open_store import open_store
 from flax_ckpt.storage.record import Record
+from flax_ckpt.storage.resize import ResizingStore
 from flax_ckpt.storage.store import ArrayRead, ArrayStore
 
 _SHOWN = 40  # differences in a message; all of them are in the exception
@@ -35,6 +36,7 @@ class SavedTree(contextlib.ExitStack):
     Args:
         directory: absolute path of the PyTree directory.
         registry: handlers of its leaves.
+        fill_missing: chunks that are missing from another writer's checkpoint are zeros.
 
     Attributes:
         leaves: what is saved, empty nodes included, by key path.
@@ -45,7 +47,13 @@ class SavedTree(contextlib.ExitStack):
         FormatError: one makes no sense.
     """
 
-    def __init__(self, directory: str, registry: LeafRegistry | None = None) -> None:
+    def __init__(
+        self,
+        directory: str,
+        registry: LeafRegistry | None = None,
+        *,
+        fill_missing: bool = False,
+    ) -> None:
         super().__init__()
         self.directory = directory
         self._registry = registry or LeafRegistry()
@@ -61,7 +69,12 @@ class SavedTree(contextlib.ExitStack):
         try:
             if self._arrays:  # without any, Orbax writes no database
                 meta = self._metadata
-                store = open_store(self._record, ocdbt=meta.use_ocdbt, zarr3=meta.use_zarr3)
+                store = open_store(
+                    self._record,
+                    ocdbt=meta.use_ocdbt,
+                    zarr3=meta.use_zarr3,
+                    fill_missing=fill_missing,
+                )
                 self._store = self.enter_context(store)
             self.array_metadatas = read_array_metadatas(self._record)
             self.leaves = {leaf.path: leaf for leaf in self._describe()}
@@ -116,10 +129,10 @@ class SavedTree(contextlib.ExitStack):
         """
         if abstract is None:
             matches = self._match([(path, None) for path in self.leaves], rules, partial)
-            return lambda: self._build(self._read(matches))
+            return lambda: self._build(self._read(matches, rules))
         wanted, treedef = keypaths.flatten(abstract)
         matches = self._match(wanted, rules, partial)
-        return lambda: treedef.unflatten(self._read(matches))
+        return lambda: treedef.unflatten(self._read(matches, rules))
 
     def _build(self, values: Sequence[Any]) -> Any:
         return tree.build(zip(self.leaves, values, strict=True), self.directory)
@@ -174,7 +187,7 @@ class SavedTree(contextlib.ExitStack):
             )
         return handler
 
-    def _read(self, matches: Sequence[Match]) -> list[Any]:
+    def _read(self, matches: Sequence[Match], rules: LoadRules) -> list[Any]:
         """The value of each match, in order; the data of all is read in one batch."""
         found = [(i, h, target) for i, (h, target) in enumerate(matches) if h is not None]
         reads = [
@@ -182,7 +195,8 @@ class SavedTree(contextlib.ExitStack):
             for _, _, target in found
             if target.regions
         ]
-        data = iter(self._store.read_arrays(reads) if self._store else [])
+        store = ResizingStore(self._store) if rules.resize and self._store else self._store
+        data = iter(store.read_arrays(reads) if store else [])
         groups: dict[LeafHandler, list[tuple[int, Target, Sequence[NDArray[Any]]]]] = {}
         for i, handler, target in found:
             parts = next(data) if target.regions else ()

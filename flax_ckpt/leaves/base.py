@@ -118,10 +118,16 @@ class LoadRules:
         strict: another dtype is a mismatch, except between rank-0 numbers whose value fits.
             False, as in `load`: the wanted dtype is a cast.
         fallbacks: collects names of leaves that came to one device as theirs do not exist.
+        resize: another shape of the same rank is met by cutting and by filling with zeros.
     """
 
     strict: bool = False
     fallbacks: list[str] = dataclasses.field(default_factory=list[str])
+    resize: bool = False
+
+    def fits(self, saved: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        """Whether an array of one shape may come back in the other."""
+        return saved == wanted or (self.resize and len(saved) == len(wanted))
 
 
 @runtime_checkable

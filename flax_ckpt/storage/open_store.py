@@ -16,7 +16,9 @@ from flax_ckpt.storage.tensor_store import TensorStoreStore
 
 
 @contextlib.contextmanager
-def open_store(record: Record, *, ocdbt: bool | None, zarr3: bool) -> Generator[ArrayStore]:
+def open_store(
+    record: Record, *, ocdbt: bool | None, zarr3: bool, fill_missing: bool = False
+) -> Generator[ArrayStore]:
     """The arrays of a directory.
 
     A foreign database's index is decoded here first, which checks that no path in it leads out of
@@ -26,11 +28,14 @@ def open_store(record: Record, *, ocdbt: bool | None, zarr3: bool) -> Generator[
         record: reads the directory's files.
         ocdbt: what `_METADATA` says; None: look.
         zarr3: likewise.
+        fill_missing: chunks that are missing are zeros, unless we wrote the checkpoint.
     """
     if ocdbt is None:
         ocdbt = os.path.isfile(os.path.join(record.directory, names.MANIFEST))
     where = record.directory
-    general: ArrayStore = TensorStoreStore(where, ocdbt=ocdbt, zarr3=zarr3)
+    general: ArrayStore = TensorStoreStore(
+        where, ocdbt=ocdbt, zarr3=zarr3, fill_missing=fill_missing
+    )
     database: Database | None = None
     checked = record.native and record.lists(names.CHUNK_TABLE)
     if ocdbt:
@@ -44,4 +49,7 @@ def open_store(record: Record, *, ocdbt: bool | None, zarr3: bool) -> Generator[
         with database:
             if checked:
                 general = EncodedStore(where, from_database(database), zarr3=zarr3)
-            yield NativeStore(database, general) if zarr3 else general
+            native = zarr3 and (checked or not fill_missing)
+            if not native:
+                database.check_files()
+            yield NativeStore(database, general) if native else general
