@@ -1,6 +1,6 @@
 """Checkpointing for Flax and Optax training: save, resume, evaluate, anywhere."""
 
-from flax_ckpt import errors, handlers, options
+from flax_ckpt import arrays, errors, handlers, multihost, options, tree
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt._load import (
     checkpointables_metadata,
@@ -33,6 +33,7 @@ __all__ = [
     "Report",
     "Restored",
     "StatefulCheckpointable",
+    "arrays",
     "checkpointables_metadata",
     "errors",
     "handlers",
@@ -41,6 +42,7 @@ __all__ = [
     "load_checkpointables",
     "load_checkpointables_async",
     "metadata",
+    "multihost",
     "options",
     "restore",
     "restore_train_state",
@@ -48,4 +50,5 @@ __all__ = [
     "save_async",
     "save_checkpointables",
     "save_checkpointables_async",
+    "tree",
 ]

@@ -36,9 +36,40 @@ CLASSES = {
     "StatefulCheckpointable",
 }
 MODULES = {
+    "arrays",
     "errors",
     "handlers",
+    "multihost",
     "options",
+    "tree",
+}
+FACADES = {
+    "arrays": {
+        "AbstractArray",
+        "AbstractScalar",
+        "AbstractShardedArray",
+        "ArrayLike",
+        "DType",
+        "Scalar",
+        "Shape",
+        "to_shape_dtype_struct",
+    },
+    "multihost": {
+        "is_primary_host",
+        "process_count",
+        "process_index",
+        "sync_global_processes",
+    },
+    "tree": {
+        "AbstractLeaf",
+        "JsonType",
+        "Leaf",
+        "PyTree",
+        "PyTreeKey",
+        "PyTreeKeyPath",
+        "PyTreeOf",
+        "merge",
+    },
 }
 CONSTANTS = {"PLACEHOLDER"}
 PUBLIC = FUNCTIONS | CLASSES | MODULES | CONSTANTS
@@ -67,6 +98,11 @@ def test_public_modules_are_ours(name: str) -> None:
     module = getattr(fc, name)
     assert isinstance(module, types.ModuleType)
     assert module.__name__ == f"flax_ckpt.{name}"
+
+
+@pytest.mark.parametrize("name", sorted(FACADES))
+def test_names_of_a_public_module_are_pinned(name: str) -> None:
+    assert set(getattr(fc, name).__all__) == FACADES[name]
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))

@@ -36,11 +36,10 @@ def resized(shape: tuple[int, ...]) -> Any:
     return np.pad(VALUES, pads)[tuple(map(slice, shape))]
 
 
-@pytest.fixture(scope="module", params=["small", "whole", "zstd"])
+@pytest.fixture(scope="module", params=["small", "zstd"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     context = fc.Context()
-    if request.param != "whole":
-        context.array.saving.storage_options.chunk_byte_size = 3 * 12 * 4
+    context.array.saving.storage_options.chunk_byte_size = 3 * 12 * 4
     context.array.saving.use_compression = request.param == "zstd"
     path = tmp_path_factory.mktemp(request.param) / "ckpt"
     with context:
