@@ -36,7 +36,7 @@ def merge(
     """
     wrong: list[str] = []
     together = functools.partial(_merge, (), overwrite, is_leaf or _is_leaf, wrong)
-    result = functools.reduce(together, trees) if trees else {}
+    result: Any = functools.reduce(together, trees) if trees else {}
     if wrong:
         raise TreeMismatchError(
             "the trees cannot be merged:\n" + "\n".join(f"  {line}" for line in wrong)

@@ -21,7 +21,7 @@ from flax_ckpt.handlers.snapshot import Snapshot
 from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.leaves.types import PLACEHOLDER
-from flax_ckpt.storage import array_write, files, hosts
+from flax_ckpt.storage import file_write, files, hosts, native_write
 from flax_ckpt.storage.record import Record
 
 logger = logging.getLogger("flax_ckpt")
@@ -121,7 +121,8 @@ class PyTreeHandler:
             os.makedirs(folder, exist_ok=True)
             data = tree.encode_array_metadatas(snapshot.metadatas)
             files.write(os.path.join(folder, f"process_{together.index}"), data)
-        array_write.write_arrays(path, snapshot.arrays, snapshot.layout, together)
+        write = (native_write if snapshot.layout.ocdbt else file_write).write_arrays
+        write(path, snapshot.arrays, together, snapshot.layout)
         if together.is_primary:
             for name, data in snapshot.files().items():
                 files.write(os.path.join(path, name), data)

@@ -19,8 +19,8 @@ from flax_ckpt.handlers import keypaths, storage_options
 from flax_ckpt.handlers.storage_options import LeafStorage
 from flax_ckpt.leaves.base import LeafWrite
 from flax_ckpt.leaves.registry import LeafRegistry
-from flax_ckpt.storage import array_write
-from flax_ckpt.storage.store import ArrayWrite
+from flax_ckpt.storage import file_write
+from flax_ckpt.storage.store import ArrayLayout, ArrayWrite
 
 
 class Snapshot:
@@ -55,7 +55,7 @@ class Snapshot:
         storages = storage_options.per_leaf(value, saving)
         encoding = Encoding(saving.use_zarr3, saving.use_compression)
         file_size = saving.ocdbt_target_data_file_size or 0
-        self.layout = array_write.ArrayLayout(saving.use_ocdbt, encoding, file_size)
+        self.layout = ArrayLayout(saving.use_ocdbt, encoding, file_size)
         refused: list[str] = []
         for path, leaf in found:
             if keypaths.is_empty(leaf):
@@ -79,7 +79,7 @@ class Snapshot:
                 " leaves, take them out of the tree, or register a leaf handler"
             )
         if not self.layout.ocdbt:
-            array_write.check_names([array.name for array in self.arrays])
+            file_write.check_names([array.name for array in self.arrays])
         tree.unique_names(
             (e.path, arrays.prefix(e.name)) for e in self.entries if e.value_type not in tree.EMPTY
         )

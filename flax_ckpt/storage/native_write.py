@@ -16,13 +16,12 @@ import numpy as np
 
 from flax_ckpt.format import arrays as zarr
 from flax_ckpt.format import chunktable, names, ocdbt
-from flax_ckpt.format.encoding import DEFAULT, Encoding
 from flax_ckpt.storage import files
 from flax_ckpt.storage.database import Database
 from flax_ckpt.storage.datafile import Bytes, DataFileWriter
 from flax_ckpt.storage.hosts import Hosts
 from flax_ckpt.storage.record import Record
-from flax_ckpt.storage.store import ArrayWrite
+from flax_ckpt.storage.store import ArrayLayout, ArrayWrite
 
 # key, value or where it is, CRC-32C of the value (of a chunk: without its trailer)
 _Row = tuple[bytes, ocdbt.Value, int]
@@ -32,8 +31,7 @@ def write_arrays(
     directory: str,
     arrays: Sequence[ArrayWrite],
     hosts: Hosts,
-    encoding: Encoding = DEFAULT,
-    file_size: int = 0,
+    layout: ArrayLayout,
 ) -> None:
     """Writes arrays as one database; nothing is synced, the commit does that.
 
@@ -41,15 +39,14 @@ def write_arrays(
         directory: of the PyTree; exists.
         arrays: all arrays of the tree, in every process the same, with this process's shards.
         hosts: the processes that write together.
-        encoding: of the arrays.
-        file_size: bytes after which another data file begins; 0: never.
+        layout: how the arrays are encoded, and the size of data files.
     """
     if not hosts.several:
-        _write_database(directory, arrays, encoding, file_size, primary=True)
+        _write_database(directory, arrays, layout, primary=True)
         return
     own = os.path.join(directory, _process_dir(hosts.index))
     os.makedirs(own)
-    _write_database(own, arrays, encoding, file_size, primary=hosts.is_primary)
+    _write_database(own, arrays, layout, primary=hosts.is_primary)
     hosts.barrier(f"{os.path.basename(directory)} written")
     if hosts.is_primary:
         _merge(directory, hosts.active)
@@ -62,13 +59,13 @@ def _process_dir(index: int) -> str:
 def _write_database(
     directory: str,
     arrays: Sequence[ArrayWrite],
-    encoding: Encoding,
-    file_size: int,
+    layout: ArrayLayout,
     *,
     primary: bool,
 ) -> None:
+    encoding = layout.encoding
     rows: list[_Row] = []
-    with DataFileWriter(directory, file_size) as out:
+    with DataFileWriter(directory, layout.file_size) as out:
         for array in sorted(arrays, key=lambda array: array.name):
             if primary:
                 spec = encoding.metadata(array.spec)

@@ -1,24 +1,24 @@
-"""Writes the arrays of a tree in the layout that the options ask for.
+"""Writes arrays as plain files, a directory for each array and a file for each chunk.
 
-    write_arrays(directory, arrays, ArrayLayout(ocdbt=False), hosts)
+    write_arrays(directory, arrays, hosts, ArrayLayout(ocdbt=False))  # w/zarr.json, w/c/0/0, …
 
-A database is the work of `native_write`. Plain files, one per chunk, are written here: each
-process writes the chunks that it has. Their checksums are those of all files, in `flax_ckpt.json`.
+Each process writes the chunks that it has. `flax_ckpt.json` has the checksums of these files, as of
+all that no table vouches for.
 """
 
 import os
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import crc32c
 
 from flax_ckpt.errors import UnsupportedLeafError
 from flax_ckpt.format import arrays as zarr
 from flax_ckpt.format import names
-from flax_ckpt.format.encoding import DEFAULT, Encoding
-from flax_ckpt.storage import native_write
+from flax_ckpt.format.encoding import Encoding
 from flax_ckpt.storage.hosts import Hosts
-from flax_ckpt.storage.store import ArrayWrite
+from flax_ckpt.storage.native_write import chunks
+from flax_ckpt.storage.store import ArrayLayout, ArrayWrite
 
 # What else may lie in the directory of a tree; `checkpoint` is a file of Orbax's first format.
 _TAKEN: Final = frozenset(
@@ -29,34 +29,17 @@ _TAKEN: Final = frozenset(
 )
 
 
-class ArrayLayout(NamedTuple):
-    """Where the arrays of a tree go, and how they are encoded.
-
-    Attributes:
-        ocdbt: into one database, else each into files of its own.
-        encoding: of the arrays.
-        file_size: bytes after which a database begins another data file; 0: never.
-    """
-
-    ocdbt: bool = True
-    encoding: Encoding = DEFAULT
-    file_size: int = 0
-
-
 def write_arrays(
-    directory: str, arrays: Sequence[ArrayWrite], layout: ArrayLayout, hosts: Hosts
+    directory: str, arrays: Sequence[ArrayWrite], hosts: Hosts, layout: ArrayLayout
 ) -> None:
-    """Writes arrays; nothing is synced, the commit does that.
+    """Writes arrays as files; nothing is synced, the commit does that.
 
     Args:
         directory: of the PyTree; exists.
         arrays: all arrays of the tree, in every process the same, with this process's shards.
-        layout: where they go, and how.
         hosts: the processes that write together.
+        layout: how the arrays are encoded.
     """
-    if layout.ocdbt:
-        native_write.write_arrays(directory, arrays, hosts, layout.encoding, layout.file_size)
-        return
     for array in arrays:
         _write_files(directory, array, layout.encoding, primary=hosts.is_primary)
 
@@ -64,7 +47,7 @@ def write_arrays(
 def _write_files(directory: str, array: ArrayWrite, encoding: Encoding, *, primary: bool) -> None:
     if primary:
         _write(directory, encoding.metadata_key(array.name), encoding.metadata(array.spec))
-    for index, data, padding in native_write.chunks(array) if primary or array.spread else ():
+    for index, data, padding in chunks(array) if primary or array.spread else ():
         data, padding = encoding.encode(data, padding)
         parts = [data.data, bytes(padding)]
         if encoding.trailer:
