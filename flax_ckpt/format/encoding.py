@@ -162,9 +162,9 @@ def _parse_zarr2(data: bytes, what: str) -> Described | None:
     usual = all(document.get(key, value) == value for key, value in _ZARR2.items())
     if not usual or not isinstance(name, str) or not (compressed or compressor is None):
         return None
-    dtype = np.dtype(name).name if name[:1] in "<|" else name
     try:
+        dtype = np.dtype(name).name if name[:1] in "<|" else name
         spec = arrays.ArraySpec(tuple(document["shape"]), dtype, tuple(document["chunks"]))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{what}: {error!r} in the description of an array") from error
     return Described(spec, Encoding(False, compressed))

@@ -53,9 +53,9 @@ class Snapshot:
         self._strings: dict[str, str] = {}
         saving = context.array.saving
         storages = storage_options.per_leaf(value, saving)
-        encoding = Encoding(saving.use_zarr3, saving.use_compression)
+        encoding = Encoding(bool(saving.use_zarr3), bool(saving.use_compression))
         file_size = saving.ocdbt_target_data_file_size or 0
-        self.layout = ArrayLayout(saving.use_ocdbt, encoding, file_size)
+        self.layout = ArrayLayout(bool(saving.use_ocdbt), encoding, file_size)
         refused: list[str] = []
         for path, leaf in found:
             if keypaths.is_empty(leaf):

@@ -141,6 +141,25 @@ def test_a_tree_that_is_one_array(saved: tuple[Layout, Path]) -> None:
     assert trees.differences(ocp.load(path), expected) == []
 
 
+# A run.
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(compressed=True), Layout(ocdbt=False, zarr3=False)], ids=str
+)
+def test_steps_of_a_run_are_resumed_here_and_listed_by_orbax(
+    tmp_path: Path, layout: Layout
+) -> None:
+    state = {"params": {"w": jax.numpy.arange(6.0).reshape(2, 3)}, "step": 3}
+    with fc.CheckpointCallback(tmp_path, every_n_steps=1, context=layout.context()) as callback:
+        callback.on_step_end(3, state, metrics={"loss": 0.5})
+    assert trees.differences(fc.restore_train_state(tmp_path, state), state) == []
+    with v0.CheckpointManager(tmp_path) as manager:
+        found = manager.restore(3, args=v0.args.Composite(params=v0.args.PyTreeRestore()))
+        assert manager.all_steps() == [3]
+    assert trees.differences(found["params"], state["params"]) == []
+
+
 # Files are named after keys.
 
 

@@ -14,9 +14,11 @@ import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import flax_ckpt as fc
-from flax_ckpt.errors import DamagedCheckpointError, TreeMismatchError
+from flax_ckpt.errors import DamagedCheckpointError, FormatError, TreeMismatchError
 from flax_ckpt.format.encoding import Encoding
+from flax_ckpt.storage.database import Database
 from flax_ckpt.storage.datafile import DataFileReader
+from flax_ckpt.storage.record import Record
 
 VALUES = np.arange(1, 8 * 12 + 1, dtype=np.float32).reshape(8, 12)
 SHAPES = [(8, 12), (4, 12), (8, 4), (16, 12), (8, 16), (2, 20), (40, 4), (0, 12), (4, 0), (64, 64)]
@@ -184,3 +186,26 @@ def test_in_our_own_checkpoints_a_missing_chunk_is_an_error_whatever_is_set(tmp_
         (tmp_path / "ckpt" / "state" / "w" / "c" / "0").unlink()
         with pytest.raises(DamagedCheckpointError, match="w: .*the file is missing"):
             fc.load(tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize("zarr3", [True, False])
+def test_a_data_file_that_is_a_link_is_refused_whoever_reads_it(
+    tmp_path: Path, zarr3: bool
+) -> None:
+    """TensorStore would follow it out of the checkpoint."""
+    context = ocp.Context()
+    context.array.saving.use_zarr3 = zarr3
+    with context:
+        ocp.save(tmp_path / "ckpt", {"w": np.ones(5000), "v": np.arange(9000)})
+    state = tmp_path / "ckpt" / "state"
+    with Database(Record(str(state)), checked=False) as database:
+        used = {ref.file for ref in database.values.values() if not isinstance(ref, bytes)}
+    assert used
+    for file in used:
+        (state / file).rename(tmp_path / "outside")
+        (state / file).symlink_to(tmp_path / "outside")
+        with pytest.raises(FormatError, match="is a link that leads to"):
+            fc.load(tmp_path / "ckpt")
+        (state / file).unlink()
+        (tmp_path / "outside").rename(state / file)
+    fc.load(tmp_path / "ckpt")
