@@ -19,7 +19,7 @@ from flax_ckpt._save import (
 )
 from flax_ckpt.context import Context
 from flax_ckpt.handlers import CheckpointableHandler, StatefulCheckpointable
-from flax_ckpt.leaves.types import PLACEHOLDER
+from flax_ckpt.leaves.base import PLACEHOLDER
 from flax_ckpt.training.callback import CheckpointCallback
 from flax_ckpt.training.restore import Report, Restored, restore, restore_train_state
 

@@ -1,7 +1,7 @@
 """Several trees made one."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -66,38 +66,36 @@ def _merge(
         wrong.append(f"{where}: nodes of two types, {kinds[0]} and {kinds[1]}")
         return later
     old, new = _children(earlier), _children(later)
-    if type(old) is not type(new) or (_is_a(list, new) and len(old) != len(new)):
+    keyed = _is_keyed(earlier) and _is_keyed(later)
+    if not keyed and (_is_keyed(earlier) or _is_keyed(later) or old.keys() != new.keys()):
         sizes = f"{kinds[0]} of {len(old)}, {kinds[1]} of {len(new)}"
         wrong.append(f"{where}: nodes that have not the same children: {sizes}")
         return later
 
     def one(key: Any) -> Any:
+        if key not in old or key not in new:
+            return (old if key in old else new)[key]
         return _merge((*path, str(key)), overwrite, is_leaf, wrong, old[key], new[key])
 
-    if _is_a(list, new):
-        return _rebuilt(later, [one(i) for i in range(len(new))])
-    keys = dict.fromkeys([*old, *new])
-    both = {k: one(k) if k in old and k in new else (new if k in new else old)[k] for k in keys}
-    return _rebuilt(later, both)
+    return _rebuilt(later, {key: one(key) for key in dict.fromkeys([*old, *new])})
 
 
-def _children(node: Any) -> Any:
-    """The children of a node: a list for sequences, else a dict."""
-    if _is_named_tuple(node):
-        return dict(node._asdict())
-    if _is_a(Mapping, node):
-        return dict(node)
-    if _is_a(Sequence, node):
-        return list(node)
+def _is_keyed(node: Any) -> bool:
+    return isinstance(node, Mapping) or hasattr(node, "_asdict")
+
+
+def _children(node: Any) -> dict[Any, Any]:
+    if _is_keyed(node):
+        return dict(node._asdict() if hasattr(node, "_asdict") else node)
     found, _ = _one_level(node)
     return {jax.tree_util.keystr(path, simple=True): child for path, child in found}
 
 
-def _rebuilt(node: Any, children: Any) -> Any:
-    """A node of the type of `node`."""
-    if _is_named_tuple(node):
-        return type(node)(**children) if set(children) == set(node._asdict()) else children
-    if _is_a(Mapping, node) or _is_a(Sequence, node):
+def _rebuilt(node: Any, children: dict[Any, Any]) -> Any:
+    """A node of the type of `node`; a dict, if a named tuple has not all the fields."""
+    if hasattr(node, "_asdict"):
+        return type(node)(**children) if children.keys() == node._asdict().keys() else children
+    if _is_keyed(node):
         return type(node)(children)
     _, treedef = _one_level(node)
     return treedef.unflatten([children[name] for name in _children(node)])
@@ -108,11 +106,3 @@ def _one_level(node: Any) -> Any:
         return child is not node
 
     return _tree_util.tree_flatten_with_path(node, is_leaf=is_child)
-
-
-def _is_named_tuple(node: Any) -> bool:
-    return _is_a(tuple, node) and hasattr(node, "_asdict")
-
-
-def _is_a(kind: type, node: Any) -> bool:
-    return isinstance(node, kind)

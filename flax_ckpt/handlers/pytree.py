@@ -18,9 +18,8 @@ from flax_ckpt.format import names, tree
 from flax_ckpt.handlers.base import PathAwaitingCreation
 from flax_ckpt.handlers.saved_tree import SavedTree, read_array_metadatas
 from flax_ckpt.handlers.snapshot import Snapshot
-from flax_ckpt.leaves.base import LoadRules
+from flax_ckpt.leaves.base import PLACEHOLDER, LoadRules
 from flax_ckpt.leaves.registry import LeafRegistry
-from flax_ckpt.leaves.types import PLACEHOLDER
 from flax_ckpt.storage import file_write, files, hosts, native_write
 from flax_ckpt.storage.record import Record
 

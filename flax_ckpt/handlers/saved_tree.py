@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from flax_ckpt.errors import Difference, FormatError, TreeMismatchError
 from flax_ckpt.format import names, tree
 from flax_ckpt.handlers import keypaths
-from flax_ckpt.leaves.base import LeafHandler, LoadRules, SavedLeaf, Target, show_array
+from flax_ckpt.leaves.base import PLACEHOLDER, LeafHandler, LoadRules, SavedLeaf, Target, show_array
 from flax_ckpt.leaves.registry import LeafRegistry
-from flax_ckpt.leaves.types import PLACEHOLDER
 from flax_ckpt.storage.open_store import open_store
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.resize import ResizingStore

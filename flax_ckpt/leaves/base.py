@@ -7,13 +7,17 @@ and the value built from them.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from types import EllipsisType
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flax_ckpt.format import tree
 from flax_ckpt.storage.store import Region
+
+# A leaf of an abstract tree that is not to be loaded: it stays as it is.
+PLACEHOLDER: Final[EllipsisType] = ...
 
 # Where a part of an array begins in it, and the part, in host memory.
 Shard = tuple[tuple[int, ...], NDArray[Any]]

@@ -107,7 +107,7 @@ def process_index() -> int:
 
 def is_primary_host(primary_host: int | None) -> bool:
     """Whether this process is the one of that index; None: every process is."""
-    return primary_host in (None, process_index())
+    return primary_host in (None, jax.process_index())
 
 
 async def sync_global_processes(
@@ -129,13 +129,14 @@ async def sync_global_processes(
         BarrierTimeoutError: not all were there in time.
         ValueError: this process is not among them, or the timeout is not above 0.
     """
-    everyone = tuple(sorted(range(process_count()) if processes is None else processes))
+    everyone = tuple(sorted(range(jax.process_count()) if processes is None else processes))
+    index = jax.process_index()
     if timeout is not None and timeout <= 0:
         raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
-    if process_index() not in everyone:
+    if index not in everyone:
         raise ValueError(
-            f"process {process_index()} waits at {key!r} for the processes {list(everyone)},"
+            f"process {index} waits at {key!r} for the processes {list(everyone)},"
             " of which it is none"
         )
-    hosts = Hosts(process_index(), everyone, everyone[0], operation_id, timeout or 300)
+    hosts = Hosts(index, everyone, everyone[0], operation_id, timeout or 300)
     await asyncio.to_thread(hosts.barrier, key)
