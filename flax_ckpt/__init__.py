@@ -1,6 +1,6 @@
 """Checkpointing for Flax and Optax training: save, resume, evaluate, anywhere."""
 
-from flax_ckpt import errors, handlers, leaves, options
+from flax_ckpt import arrays, errors, handlers, leaves, multihost, options, tree
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt._load import (
     checkpointables_metadata,
@@ -24,10 +24,12 @@ from flax_ckpt.handlers import (
     CheckpointableHandler,
     StatefulCheckpointable,
 )
+from flax_ckpt.leaves.base import PLACEHOLDER
 from flax_ckpt.training.callback import CheckpointCallback
 from flax_ckpt.training.restore import Report, Restored, restore, restore_train_state
 
 __all__ = [
+    "PLACEHOLDER",
     "AbstractCheckpointable",
     "AsyncResponse",
     "CheckpointCallback",
@@ -39,6 +41,7 @@ __all__ = [
     "Report",
     "Restored",
     "StatefulCheckpointable",
+    "arrays",
     "checkpointables_metadata",
     "errors",
     "handlers",
@@ -48,6 +51,7 @@ __all__ = [
     "load_checkpointables",
     "load_checkpointables_async",
     "metadata",
+    "multihost",
     "options",
     "restore",
     "restore_train_state",
@@ -55,4 +59,5 @@ __all__ = [
     "save_async",
     "save_checkpointables",
     "save_checkpointables_async",
+    "tree",
 ]

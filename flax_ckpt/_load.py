@@ -44,7 +44,8 @@ def load(
         abstract_state: a tree of abstract leaves, such as `jax.eval_shape` returns, or a
             :class:`CheckpointMetadata`; None: as it was saved, in dicts and lists. A dtype named
             there is a cast. A leaf without a sharding comes back with the saved one if its
-            devices are here, else on one device.
+            devices are here, else on one device. A leaf that is :data:`PLACEHOLDER`, `...`, is
+            not read and stays so, also where the checkpoint has nothing.
         checkpointable_name: which checkpointable; `AUTO`: `state`, or the only tree there is;
             None: `path` is itself the directory of the tree.
 
@@ -62,6 +63,8 @@ def load(
     >>> fc.save(path, {"w": np.ones(3, np.float32)})
     >>> fc.load(path, {"w": jax.ShapeDtypeStruct((3,), np.float32)})
     {'w': Array([1., 1., 1.], dtype=float32)}
+    >>> fc.load(path, {"w": fc.PLACEHOLDER})
+    {'w': Ellipsis}
     """
     abstract = _unwrapped(abstract_state)
 

@@ -31,6 +31,8 @@ class Context:
 
     Args:
         context: the parent to copy the options of.
+        pytree_options, array_options, async_options, multiprocessing_options, file_options,
+        checkpointables_options, memory_options: groups to copy instead of the parent's.
 
     Attributes:
         array: how arrays are saved.
@@ -61,10 +63,32 @@ class Context:
     checkpointables: options.CheckpointablesOptions
     memory: options.MemoryOptions
 
-    def __init__(self, context: Context | None = None) -> None:
+    def __init__(
+        self,
+        context: Context | None = None,
+        *,
+        pytree_options: options.PyTreeOptions | None = None,
+        array_options: options.ArrayOptions | None = None,
+        async_options: options.AsyncOptions | None = None,
+        multiprocessing_options: options.MultiprocessingOptions | None = None,
+        file_options: options.FileOptions | None = None,
+        checkpointables_options: options.CheckpointablesOptions | None = None,
+        memory_options: options.MemoryOptions | None = None,
+    ) -> None:
+        given: dict[str, object] = {
+            "array": array_options,
+            "pytree": pytree_options,
+            "asynchronous": async_options,
+            "file": file_options,
+            "multiprocessing": multiprocessing_options,
+            "checkpointables": checkpointables_options,
+            "memory": memory_options,
+        }
         for name, group in get_type_hints(Context).items():
-            value = group() if context is None else options.copy(getattr(context, name))
-            object.__setattr__(self, name, value)
+            value = given[name] if given[name] is not None else getattr(context, name, None)
+            if value is not None and not isinstance(value, group):
+                raise TypeError(f"the options for {name} must be {group.__name__}, got {value!r}")
+            object.__setattr__(self, name, group() if value is None else options.copy(value))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(

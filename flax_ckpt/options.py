@@ -9,9 +9,11 @@ The names are Orbax v1's. An option that this release does not honour is not her
 is an error instead of silence.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from etils import epath
 
@@ -105,7 +107,8 @@ class PyTreeOptions(_Options):
 
         Attributes:
             partial_load: leaves that the abstract tree does not name are not loaded, instead of
-                being an error.
+                being an error. A leaf that it names and the checkpoint lacks is an error all the
+                same, unless it is `PLACEHOLDER`: an abstract leaf never comes back as data.
         """
 
         partial_load: bool = False
@@ -115,7 +118,7 @@ class PyTreeOptions(_Options):
 
 @dataclasses.dataclass(kw_only=True)
 class ArrayOptions(_Options):
-    """How arrays are saved."""
+    """How arrays are saved and loaded."""
 
     @dataclasses.dataclass(kw_only=True)
     class Saving(_Options):
@@ -123,21 +126,68 @@ class ArrayOptions(_Options):
 
         Attributes:
             storage_options: how one array is stored.
+            use_ocdbt: arrays of a tree go into one OCDBT database; False: a directory with plain
+                files for each array, named as it.
+            use_zarr3: arrays are stored as zarr version 3; False: as version 2.
+            use_compression: chunks are compressed with zstd. Weights hardly compress, and saving
+                takes several times as long: unlike in Orbax the default is False.
+            ocdbt_target_data_file_size: bytes after which a process begins another data file of
+                the database; 0 or None: never.
+            scoped_storage_options_creator: called with the key path (as
+                `jax.tree_util.tree_map_with_path` gives it) and the value of every leaf; what it
+                returns wins over `storage_options`, field by field. None: nothing to change.
         """
+
+        class ScopedStorageOptionsCreator(Protocol):
+            """Chooses the storage options of one leaf."""
+
+            def __call__(
+                self, key: tuple[Any, ...], value: Any, /
+            ) -> ArrayOptions.Saving.StorageOptions | None:
+                """The options of the leaf at a key path; None: those of the tree."""
+                ...
 
         @dataclasses.dataclass(kw_only=True)
         class StorageOptions(_Options):
             """How one array is stored.
 
             Attributes:
+                dtype: dtype on disk of JAX and NumPy arrays. Set for the whole tree it converts
+                    only arrays of its own kind, float to float or integer to integer, so that a
+                    step counter survives; for one leaf any but complex to real. Numbers and
+                    typed keys stay as they are. Loading casts back to the dtype that is wanted.
                 chunk_byte_size: upper bound of a chunk, in bytes; None: 64 MiB.
+                shard_axes: axes along which an array is cut into chunks first, each at least
+                    once; axes that a leaf lacks are of no account.
             """
 
+            dtype: Any = None
             chunk_byte_size: int | None = None
+            shard_axes: tuple[int, ...] | None = None
 
         storage_options: StorageOptions = dataclasses.field(default_factory=StorageOptions)
+        use_ocdbt: bool = True
+        use_zarr3: bool = True
+        use_compression: bool = False
+        ocdbt_target_data_file_size: int | None = None
+        scoped_storage_options_creator: ScopedStorageOptionsCreator | None = None
+
+    @dataclasses.dataclass(kw_only=True)
+    class Loading(_Options):
+        """Options for loading.
+
+        Attributes:
+            enable_padding_and_truncation: an array may be wanted in another shape of the same
+                rank: each axis is cut, or filled with zeros, at its end.
+            raise_array_data_missing_error: False to take chunks that are missing from another
+                writer's checkpoint as zeros. In our own, a missing chunk is always an error.
+        """
+
+        enable_padding_and_truncation: bool = False
+        raise_array_data_missing_error: bool = True
 
     saving: Saving = dataclasses.field(default_factory=Saving)
+    loading: Loading = dataclasses.field(default_factory=Loading)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -42,14 +42,28 @@ ALIASES = {
     "PyTreeMetadata",
 }
 MODULES = {
+    "arrays",
     "errors",
     "handlers",
     "leaves",
+    "multihost",
     "options",
+    "tree",
 }
-PUBLIC = FUNCTIONS | CLASSES | ALIASES | MODULES
+CONSTANTS = {"PLACEHOLDER"}
+PUBLIC = FUNCTIONS | CLASSES | ALIASES | MODULES | CONSTANTS
 
 NAMES_IN = {
+    "arrays": {
+        "AbstractArray",
+        "AbstractScalar",
+        "AbstractShardedArray",
+        "ArrayLike",
+        "DType",
+        "Scalar",
+        "Shape",
+        "to_shape_dtype_struct",
+    },
     "leaves": {
         "ArrayLeaf",
         "LeafHandler",
@@ -62,7 +76,23 @@ NAMES_IN = {
         "host_write",
         "whole",
     },
+    "multihost": {
+        "is_primary_host",
+        "process_count",
+        "process_index",
+        "sync_global_processes",
+    },
     "testing": {"HandlerTests", "LeafTests"},
+    "tree": {
+        "AbstractLeaf",
+        "JsonType",
+        "Leaf",
+        "PyTree",
+        "PyTreeKey",
+        "PyTreeKeyPath",
+        "PyTreeOf",
+        "merge",
+    },
 }
 
 # Loaded when a value of theirs is met, or never. They cost a user seconds, or a conflict.

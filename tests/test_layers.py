@@ -30,6 +30,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("leaves",),
     ("context",),
     ("handlers",),
+    ("arrays", "multihost", "tree"),  # public names of the rooms above
     ("interop",),
     ("_save", "_load", "_metadata"),
     ("training",),

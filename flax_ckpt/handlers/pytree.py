@@ -18,9 +18,9 @@ from flax_ckpt.format import names, tree
 from flax_ckpt.handlers.base import PathAwaitingCreation
 from flax_ckpt.handlers.saved_tree import SavedTree, read_array_metadatas
 from flax_ckpt.handlers.snapshot import Snapshot
-from flax_ckpt.leaves.base import LoadRules
+from flax_ckpt.leaves.base import PLACEHOLDER, LoadRules
 from flax_ckpt.leaves.registry import LeafRegistry
-from flax_ckpt.storage import files, hosts, native_write
+from flax_ckpt.storage import file_write, files, hosts, native_write
 from flax_ckpt.storage.record import Record
 
 logger = logging.getLogger("flax_ckpt")
@@ -126,7 +126,8 @@ class PyTreeHandler:
             os.makedirs(folder, exist_ok=True)
             data = tree.encode_array_metadatas(snapshot.metadatas)
             files.write(os.path.join(folder, f"process_{together.index}"), data)
-        native_write.write_arrays(path, snapshot.writes, together)
+        write = (native_write if snapshot.layout.ocdbt else file_write).write_arrays
+        write(path, snapshot.writes, together, snapshot.layout)
         if together.is_primary:
             for name, data in snapshot.files().items():
                 files.write(os.path.join(path, name), data)
@@ -146,7 +147,8 @@ class PyTreeHandler:
             directory: of the PyTree.
             abstract_checkpointable: tree of abstract leaves: `jax.ShapeDtypeStruct` or
                 `jax.Array` (a JAX array, with that sharding or the saved one), NumPy values or
-                types, `int`, `float`, `bool`, `str` or values of them; None: as saved.
+                types, `int`, `float`, `bool`, `str` or values of them, `PLACEHOLDER` to leave
+                one alone; None: as saved.
 
         Raises:
             TreeMismatchError: lists every difference; nothing was read.
@@ -155,8 +157,10 @@ class PyTreeHandler:
         return self._load(directory, abstract_checkpointable)
 
     async def _load(self, directory: epath.Path, abstract: Any) -> Any:
-        rules = LoadRules()
-        with SavedTree(os.fspath(directory), self._leaves) as saved:
+        loading = self._context.array.loading
+        rules = LoadRules(resize=loading.enable_padding_and_truncation)
+        fill = not loading.raise_array_data_missing_error
+        with SavedTree(os.fspath(directory), self._leaves, fill_missing=fill) as saved:
             if saved.processes > 1 or self._validator is not None:
                 self._validate(saved.array_metadatas)
             partial = self._context.pytree.loading.partial_load
@@ -175,7 +179,8 @@ class PyTreeHandler:
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Likewise of the abstract leaves."""
-        return all(map(self._leaves.for_abstract, _one_of_each_type(abstract_checkpointable)))
+        wanted = _one_of_each_type(abstract_checkpointable)
+        return all(leaf is PLACEHOLDER or self._leaves.for_abstract(leaf) for leaf in wanted)
 
 
 def _one_of_each_type(value: Any) -> list[Any]:

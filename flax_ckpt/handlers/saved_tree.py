@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 from flax_ckpt.errors import Difference, TreeMismatchError
 from flax_ckpt.format import names, tree
 from flax_ckpt.handlers import keypaths
-from flax_ckpt.leaves.base import LeafHandler, LoadRules, SavedLeaf, show_array
+from flax_ckpt.leaves.base import PLACEHOLDER, LeafHandler, LoadRules, SavedLeaf, show_array
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage.open_store import open_store
 from flax_ckpt.storage.record import Record
+from flax_ckpt.storage.resize import ResizingStore
 from flax_ckpt.storage.store import ArrayRead, ArrayStore
 
 _SHOWN = 40  # differences in a message; all of them are in the exception
@@ -36,6 +37,7 @@ class SavedTree(contextlib.ExitStack):
     Args:
         directory: absolute path of the PyTree directory.
         registry: handlers of its leaves.
+        fill_missing: chunks that are missing from another writer's checkpoint are zeros.
 
     Attributes:
         leaves: what is saved, empty nodes included, by key path.
@@ -46,7 +48,13 @@ class SavedTree(contextlib.ExitStack):
         FormatError: one makes no sense.
     """
 
-    def __init__(self, directory: str, registry: LeafRegistry | None = None) -> None:
+    def __init__(
+        self,
+        directory: str,
+        registry: LeafRegistry | None = None,
+        *,
+        fill_missing: bool = False,
+    ) -> None:
         super().__init__()
         self.directory = directory
         self._registry = registry or LeafRegistry()
@@ -59,7 +67,12 @@ class SavedTree(contextlib.ExitStack):
         try:
             if arrays:  # without any, Orbax writes no database
                 meta = self._metadata
-                store = open_store(self._record, ocdbt=meta.use_ocdbt, zarr3=meta.use_zarr3)
+                store = open_store(
+                    self._record,
+                    ocdbt=meta.use_ocdbt,
+                    zarr3=meta.use_zarr3,
+                    fill_missing=fill_missing,
+                )
                 self._store = self.enter_context(store)
             self.leaves = {leaf.path: leaf for leaf in self._describe(found, arrays)}
         except BaseException:
@@ -121,9 +134,9 @@ class SavedTree(contextlib.ExitStack):
         """
         if abstract is None:
             matches = self._match(list(self.leaves), [None] * len(self.leaves), rules, partial)
-            return lambda: self._build(self._read(matches))
+            return lambda: self._build(self._read(matches, rules))
         matches = self._match(*keypaths.flatten(abstract), rules, partial)
-        return lambda: keypaths.structure(abstract).unflatten(self._read(matches))
+        return lambda: keypaths.structure(abstract).unflatten(self._read(matches, rules))
 
     def _build(self, values: Sequence[Any]) -> Any:
         return tree.build(zip(self.leaves, values, strict=True), self.directory)
@@ -158,6 +171,8 @@ class SavedTree(contextlib.ExitStack):
         self, path: tree.KeyPath, abstract: Any, rules: LoadRules
     ) -> tuple[LeafHandler | None, Any]:
         """The handler and its target; or None and the value as it is, or a difference."""
+        if abstract is PLACEHOLDER:
+            return None, abstract
         saved = self.leaves.get(path)
         empty = keypaths.is_empty(abstract)
         if empty and (saved is None or saved.is_empty):
@@ -180,7 +195,7 @@ class SavedTree(contextlib.ExitStack):
             raise self._registry.missing(self.directory, self.leaves.values())
         return handler
 
-    def _read(self, matches: _Matches) -> list[Any]:
+    def _read(self, matches: _Matches, rules: LoadRules) -> list[Any]:
         """The value of each match, in order; the data of all is read in one batch."""
         values = matches.values
         reads: list[ArrayRead] = []
@@ -191,7 +206,8 @@ class SavedTree(contextlib.ExitStack):
                 if (target := values[i]).regions:
                     saved = target.saved
                     reads.append(ArrayRead(saved.name, target.regions, tree.show(saved.path)))
-        data = iter(self._store.read_arrays(reads) if self._store else [])
+        store = ResizingStore(self._store) if rules.resize and self._store else self._store
+        data = iter(store.read_arrays(reads) if store else [])
         parts = [
             next(data) if handler is not None and value.regions else ()
             for handler, value in zip(matches.handlers, values, strict=True)

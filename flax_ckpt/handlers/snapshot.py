@@ -15,11 +15,15 @@ from jax.core import Tracer
 from flax_ckpt.context import Context
 from flax_ckpt.errors import UnsupportedLeafError
 from flax_ckpt.format import arrays, names, tree
-from flax_ckpt.handlers import keypaths
+from flax_ckpt.format.encoding import Encoding
+from flax_ckpt.handlers import keypaths, storage_options
+from flax_ckpt.handlers.storage_options import LeafStorage
 from flax_ckpt.leaves import sharding
 from flax_ckpt.leaves.base import LeafWrite
 from flax_ckpt.leaves.registry import LeafRegistry
-from flax_ckpt.storage.store import ArrayWrite
+from flax_ckpt.options import ArrayOptions
+from flax_ckpt.storage import file_write
+from flax_ckpt.storage.store import ArrayLayout, ArrayWrite
 
 
 class Snapshot:
@@ -31,6 +35,9 @@ class Snapshot:
         registry: handlers of its leaves.
         context: options.
 
+    Attributes:
+        layout: where the arrays go, and how they are encoded.
+
     Raises:
         UnsupportedLeafError: lists every leaf that cannot be saved.
         DuplicateNameError: lists the leaves that would share a name on disk.
@@ -40,16 +47,24 @@ class Snapshot:
         paths, leaves = keypaths.flatten(value)
         _start_transfers(leaves)
         copy = context.memory.deepcopy_host_arrays
-        limit = context.array.saving.storage_options.chunk_byte_size
-        self._limit = limit or arrays.DEFAULT_CHUNK_BYTES
+        saving = context.array.saving
+        encoding = Encoding(saving.use_zarr3, saving.use_compression)
+        file_size = saving.ocdbt_target_data_file_size or 0
+        self.layout = ArrayLayout(saving.use_ocdbt, encoding, file_size)
+        storages = storage_options.per_leaf(value, saving)
         self._empty: list[tuple[tree.KeyPath, str]] = []
         self._paths: list[tree.KeyPath] = []
         self._names: list[str] = []
         self._writes: list[LeafWrite] = []
+        self._storages: list[LeafStorage] = []
         refused: list[tuple[tree.KeyPath, str]] = []
         for path, leaf in zip(paths, leaves, strict=True):
             handler = registry.for_value(leaf)
             name_on_disk = tree.name_of(path)
+            if handler is None and keypaths.is_empty(leaf):
+                self._empty.append((path, keypaths.empty_kind(leaf)))
+                continue
+            storage = next(storages)
             if reason := _unstorable(path, name_on_disk):
                 refused.append((path, reason))
             elif handler is not None:
@@ -63,8 +78,7 @@ class Snapshot:
                     self._paths.append(path)
                     self._names.append(name_on_disk)
                     self._writes.append(write)
-            elif keypaths.is_empty(leaf):
-                self._empty.append((path, keypaths.empty_kind(leaf)))
+                    self._storages.append(storage)
             else:
                 refused.append((path, f"{_describe(leaf)} cannot be saved"))
         if refused:
@@ -72,51 +86,70 @@ class Snapshot:
         # Checked and encoded now: a key that cannot be stored must be an error of the call, not of
         # its thread. The rest can wait until training has gone on.
         tree.unique_names(self._paths, list(map(arrays.prefix, self._names)))
-        strings = {name: w.string for name, w in self._named() if w.string is not None}
+        pairs = zip(self._names, self._writes, strict=True)
+        strings = {name: w.string for name, w in pairs if w.string is not None}
         self._string_file = tree.encode_strings(strings) if strings else None
+        if not self.layout.ocdbt:
+            file_write.check_names([write.name for write in self.writes])
+        elif saving != ArrayOptions.Saving():
+            _ = self.writes
 
     @functools.cached_property
     def writes(self) -> list[ArrayWrite]:
         """What goes to the array store."""
         return [
-            ArrayWrite(name, self._spec(w), w.shards, w.spread)
-            for name, w in self._named()
-            if w.shape is not None
+            ArrayWrite(name, spec, w.shards, w.spread)
+            for name, w, spec in zip(self._names, self._writes, self._specs, strict=True)
+            if spec is not None
         ]
 
     @functools.cached_property
     def metadatas(self) -> list[tree.ArrayMetadata]:
         """What `array_metadatas` says."""
         return [
-            tree.ArrayMetadata.of(name, w.shard_shape, self._spec(w).chunk_shape, w.key_impl)
-            for name, w in self._named()
-            if w.value_type == tree.ARRAY
+            tree.ArrayMetadata.of(name, w.shard_shape, spec.chunk_shape, w.key_impl)
+            for name, w, spec in zip(self._names, self._writes, self._specs, strict=True)
+            if spec is not None and w.value_type == tree.ARRAY
         ]
 
-    def _named(self) -> Iterable[tuple[str, LeafWrite]]:
-        return zip(self._names, self._writes, strict=True)
-
-    def _spec(self, write: LeafWrite) -> arrays.ArraySpec:
-        assert write.shape is not None
-        assert write.dtype is not None
-        return arrays.spec_of(write.shape, write.dtype, write.shard_shape, self._limit)
+    @functools.cached_property
+    def _specs(self) -> list[arrays.ArraySpec | None]:
+        """How each leaf is stored; None for strings. Leaves that are alike share one object."""
+        known: dict[Any, arrays.ArraySpec | None] = {}
+        found: list[arrays.ArraySpec | None] = []
+        for path, w, storage in zip(self._paths, self._writes, self._storages, strict=True):
+            kind = (id(storage), w.value_type, w.key_impl, w.shape, w.dtype, w.shard_shape)
+            if kind not in known:
+                known[kind] = _spec(path, w, storage)
+            found.append(known[kind])
+        return found
 
     def files(self) -> dict[str, bytes]:
         """The files that describe the tree, by name."""
         entries = [tree.Entry.of(path, kind) for path, kind in self._empty]
         shardings: dict[str, str] = {}
-        for path, (name, w) in zip(self._paths, self._named(), strict=True):
+        for path, name, w in zip(self._paths, self._names, self._writes, strict=True):
             is_array = w.value_type == tree.ARRAY
             entries.append(tree.Entry.of(path, w.value_type, w.shard_shape if is_array else None))
             if w.sharding is not None:
                 text = w.sharding if isinstance(w.sharding, str) else sharding.to_json(w.sharding)
                 shardings[name] = text
-        found = {names.TREE_METADATA: tree.TreeMetadata(entries).to_bytes()}
+        metadata = tree.TreeMetadata(entries, self.layout.ocdbt, self.layout.encoding.zarr3)
+        found = {names.TREE_METADATA: metadata.to_bytes()}
         if shardings:
             found[names.SHARDING] = tree.encode_shardings(shardings)
         if self._string_file is not None:
             found[names.STRINGS] = self._string_file
         return found
+
+
+def _spec(path: tree.KeyPath, write: LeafWrite, storage: LeafStorage) -> arrays.ArraySpec | None:
+    dtype = storage.dtype_of(write, path)
+    if write.shape is None or dtype is None:
+        return None
+    single = write.shard_shape == write.shape
+    chunk = storage.chunk_of(write.shard_shape, dtype.itemsize, single_shard=single)
+    return arrays.ArraySpec(write.shape, arrays.zarr_dtype(dtype), chunk)
 
 
 def _cannot_be_saved(

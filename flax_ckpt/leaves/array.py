@@ -63,7 +63,7 @@ class ArrayLeaf:
             abstract = _struct(saved.shape, saved.dtype)
         shape, dtype = tuple(abstract.shape), np.dtype(abstract.dtype)
         fits = dtypes.matches(saved.dtype, dtype, shape, strict=rules.strict)
-        if shape != saved.shape or not fits:
+        if not rules.fits(saved.shape, shape) or not fits:
             return _show(abstract)
         if not dtypes.is_canonical(dtype):  # a 64-bit one, without `jax_enable_x64`
             canonical = np.dtype(jax.dtypes.canonicalize_dtype(dtype))

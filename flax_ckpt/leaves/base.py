@@ -7,7 +7,8 @@ and the value built from them.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from types import EllipsisType
+from typing import Any, Final, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 
 from flax_ckpt.format import tree
 from flax_ckpt.storage.store import Region, Shard
+
+# A leaf of an abstract tree that is not to be loaded: it stays as it is.
+PLACEHOLDER: Final[EllipsisType] = ...
 
 
 class LeafWrite(msgspec.Struct, frozen=True, gc=False):
@@ -115,10 +119,16 @@ class LoadRules:
         strict: another dtype is a mismatch, except between rank-0 numbers whose value fits.
             False, as in `load`: the wanted dtype is a cast.
         fallbacks: collects names of leaves that came to one device as theirs do not exist.
+        resize: another shape of the same rank is met by cutting and by filling with zeros.
     """
 
     strict: bool = False
     fallbacks: list[str] = dataclasses.field(default_factory=list[str])
+    resize: bool = False
+
+    def fits(self, saved: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        """Whether an array of one shape may come back in the other."""
+        return saved == wanted or (self.resize and len(saved) == len(wanted))
 
 
 @runtime_checkable

@@ -70,9 +70,9 @@ class NumpyLeaf:
         if saved.shape is None or saved.dtype is None or wish is None:
             return "a NumPy value" if wish is None else show_array(wish.shape, wish.dtype)
         fits = dtypes.matches(saved.dtype, wish.dtype, wish.shape, strict=rules.strict)
-        if wish.shape != saved.shape or not fits:
+        if not rules.fits(saved.shape, wish.shape) or not fits:
             return f"{show_array(wish.shape, wish.dtype)} (numpy)"
-        return Target(saved, (whole(saved.shape),), (wish, _is_scalar(abstract)), rules.strict)
+        return Target(saved, (whole(wish.shape),), (wish, _is_scalar(abstract)), rules.strict)
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`."""

@@ -33,20 +33,26 @@ class DataFileWriter:
 
     Args:
         directory: of the database that the file is for.
+        limit: bytes after which the next chunk begins another file; 0: never.
 
     Attributes:
         file: the path that the file got, relative to the directory.
         offset: how many bytes it has.
     """
 
-    def __init__(self, directory: str) -> None:
-        self.file = f"{names.DATA_DIR}/{uuid.uuid4().hex}"
-        path = os.path.join(directory, self.file)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    def __init__(self, directory: str, limit: int = 0) -> None:
+        self._directory = directory
+        self._limit = limit
         self._queue: list[memoryview] = []
         self._queued = 0
+        self._open()
+
+    def _open(self) -> None:
+        self.file = f"{names.DATA_DIR}/{uuid.uuid4().hex}"
         self.offset = 0
+        path = os.path.join(self._directory, self.file)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def append_chunk(self, data: Bytes, padding: int = 0) -> tuple[int, int]:
         """Appends one zarr chunk: data, `padding` zero bytes, CRC-32C of both.
@@ -54,8 +60,13 @@ class DataFileWriter:
         The data is not copied: it must not change until the file is closed.
 
         Returns:
-            The chunk's offset and its CRC-32C.
+            The chunk's offset in what is `file` then, and its CRC-32C.
         """
+        if self._limit and self.offset and self.offset + len(data) > self._limit:
+            self._flush()
+            full = self._fd
+            self._open()
+            os.close(full)
         offset = self.offset
         crc = crc32c.crc32c(data.data)
         self.append(data.data)

@@ -4,8 +4,10 @@ Barriers go through the client of `jax.distributed`, never through a device coll
 not queue behind the train step, and runs in a thread of its own.
 """
 
+import asyncio
 import dataclasses
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -91,3 +93,50 @@ def current(options: MultiprocessingOptions, timeout_secs: float, what: str) -> 
     operation = f"{options.barrier_sync_key_prefix or ''}flax_ckpt/{what}/{_operations[what]}"
     index = jax.process_index()
     return Hosts(index, tuple(sorted(everyone)), options.primary_host, operation, timeout_secs)
+
+
+def process_count() -> int:
+    """How many processes the run has."""
+    return jax.process_count()
+
+
+def process_index() -> int:
+    """Which of them this one is, from 0."""
+    return jax.process_index()
+
+
+def is_primary_host(primary_host: int | None) -> bool:
+    """Whether this process is the one of that index; None: every process is."""
+    return primary_host in (None, jax.process_index())
+
+
+async def sync_global_processes(
+    key: str,
+    *,
+    operation_id: str,
+    timeout: int | None = None,
+    processes: Collection[int] | None = None,
+) -> None:
+    """Waits until all processes have called this with the same key.
+
+    Args:
+        key: names the point; used only once within an operation.
+        operation_id: names the operation.
+        timeout: seconds to wait; None: 300.
+        processes: those that call; None: all.
+
+    Raises:
+        BarrierTimeoutError: not all were there in time.
+        ValueError: this process is not among them, or the timeout is not above 0.
+    """
+    everyone = tuple(sorted(range(jax.process_count()) if processes is None else processes))
+    index = jax.process_index()
+    if timeout is not None and timeout <= 0:
+        raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
+    if index not in everyone:
+        raise ValueError(
+            f"process {index} waits at {key!r} for the processes {list(everyone)},"
+            " of which it is none"
+        )
+    hosts = Hosts(index, everyone, everyone[0], operation_id, timeout or 300)
+    await asyncio.to_thread(hosts.barrier, key)

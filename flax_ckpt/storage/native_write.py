@@ -19,29 +19,35 @@ from flax_ckpt.format import arrays as zarr
 from flax_ckpt.format import chunktable, names, ocdbt
 from flax_ckpt.storage import files
 from flax_ckpt.storage.database import Database
-from flax_ckpt.storage.datafile import TRAILER, Bytes, DataFileWriter
+from flax_ckpt.storage.datafile import Bytes, DataFileWriter
 from flax_ckpt.storage.hosts import Hosts
 from flax_ckpt.storage.record import Record
-from flax_ckpt.storage.store import ArrayWrite
+from flax_ckpt.storage.store import ArrayLayout, ArrayWrite
 
 # key, value or where it is, CRC-32C of the value (of a chunk: without its trailer)
 _Row = tuple[bytes, ocdbt.Value, int]
 
 
-def write_arrays(directory: str, arrays: Sequence[ArrayWrite], hosts: Hosts) -> None:
+def write_arrays(
+    directory: str,
+    arrays: Sequence[ArrayWrite],
+    hosts: Hosts,
+    layout: ArrayLayout,
+) -> None:
     """Writes arrays as one database; nothing is synced, the commit does that.
 
     Args:
         directory: of the PyTree; exists.
         arrays: all arrays of the tree, in every process the same, with this process's shards.
         hosts: the processes that write together.
+        layout: how the arrays are encoded, and the size of data files.
     """
     if not hosts.several:
-        _write_database(directory, arrays, primary=True)
+        _write_database(directory, arrays, layout, primary=True)
         return
     own = os.path.join(directory, _process_dir(hosts.index))
     os.makedirs(own)
-    _write_database(own, arrays, primary=hosts.is_primary)
+    _write_database(own, arrays, layout, primary=hosts.is_primary)
     hosts.barrier(f"{os.path.basename(directory)} written")
     if hosts.is_primary:
         _merge(directory, hosts.active)
@@ -51,17 +57,26 @@ def _process_dir(index: int) -> str:
     return f"ocdbt.process_{index}"
 
 
-def _write_database(directory: str, arrays: Sequence[ArrayWrite], *, primary: bool) -> None:
+def _write_database(
+    directory: str,
+    arrays: Sequence[ArrayWrite],
+    layout: ArrayLayout,
+    *,
+    primary: bool,
+) -> None:
+    encoding = layout.encoding
     rows: list[_Row] = []
-    with DataFileWriter(directory) as out:
+    with DataFileWriter(directory, layout.file_size) as out:
         for array in sorted(arrays, key=lambda array: array.name):
             if primary:
-                spec = array.spec.to_zarr3_json()
-                rows.append((zarr.zarr_key(array.name), spec, crc32c.crc32c(spec)))
-            for index, data, padding in _chunks(array) if primary or array.spread else ():
+                spec = encoding.metadata(array.spec)
+                rows.append((encoding.metadata_key(array.name), spec, crc32c.crc32c(spec)))
+            for index, data, padding in chunks(array) if primary or array.spread else ():
+                data, padding = encoding.encode(data, padding)
                 offset, crc = out.append_chunk(data, padding)
-                ref = ocdbt.ValueRef(out.file, offset, array.spec.chunk_nbytes + TRAILER)
-                rows.append((zarr.chunk_key(array.name, index), ref, crc))
+                length = len(data) + padding + encoding.trailer
+                ref = ocdbt.ValueRef(out.file, offset, length)
+                rows.append((encoding.chunk_key(array.name, index), ref, crc))
         _write_index(directory, out, rows)
 
 
@@ -92,26 +107,27 @@ def _merge(directory: str, processes: Iterable[int]) -> None:
         _write_index(directory, out, rows)
 
 
-def _chunks(array: ArrayWrite) -> Iterator[tuple[tuple[int, ...], Bytes, int]]:
+def chunks(array: ArrayWrite) -> Iterator[tuple[tuple[int, ...], Bytes, int]]:
     """Index, bytes and padding of each chunk that this process writes.
 
-    A chunk is contiguous in its shard: leading axes of 1, one axis that is split, whole axes. So
-    nothing is copied; only along the split axis the last chunk may be short.
+    A chunk mostly is contiguous in its shard: leading axes of 1, one axis that is split, whole
+    axes. Then nothing is copied, and along the split axis the last chunk may be short. One that
+    is split along other axes divides the shard, and is copied.
     """
     chunk = array.spec.chunk_shape
+    dtype = zarr.numpy_dtype(array.spec.dtype)
     for part in array.shards:
         if not part.data.size:
             continue
-        shard = np.asarray(part.data, order="C")
+        with np.errstate(all="ignore"):  # where the user wants a narrower dtype on disk
+            shard = np.asarray(part.data, dtype, order="C")
+        corner = tuple([low // step for low, step in zip(part.start, chunk, strict=True)])
         if shard.shape == chunk:
-            index = tuple([low // step for low, step in zip(part.start, chunk, strict=True)])
-            yield index, shard.reshape(-1).view(np.uint8), 0
+            yield corner, shard.reshape(-1).view(np.uint8), 0
             continue
         counts = [-(-extent // step) for extent, step in zip(shard.shape, chunk, strict=True)]
         for place in itertools.product(*map(range, counts)):
             box = [slice(i * step, (i + 1) * step) for i, step in zip(place, chunk, strict=True)]
-            piece: Bytes = shard[..., *box].reshape(-1).view(np.uint8)  # `...` for rank 0
-            index = tuple(
-                low // step + i for low, step, i in zip(part.start, chunk, place, strict=True)
-            )
+            piece: Bytes = np.ascontiguousarray(shard[..., *box]).reshape(-1).view(np.uint8)
+            index = tuple(low + i for low, i in zip(corner, place, strict=True))
             yield index, piece, array.spec.chunk_nbytes - len(piece)

@@ -8,6 +8,7 @@ from flax_ckpt.format import names
 from flax_ckpt.format.ocdbt import NumberedManifestError
 from flax_ckpt.storage import files
 from flax_ckpt.storage.database import Database
+from flax_ckpt.storage.encoded_read import EncodedStore, from_database, from_files
 from flax_ckpt.storage.native_read import NativeStore
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayStore
@@ -15,7 +16,9 @@ from flax_ckpt.storage.tensor_store import TensorStoreStore
 
 
 @contextlib.contextmanager
-def open_store(record: Record, *, ocdbt: bool | None, zarr3: bool) -> Generator[ArrayStore]:
+def open_store(
+    record: Record, *, ocdbt: bool | None, zarr3: bool, fill_missing: bool = False
+) -> Generator[ArrayStore]:
     """The arrays of a directory.
 
     A foreign database's index is decoded here first, which checks that no path in it leads out of
@@ -25,18 +28,28 @@ def open_store(record: Record, *, ocdbt: bool | None, zarr3: bool) -> Generator[
         record: reads the directory's files.
         ocdbt: what `_METADATA` says; None: look.
         zarr3: likewise.
+        fill_missing: chunks that are missing are zeros, unless we wrote the checkpoint.
     """
     if ocdbt is None:
         ocdbt = os.path.isfile(os.path.join(record.directory, names.MANIFEST))
-    general = TensorStoreStore(record.directory, ocdbt=ocdbt, zarr3=zarr3)
+    where = record.directory
+    general: ArrayStore = TensorStoreStore(
+        where, ocdbt=ocdbt, zarr3=zarr3, fill_missing=fill_missing
+    )
     database: Database | None = None
+    checked = record.native and record.lists(names.CHUNK_TABLE)
     if ocdbt:
         with contextlib.suppress(NumberedManifestError):
-            checked = record.native and record.lists(names.CHUNK_TABLE)
             database = Database(record, checked=checked)
     if database is None:
-        files.refuse_links(record.directory)
-        yield general
+        files.refuse_links(where)
+        ours = record.native and not ocdbt
+        yield EncodedStore(where, from_files(record), zarr3=zarr3) if ours else general
     else:
         with database:
-            yield NativeStore(database, general) if zarr3 else general
+            if checked:
+                general = EncodedStore(where, from_database(database), zarr3=zarr3)
+            native = zarr3 and (checked or not fill_missing)
+            if not native:
+                database.check_files()
+            yield NativeStore(database, general) if native else general

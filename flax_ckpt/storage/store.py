@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flax_ckpt.format.arrays import ArraySpec
+from flax_ckpt.format.encoding import DEFAULT, Encoding
 
 Region = tuple[tuple[int, int], ...]
 
@@ -27,6 +28,20 @@ class Shard(msgspec.Struct, frozen=True, gc=False):
 
     start: tuple[int, ...]
     data: NDArray[Any]
+
+
+class ArrayLayout(NamedTuple):
+    """Where the arrays of a tree go, and how they are encoded.
+
+    Attributes:
+        ocdbt: into one database, else each into files of its own.
+        encoding: of the arrays.
+        file_size: bytes after which a database begins another data file; 0: never.
+    """
+
+    ocdbt: bool = True
+    encoding: Encoding = DEFAULT
+    file_size: int = 0
 
 
 class ArrayWrite(NamedTuple):

@@ -21,11 +21,15 @@ class TensorStoreStore:
         directory: absolute path of the PyTree directory.
         ocdbt: whether its arrays are in an OCDBT database, else in plain files.
         zarr3: whether they are zarr version 3, else 2.
+        fill_missing: whether a chunk that is missing is zeros, else an error.
     """
 
-    def __init__(self, directory: str, *, ocdbt: bool, zarr3: bool) -> None:
+    def __init__(
+        self, directory: str, *, ocdbt: bool, zarr3: bool, fill_missing: bool = False
+    ) -> None:
         self._directory = directory
         self._ocdbt = ocdbt
+        self._fill = fill_missing
         self._driver = "zarr3" if zarr3 else "zarr"
         # No cache: every chunk is read once, and a reader must never see an old one.
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
@@ -41,7 +45,7 @@ class TensorStoreStore:
                     f"{self._directory}: the array name {name!r} leads out of the directory"
                 )
             kvstore = {"driver": "file", "path": f"{self._directory}/{place}"}
-        spec = {"driver": self._driver, "kvstore": kvstore, "fill_missing_data_reads": False}
+        spec = {"driver": self._driver, "kvstore": kvstore, "fill_missing_data_reads": self._fill}
         return ts.open(ts.Spec(spec), open=True, context=self._context)
 
     def _opened(self, names: Sequence[str]) -> Iterator[ts.TensorStore]:
