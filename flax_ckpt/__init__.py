@@ -1,6 +1,6 @@
 """Checkpointing for Flax and Optax training: save, resume, evaluate, anywhere."""
 
-from flax_ckpt import errors, handlers, options
+from flax_ckpt import errors, handlers, options, path, training
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt._load import (
     checkpointables_metadata,
@@ -40,10 +40,12 @@ __all__ = [
     "load_checkpointables_async",
     "metadata",
     "options",
+    "path",
     "restore",
     "restore_train_state",
     "save",
     "save_async",
     "save_checkpointables",
     "save_checkpointables_async",
+    "training",
 ]

@@ -39,6 +39,8 @@ MODULES = {
     "errors",
     "handlers",
     "options",
+    "path",
+    "training",
 }
 PUBLIC = FUNCTIONS | CLASSES | MODULES
 

@@ -33,6 +33,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("interop",),
     ("_save", "_load", "_metadata"),
     ("training",),
+    ("path",),
     ("inspection",),
     ("cli",),
     ("testing",),
@@ -59,7 +60,7 @@ FORBIDDEN = {
 FORBIDDEN_CALLS = frozenset({"__import__", "compile", "eval", "exec"})
 
 MAX_MODULE_LINES = 400
-MAX_PACKAGE_CODE = 4500  # without blank lines, comments and docstrings
+MAX_PACKAGE_CODE = 6_500  # without blank lines, comments and docstrings
 
 
 @dataclass(frozen=True)
@@ -433,5 +434,5 @@ def test_a_long_module_is_found() -> None:
 
 def test_a_long_package_is_found() -> None:
     text = "x = 1\n" * (MAX_MODULE_LINES - 1)
-    (found,) = check(broken_sizes, **{f"leaves__m{i}": text for i in range(12)})
-    assert found == "flax_ckpt: 4788 lines of code, the limit is 4499"
+    (found,) = check(broken_sizes, **{f"leaves__m{i}": text for i in range(17)})
+    assert found == "flax_ckpt: 6783 lines of code, the limit is 6499"

@@ -1,7 +1,6 @@
 """When to save and what to keep, with a clock that the test holds."""
 
 import pytest
-
 from flax_ckpt.training.policies import Schedule, to_delete
 
 
