@@ -111,6 +111,7 @@ class CheckpointCallback(Generic[S]):
             name_formats.standard_name_format(),
         )
         self.directory = self._saver.directory
+        self._timer.start(self._saver.now())
         self._decided: tuple[int, bool] | None = None
         self._last_step: int | None = None
         self._seen: tuple[int, S, Mapping[str, Any] | None] | None = None
@@ -158,13 +159,13 @@ class CheckpointCallback(Generic[S]):
         self._log_config_changes(out.config_text)
         self._last_step = out.step
         self._begin(out.step)
+        self._timer.start(self._saver.now())
         return out.state, out.step
 
     def _begin(self, after: int) -> None:
         """The run goes on after this step: what is later on disk is not of it."""
         self._after, self._begun = after, True
         self._saver.begin(after)
-        self._timer.start(self._saver.now())
 
     def _log_config_changes(self, saved: str | None) -> None:
         if self._config is None or saved is None:

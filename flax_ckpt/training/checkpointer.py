@@ -1,8 +1,6 @@
 """`Checkpointer`: the checkpoints of a run by step, with the calls of Orbax v1.
 
 with fc.training.Checkpointer(root, save_decision_policy=every_1000) as checkpointer:
-    if checkpointer.latest is not None:
-        state = checkpointer.load(abstract_state=state)
     for step in range(first, last):
         state = train_step(state)
         checkpointer.save_async(step, state)
@@ -18,7 +16,7 @@ from etils import epath
 from flax_ckpt import _load
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt.context import Context, resolve
-from flax_ckpt.errors import SaveFailedError, StepAlreadyExistsError, StepNotFoundError
+from flax_ckpt.errors import SaveFailedError, StepNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import files
 from flax_ckpt.training import (
@@ -80,22 +78,21 @@ class Checkpointer:
         lightweight_initialize: bool = False,
     ) -> None:
         self._context = resolve(context)
-        self._name_format = step_name_format or name_formats.standard_name_format()
+        name_format = step_name_format or name_formats.standard_name_format()
         self._saver = Saver(
             directory,
             self._context,
             save_decision_policy or save_decision_policies.AS_OFTEN_AS_POSSIBLE,
             preservation_policy or preservation_policies.PreserveAll(),
-            self._name_format,
+            name_format,
         )
         self._root = self._saver.directory
-        self._deletion: AsyncResponse[bool] | None = None
         if self._saver.hosts.is_primary:
             files.make_directory(self._root)
             if custom_metadata is not None:
                 metadata.write_root(self._root, custom_metadata)
             if cleanup_tmp_directories:
-                steps.clean(self._root, name_formats.matcher(self._name_format))
+                steps.clean(self._root, name_formats.matcher(name_format))
 
     @property
     def directory(self) -> epath.Path:
@@ -110,10 +107,7 @@ class Checkpointer:
 
     @property
     def checkpoints(self) -> Sequence[CheckpointMetadata[None]]:
-        """The committed steps in order, from what is on disk; their files are read when asked for.
-
-        A save in flight is not among them.
-        """
+        """The committed steps in order, from what is on disk; their files are not read yet."""
         return self._saver.committed()
 
     def should_save(self, step: int) -> bool:
@@ -218,14 +212,8 @@ class Checkpointer:
         if reserved:
             raise ValueError(f"{min(reserved)!r} is a reserved name; call it something else")
         self._saver.notice()
-        there = next((other for other in self._saver.history if other.step == step), None)
-        if there is not None and not overwrite:
-            self._saver.wait()  # if its save fails, that is what there is to say
-            raise StepAlreadyExistsError(
-                f"step {step} is saved already, at {there.path}; pass overwrite=True to replace it",
-                step=step,
-                path=there.path,
-            )
+        if not overwrite:
+            self._saver.require_new(step)
         if not force and not self._saver.is_due(step, besides=step if overwrite else None):
             return None
         return self._saver.save(

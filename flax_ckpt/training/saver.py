@@ -25,6 +25,7 @@ from flax_ckpt.errors import (
     SaveCancelledError,
     SaveFailedError,
     StateError,
+    StepAlreadyExistsError,
     StepNotFoundError,
 )
 from flax_ckpt.format import names
@@ -261,6 +262,23 @@ class Saver:
         """Raises the failure of a save that has ended; does not wait for one that has not."""
         if self.response is not None and self.response.done():
             self.wait()
+
+    def require_new(self, step: int) -> None:
+        """Checks that a step was not saved, and is not being saved.
+
+        Raises:
+            StepAlreadyExistsError: it was.
+            SaveFailedError: it was to be, and failed.
+        """
+        there = [other for other in self.history if other.step == step]
+        if not there:
+            return
+        self.wait()
+        raise StepAlreadyExistsError(
+            f"step {step} is saved already, at {there[0].path}; pass overwrite=True to replace it",
+            step=step,
+            path=there[0].path,
+        )
 
     def cancel(self) -> None:
         """Ends the save in flight without a commit, unless it is committed already."""
