@@ -18,8 +18,8 @@ CHECKPOINTER = """
         path, context=context, save_decision_policy=OfThisProcess(),
         preservation_policy=keep.LatestN(2), custom_metadata={"run": 1},
     ) as checkpointer:
-        saved = [s for s in range(1, 7) if checkpointer.save(s, {"a": place(np.full(4, s), P("x"))})]
-        print(saved, flush=True)
+        values = {s: {"a": place(np.full(4, s), P("x"))} for s in range(1, 7)}
+        print([s for s, tree in values.items() if checkpointer.save(s, tree)], flush=True)
         assert checkpointer.root_metadata().custom_metadata == {"run": 1}
         for shard in checkpointer.load(6)["a"].addressable_shards:
             np.testing.assert_array_equal(shard.data, np.full(2, 6))
@@ -66,6 +66,9 @@ def test_a_callback_may_save_by_the_clock(tmp_path: Path):
 
 def test_a_primary_that_is_gone_is_named(tmp_path: Path):
     program = """
+        from jax._src import distributed
+        client = distributed.global_state.client
+
         class Stops:
             def should_save(self, step, previous_steps, *, context):
                 raise ZeroDivisionError
@@ -76,6 +79,9 @@ def test_a_primary_that_is_gone_is_named(tmp_path: Path):
             checkpointer.save(1, {"a": 1})
         except Exception as error:
             print(type(error).__name__, str(error).splitlines()[:1], flush=True)
+        if index == 1:
+            client.key_value_set("told", "")
+        client.blocking_key_value_get("told", 60_000)  # without the first, the other is ended
         leave()
     """
     first, second = run_two(program, tmp_path / "run", 3)
