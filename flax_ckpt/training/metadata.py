@@ -90,9 +90,8 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
 
 def listed(step: int, path: epath.Path) -> CheckpointMetadata[None]:
     """Metadata of a step whose files are read when they are asked for."""
-    found = CheckpointMetadata(step, path, metadata=None)
-    for name in ("_root", "metrics"):
-        del vars(found)[name]  # what was not read yet
+    found = cast("CheckpointMetadata[None]", object.__new__(CheckpointMetadata))
+    found.step, found.path, found.metadata = step, path, None
     return found
 
 
@@ -158,6 +157,11 @@ class RootMetadata:
     Attributes:
         directory: root of the steps.
         custom_metadata: what was given to the first :class:`Checkpointer` of the run.
+
+    >>> import tempfile, flax_ckpt as fc
+    >>> with fc.training.Checkpointer(tempfile.mkdtemp(), custom_metadata={"run": 7}) as run:
+    ...     run.root_metadata().custom_metadata
+    {'run': 7}
     """
 
     directory: epath.Path

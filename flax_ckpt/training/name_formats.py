@@ -21,6 +21,7 @@ from flax_ckpt.training import steps
 from flax_ckpt.training.metadata import CheckpointMetadata, listed
 
 PathLike = str | os.PathLike[str]
+_LAST_NUMBER = re.compile(r"\d+$", re.ASCII)
 M_co = TypeVar("M_co", covariant=True, bound=CheckpointMetadata[Any])
 
 
@@ -61,7 +62,7 @@ class _StandardNameFormat:
         except (FileNotFoundError, NotADirectoryError):
             return
         for name in found:
-            digits = re.search(r"\d+$", name, re.ASCII)
+            digits = _LAST_NUMBER.search(name)
             step = int(digits[0]) if digits else -1
             if self.build_name(step) == name and steps.is_checkpoint(f"{root}/{name}"):
                 yield listed(step, root / name)

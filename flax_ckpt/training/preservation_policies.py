@@ -31,7 +31,14 @@ class PreservationContext:
 
 @runtime_checkable
 class PreservationPolicy(Protocol):
-    """Decides which steps are kept."""
+    """Decides which steps are kept.
+
+    >>> class TheFirst:
+    ...     def should_preserve(self, checkpoints, *, context):
+    ...         return [i == 0 for i in range(len(checkpoints))]
+    >>> isinstance(TheFirst(), PreservationPolicy)
+    True
+    """
 
     def should_preserve(
         self, checkpoints: Checkpoints, *, context: PreservationContext

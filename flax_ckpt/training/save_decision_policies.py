@@ -46,6 +46,12 @@ class SaveDecisionPolicy(Protocol):
 
     With several processes the primary one asks, and tells the others, unless the policy is one of
     those here that need no more than the number of the step.
+
+    >>> class PowersOfTwo:
+    ...     def should_save(self, step, previous_steps, *, context):
+    ...         return step.step.bit_count() == 1
+    >>> isinstance(PowersOfTwo(), SaveDecisionPolicy)
+    True
     """
 
     def should_save(

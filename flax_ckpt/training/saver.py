@@ -135,6 +135,7 @@ class Saver:
         return self.hosts.broadcast(f"decision {self._saves}/{self._calls}", decision)
 
     def _decide(self, step: int, history: list[Step]) -> bool:
+        # Its path is the run's: to build the one it may get would cost more than the decision.
         asked = Step(step, self._root, metadata=None, commit_timestamp_nsecs=self.now())
         context = DecisionContext(
             is_saving_in_progress=self.is_saving,
@@ -234,9 +235,9 @@ class Saver:
         Raises:
             SaveFailedError: the save failed, and nobody was told.
         """
-        if self.deletion is not None:
-            self.deletion.result()
-            self.deletion = None
+        deletion, self.deletion = self.deletion, None
+        if deletion is not None:
+            deletion.result()
         response, current = self.response, self._current
         if response is None or current is None:
             return

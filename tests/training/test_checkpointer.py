@@ -126,6 +126,7 @@ def test_metadata_of_a_step(tmp_path: Path):
             assert (found.step, found.metrics, found.custom_metadata) == (3, saved, {"a": 1})
             assert before <= found.init_timestamp <= found.commit_timestamp == found.time
         assert described.metadata["b"].shape == (2,)
+        assert fc.restore(tmp_path, step=listed).report.loaded
         loaded = checkpointer.load(3, described)
         np.testing.assert_array_equal(loaded["b"], [3, 3])
     assert json.loads((tmp_path / "3" / "metrics" / "metrics").read_text()) == saved
