@@ -14,7 +14,7 @@ import dataclasses
 import datetime
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, Literal, TypeVar
 
 import jax
@@ -34,9 +34,10 @@ from flax_ckpt.training import (
 )
 from flax_ckpt.training import restore as restoring
 from flax_ckpt.training.save_decision_policies import (
-    Checkpoint,
     DecisionContext,
     SaveDecisionPolicy,
+    Step,
+    Steps,
 )
 from flax_ckpt.training.saver import Saver, step_number
 
@@ -324,9 +325,7 @@ class _Timer:
         """The run begins now, in ns since the epoch."""
         self.since = datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
 
-    def should_save(
-        self, step: Checkpoint, previous_steps: Sequence[Checkpoint], *, context: DecisionContext
-    ) -> bool:
+    def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
         last = previous_steps[-1].time if previous_steps else self.since
         return (step.time - max(last, self.since)).total_seconds() >= self.secs
 

@@ -29,6 +29,9 @@ class PreservationContext:
     """What is going on when a policy is asked: nothing so far."""
 
 
+Context = PreservationContext
+
+
 @runtime_checkable
 class PreservationPolicy(Protocol):
     """Decides which steps are kept.
@@ -40,9 +43,7 @@ class PreservationPolicy(Protocol):
     True
     """
 
-    def should_preserve(
-        self, checkpoints: Checkpoints, *, context: PreservationContext
-    ) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> Sequence[bool]:
         """Whether to keep each.
 
         Args:
@@ -64,9 +65,7 @@ class PreserveAll:
     []
     """
 
-    def should_preserve(
-        self, checkpoints: Checkpoints, *, context: PreservationContext
-    ) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
         return [True] * len(checkpoints)
 
@@ -88,9 +87,7 @@ class LatestN:
     def __post_init__(self) -> None:
         _require_at_least(0, n=self.n)
 
-    def should_preserve(
-        self, checkpoints: Checkpoints, *, context: PreservationContext
-    ) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
         return _latest([True] * len(checkpoints), self.n)
 
@@ -109,9 +106,7 @@ class LatestDuration:
 
     duration: datetime.timedelta
 
-    def should_preserve(
-        self, checkpoints: Checkpoints, *, context: PreservationContext
-    ) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
         kept: list[bool] = []
         for checkpoint in checkpoints:
@@ -134,9 +129,7 @@ class EveryNSeconds:
 
     interval_secs: int
 
-    def should_preserve(
-        self, checkpoints: Checkpoints, *, context: PreservationContext
-    ) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
         interval = datetime.timedelta(seconds=self.interval_secs)
         return _spaced([checkpoint.time for checkpoint in checkpoints], interval)
@@ -164,9 +157,7 @@ class EveryNSteps:
     def __post_init__(self) -> None:
         _require_at_least(1, interval_steps=self.interval_steps, max_to_keep=self.max_to_keep)
 
-    def should_preserve(
-        self, checkpoints: Checkpoints, *, context: PreservationContext
-    ) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         if self.exact_interval:
@@ -195,9 +186,7 @@ class EveryNStepsClosest:
     def __post_init__(self) -> None:
         _require_at_least(1, interval_steps=self.interval_steps, max_to_keep=self.max_to_keep)
 
-    def should_preserve(
-        self, checkpoints: Checkpoints, *, context: PreservationContext
-    ) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
         closest: dict[int, tuple[int, int]] = {}  # by multiple: how far, and which
         for i, checkpoint in enumerate(checkpoints):
@@ -227,9 +216,7 @@ class CustomSteps:
     def __post_init__(self, steps: Sequence[int]) -> None:
         self._steps_set = set(steps)
 
-    def should_preserve(
-        self, checkpoints: Checkpoints, *, context: PreservationContext
-    ) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
         return [checkpoint.step in self._steps_set for checkpoint in checkpoints]
 
@@ -257,9 +244,7 @@ class BestN:
     def __post_init__(self) -> None:
         _require_at_least(0, n=self.n)
 
-    def should_preserve(
-        self, checkpoints: Checkpoints, *, context: PreservationContext
-    ) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
         if self.n is None or len(checkpoints) <= self.n:
             return [True] * len(checkpoints)
@@ -292,9 +277,7 @@ class AnyPreservationPolicy:
 
     policies: Sequence[PreservationPolicy]
 
-    def should_preserve(
-        self, checkpoints: Checkpoints, *, context: PreservationContext
-    ) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
         kept = [policy.should_preserve(checkpoints, context=context) for policy in self.policies]
         return [any(each[i] for each in kept) for i in range(len(checkpoints))]

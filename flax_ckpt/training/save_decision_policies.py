@@ -20,7 +20,8 @@ from typing import Any, Protocol, final, runtime_checkable
 from flax_ckpt.options import MultiprocessingOptions
 from flax_ckpt.training.metadata import CheckpointMetadata
 
-Checkpoint = CheckpointMetadata[Any]
+Step = CheckpointMetadata[Any]
+Steps = Sequence[CheckpointMetadata[Any]]
 
 
 @final
@@ -56,8 +57,8 @@ class SaveDecisionPolicy(Protocol):
 
     def should_save(
         self,
-        step: Checkpoint,
-        previous_steps: Sequence[Checkpoint],
+        step: Step,
+        previous_steps: Steps,
         *,
         context: DecisionContext,
     ) -> bool:
@@ -90,9 +91,7 @@ class FixedIntervalPolicy:
         if self.interval < 1:
             raise ValueError(f"interval must be at least 1, got {self.interval}")
 
-    def should_save(
-        self, step: Checkpoint, previous_steps: Sequence[Checkpoint], *, context: DecisionContext
-    ) -> bool:
+    def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
         """See :class:`SaveDecisionPolicy`."""
         return step.step % self.interval == 0
 
@@ -111,9 +110,7 @@ class SpecificStepsPolicy:
 
     steps: Container[int]
 
-    def should_save(
-        self, step: Checkpoint, previous_steps: Sequence[Checkpoint], *, context: DecisionContext
-    ) -> bool:
+    def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
         """See :class:`SaveDecisionPolicy`."""
         return step.step in self.steps
 
@@ -132,9 +129,7 @@ class ContinuousCheckpointingPolicy:
 
     minimum_interval_secs: int | None = None
 
-    def should_save(
-        self, step: Checkpoint, previous_steps: Sequence[Checkpoint], *, context: DecisionContext
-    ) -> bool:
+    def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
         """See :class:`SaveDecisionPolicy`."""
         if context.is_saving_in_progress:
             return False
@@ -155,9 +150,7 @@ class PreemptionCheckpointingPolicy:
     PreemptionCheckpointingPolicy()
     """
 
-    def should_save(
-        self, step: Checkpoint, previous_steps: Sequence[Checkpoint], *, context: DecisionContext
-    ) -> bool:
+    def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
         """See :class:`SaveDecisionPolicy`."""
         return context.reached_preemption
 
@@ -171,9 +164,7 @@ class InitialSavePolicy:
     InitialSavePolicy()
     """
 
-    def should_save(
-        self, step: Checkpoint, previous_steps: Sequence[Checkpoint], *, context: DecisionContext
-    ) -> bool:
+    def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
         """See :class:`SaveDecisionPolicy`."""
         return not previous_steps
 
@@ -192,9 +183,7 @@ class AnySavePolicy:
 
     policies: Sequence[SaveDecisionPolicy]
 
-    def should_save(
-        self, step: Checkpoint, previous_steps: Sequence[Checkpoint], *, context: DecisionContext
-    ) -> bool:
+    def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
         """See :class:`SaveDecisionPolicy`."""
         asked = self.policies
         return any(p.should_save(step, previous_steps, context=context) for p in asked)
