@@ -1,6 +1,6 @@
 """Checkpointing for Flax and Optax training: save, resume, evaluate, anywhere."""
 
-from flax_ckpt import arrays, errors, handlers, leaves, multihost, options, tree
+from flax_ckpt import arrays, errors, handlers, leaves, multihost, options, path, training, tree
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt._load import (
     checkpointables_metadata,
@@ -53,11 +53,13 @@ __all__ = [
     "metadata",
     "multihost",
     "options",
+    "path",
     "restore",
     "restore_train_state",
     "save",
     "save_async",
     "save_checkpointables",
     "save_checkpointables_async",
+    "training",
     "tree",
 ]

@@ -85,6 +85,11 @@ class AsyncResponse(Generic[T]):
         """Whether the work has ended, well or not."""
         return self.ended.is_set()
 
+    @property
+    def told(self) -> bool:
+        """Whether it has failed and `result` has raised the error."""
+        return self.error is not None and self not in _unsurfaced
+
     def result(self, timeout: float | None = None) -> T:
         """Waits for the end and returns the result, or raises what went wrong.
 

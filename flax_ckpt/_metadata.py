@@ -1,17 +1,20 @@
 """What a checkpoint says about itself without loading it."""
 
-import dataclasses
 import datetime
-from typing import Any, Generic, TypeVar, final
+import functools
+import os
+from typing import Any, Generic, TypeVar
 
 from etils import epath
+
+from flax_ckpt.format import names
+from flax_ckpt.format.checkpoint import RootMetadata
+from flax_ckpt.storage import files
 
 T = TypeVar("T")
 PyTreeMetadata = Any  # a tree of abstract leaves, in dicts and lists
 
 
-@final
-@dataclasses.dataclass(eq=False)
 class CheckpointMetadata(Generic[T]):
     """Metadata of a checkpoint, from :func:`metadata` or :func:`checkpointables_metadata`.
 
@@ -25,12 +28,40 @@ class CheckpointMetadata(Generic[T]):
         custom_metadata: the user's own, as given to `save`.
     """
 
-    path: epath.Path
-    _: dataclasses.KW_ONLY
-    metadata: T
-    init_timestamp_nsecs: int | None = None
-    commit_timestamp_nsecs: int | None = None
-    custom_metadata: dict[str, Any] | None = None
+    def __init__(
+        self,
+        path: epath.Path,
+        *,
+        metadata: T,
+        init_timestamp_nsecs: int | None = None,
+        commit_timestamp_nsecs: int | None = None,
+        custom_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        self.path = path
+        self.metadata = metadata
+        self._root = RootMetadata(
+            {}, init_timestamp_nsecs, commit_timestamp_nsecs, custom_metadata or {}
+        )
+
+    @functools.cached_property
+    def _root(self) -> RootMetadata:
+        """The checkpoint's own file, read when something in it is first asked for."""
+        return read_root(os.fspath(self.path))
+
+    @property
+    def init_timestamp_nsecs(self) -> int | None:
+        """When the save began, in ns since the epoch."""
+        return self._root.init_timestamp_nsecs
+
+    @property
+    def commit_timestamp_nsecs(self) -> int | None:
+        """When it was finished, in ns since the epoch."""
+        return self._root.commit_timestamp_nsecs
+
+    @property
+    def custom_metadata(self) -> dict[str, Any] | None:
+        """The user's own, as given to `save`."""
+        return self._root.custom_metadata
 
     @property
     def init_timestamp(self) -> datetime.datetime | None:
@@ -47,6 +78,20 @@ class CheckpointMetadata(Generic[T]):
             f"CheckpointMetadata(path={self.path}, metadata={self.metadata},"
             f" commit_timestamp={self.commit_timestamp}, custom_metadata={self.custom_metadata})"
         )
+
+
+def read_root(path: str) -> RootMetadata:
+    """`_CHECKPOINT_METADATA` of a checkpoint, empty if there is none.
+
+    Raises:
+        FileNotFoundError: there is no directory any more.
+    """
+    try:
+        data = files.read(os.path.join(path, names.CHECKPOINT_METADATA))
+    except FileNotFoundError:
+        os.stat(path)
+        return RootMetadata()
+    return RootMetadata.from_bytes(data, path)
 
 
 def _datetime(nsecs: int | None) -> datetime.datetime | None:

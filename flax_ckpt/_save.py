@@ -23,7 +23,12 @@ from etils import epath
 from flax_ckpt import _async
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt.context import Context, resolve
-from flax_ckpt.errors import CheckpointExistsError, FormatError, NotHandleableError
+from flax_ckpt.errors import (
+    CheckpointExistsError,
+    FormatError,
+    NotHandleableError,
+    SaveCancelledError,
+)
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.registry import Handler
@@ -137,7 +142,9 @@ def start(
     *,
     trees: Collection[str] = (),
     internal: bool = False,
-) -> AsyncResponse[None]:
+    cancelled: threading.Event | None = None,
+    result: Any = None,
+) -> AsyncResponse[Any]:
     """Begins a save within a context given explicitly.
 
     Args:
@@ -148,6 +155,8 @@ def start(
         custom_metadata: anything JSON can hold.
         trees: names of those that are trees, even if other handlers accept them.
         internal: whether reserved names are allowed.
+        cancelled: once it is set, a save of one process is not committed.
+        result: what the response will give.
     """
     target = local_path(path)
     for name, value in checkpointables.items():
@@ -169,7 +178,7 @@ def start(
         with context:
             work = _Save(target, checkpointables, trees, context, overwrite, custom)
             return AsyncResponse(
-                lambda: work.finish(before, turn),
+                lambda: work.finish(before, turn, cancelled) or result,
                 f"checkpoint {target}",
                 then=[] if after is None else [lambda _: after()],
             )
@@ -238,12 +247,22 @@ class _Save:
             raise
         return writing
 
-    def finish(self, before: threading.Event | None, turn: threading.Event) -> None:
+    def finish(
+        self,
+        before: threading.Event | None,
+        turn: threading.Event,
+        cancelled: threading.Event | None,
+    ) -> None:
         """Writes, syncs and commits; on failure the target is what it was.
 
         Args:
             before: set when the save to the same path that came before has ended.
             turn: set here at the end.
+            cancelled: if it is set, there is no commit; with several processes it is not looked
+                at, since they could not agree.
+
+        Raises:
+            SaveCancelledError: it was set.
         """
         if before is not None:
             before.wait()
@@ -254,6 +273,8 @@ class _Save:
                 self._write_root()
             self._staging.sync()
             self._hosts.barrier("synced")
+            if cancelled is not None and cancelled.is_set() and not self._hosts.several:
+                raise SaveCancelledError(f"the save of {self._staging.target} was cancelled")
             if self._hosts.is_primary:
                 self._staging.commit()
             self._hosts.barrier("committed")

@@ -2,7 +2,9 @@
 
     FlaxCkptError
     ├── CheckpointNotFoundError   (FileNotFoundError)  nothing there; says what lies nearest
+    │   └── StepNotFoundError         (ValueError too)  a run has no such step; says which it has
     ├── CheckpointExistsError     (FileExistsError, ValueError)  the target is taken
+    │   └── StepAlreadyExistsError    the step was saved before
     ├── InvalidLayoutError        (ValueError)  something is there, but no checkpoint
     ├── FormatError               (ValueError)  bytes that do not follow the format
     │   └── DamagedCheckpointError    a checksum, length or file of a checkpoint is wrong
@@ -16,11 +18,14 @@
     ├── ContextFrozenError        (RuntimeError)  an active Context was mutated
     ├── StateError                (ValueError)  a training state or step that cannot be used
     ├── SaveFailedError           (RuntimeError)  a background save failed; cause chained
+    ├── SaveCancelledError        (concurrent.futures.CancelledError)  a save was cancelled
     └── BarrierTimeoutError       (TimeoutError)  another process did not arrive
 
 Each one also is the builtin that a caller would catch without knowing us.
 """
 
+import concurrent.futures
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +40,31 @@ class CheckpointNotFoundError(FlaxCkptError, FileNotFoundError):
 
 class CheckpointExistsError(FlaxCkptError, FileExistsError, ValueError):
     """A checkpoint is at the path already and `overwrite` was not asked for."""
+
+
+class _StepError(FlaxCkptError):
+    def __init__(self, message: str, *, step: int | None, path: str | os.PathLike[str]) -> None:
+        super().__init__(message)
+        self.step = step
+        self.path = os.fspath(path)
+
+
+class StepNotFoundError(_StepError, CheckpointNotFoundError, ValueError):
+    """A run has no such step.
+
+    Attributes:
+        step: the one asked for; None: the latest, of a run that has none.
+        path: where it would be.
+    """
+
+
+class StepAlreadyExistsError(_StepError, CheckpointExistsError):
+    """The step was saved before and `overwrite` was not asked for.
+
+    Attributes:
+        step: its number.
+        path: where it is.
+    """
 
 
 class InvalidLayoutError(FlaxCkptError, ValueError):
@@ -126,6 +156,10 @@ class SaveFailedError(FlaxCkptError, RuntimeError):
         super().__init__(message)
         self.path = path
         self.step = step
+
+
+class SaveCancelledError(FlaxCkptError, concurrent.futures.CancelledError):
+    """A save was cancelled before it was committed."""
 
 
 class BarrierTimeoutError(FlaxCkptError, TimeoutError):

@@ -48,6 +48,8 @@ MODULES = {
     "leaves",
     "multihost",
     "options",
+    "path",
+    "training",
     "tree",
 }
 CONSTANTS = {"PLACEHOLDER"}

@@ -34,6 +34,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("interop",),
     ("_save", "_load", "_metadata"),
     ("training",),
+    ("path",),
     ("inspection",),
     ("cli",),
     ("testing",),

@@ -15,6 +15,10 @@ DELETION_RECORD: Final = "_CHECKPOINT_DELETION"
 TMP_SUFFIX: Final = ".orbax-checkpoint-tmp"
 OWNER: Final = ".owner"
 
+# Of a whole run, under its root.
+ROOT_METADATA: Final = ("metadata", "_ROOT_METADATA")
+ROOT_METADATA_LEGACY: Final = ("metadata", "metadata")
+
 # Each of them marks a directory as a checkpoint.
 MARKS: Final = frozenset({INDICATOR, CHECKPOINT_METADATA, INTEGRITY, "_METADATA"})
 

@@ -191,13 +191,22 @@ def remove(path: str) -> None:
     Raises:
         CheckpointNotFoundError: there is nothing.
     """
+    remove_left_over(withdraw(path))
+
+
+def withdraw(path: str) -> str:
+    """Takes a checkpoint's name away, durably, and returns where it is now: a left-over.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing.
+    """
     if not os.path.isdir(path):
         raise CheckpointNotFoundError(f"{path} is not there, or is no directory: nothing removed")
     doomed = f"{path}.deleted{names.TMP_SUFFIX}"
     _clear(doomed)
     _rename(path, doomed)
     files.sync_path(os.path.dirname(path))
-    remove_left_over(doomed)
+    return doomed
 
 
 def remove_left_over(path: str) -> None:

@@ -54,6 +54,17 @@ def write(path: str, data: bytes) -> None:
         file.write(data)
 
 
+def publish(path: str, data: bytes) -> None:
+    """Puts a whole file in its place, durably; what was there is replaced."""
+    staged = f"{path}.{os.getpid()}"
+    with open(staged, "wb") as file:
+        file.write(data)
+        file.flush()
+        sync(file.fileno())
+    os.replace(staged, path)
+    sync_path(os.path.dirname(path))
+
+
 def read(path: str) -> bytes:
     """The bytes of a file."""
     with open(path, "rb") as file:

@@ -6,12 +6,14 @@ not queue behind the train step, and runs in a thread of its own.
 
 import asyncio
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
 import jax
 from jax._src import distributed  # the coordination client has no public name
+from jax.experimental import multihost_utils
 
 from flax_ckpt.errors import BarrierTimeoutError
 from flax_ckpt.options import MultiprocessingOptions
@@ -67,6 +69,48 @@ class Hosts:
                 f" after {self.timeout_secs:g} s not all were there. One of them has failed or"
                 f" makes another sequence of calls. The coordinator says: {error}"
             ) from error
+
+    def broadcast(self, point: str, value: Any) -> Any:
+        """The primary's value in every process.
+
+        Args:
+            point: names it; once in an operation.
+            value: what JSON can hold; that of the others is ignored.
+
+        Raises:
+            BarrierTimeoutError: the primary does not say in time.
+        """
+        if not self.several:
+            return value
+        key = f"{self.operation}/{point}"
+        if self.is_primary:
+            _state.client.key_value_set(key, json.dumps(value))
+            return value
+        try:
+            text = _state.client.blocking_key_value_get(key, int(self.timeout_secs * 1000))
+        except Exception as error:  # the client raises one type for all: XlaRuntimeError
+            raise BarrierTimeoutError(
+                f"process {self.index} waited for process {self.primary} to say {key!r};"
+                f" after {self.timeout_secs:g} s it had not. It has failed or makes another"
+                f" sequence of calls. The coordinator says: {error}"
+            ) from error
+        return json.loads(text)
+
+    def forget(self, points: str) -> None:
+        """Frees what was broadcast under `points`, a common beginning, once all have read it."""
+        if self.several and self.is_primary:
+            _state.client.key_value_delete(f"{self.operation}/{points}/")
+
+
+def reached_preemption(step: int) -> bool:
+    """Whether this is the step at which all processes are to save, before the cluster ends them.
+
+    Ask at every step. JAX agrees on the step between the processes; without `jax.distributed`, or
+    where its preemption service is off, it is never reached.
+    """
+    if _state.preemption_sync_manager is None:
+        return False
+    return multihost_utils.reached_preemption_sync_point(step)
 
 
 def is_primary(options: MultiprocessingOptions) -> bool:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from numpy.typing import NDArray
 
 from flax_ckpt.storage.datafile import aligned_empty

@@ -10,28 +10,36 @@ with fc.CheckpointCallback(workdir / "checkpoints", every_n_steps=500, config=co
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import logging
-import operator
 import os
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import numpy as np
 
-from flax_ckpt import _save
-from flax_ckpt._async import AsyncResponse
 from flax_ckpt.adapters import config as configs
 from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import ConfigError, FormatError, SaveFailedError, StateError
-from flax_ckpt.format import names, protos
-from flax_ckpt.leaves import dtypes
-from flax_ckpt.storage import hosts
-from flax_ckpt.storage.paths import local_path
-from flax_ckpt.training import policies, progress, steps
+from flax_ckpt.format import protos
+from flax_ckpt.training import (
+    metadata,
+    name_formats,
+    preservation_policies,
+    save_decision_policies,
+    steps,
+)
 from flax_ckpt.training import restore as restoring
+from flax_ckpt.training.save_decision_policies import (
+    DecisionContext,
+    SaveDecisionPolicy,
+    Step,
+    Steps,
+)
+from flax_ckpt.training.saver import Saver, step_number
 
 S = TypeVar("S")
 logger = logging.getLogger("flax_ckpt")
@@ -91,25 +99,25 @@ class CheckpointCallback(Generic[S]):
                 "on_error must be 'raise' or 'warn' and keep_last at least 1 or None, got"
                 f" {on_error!r} and {keep_last!r}"
             )
-        self.directory = local_path(directory)
-        self._schedule = _schedule(every_n_steps, every_secs)
-        self._keep_last = keep_last
-        self._config = None if config is None else configs.to_message(config)
         self._at_end = at_end
         self._on_error = on_error
         self._context = resolve(context)
-        self._response: AsyncResponse[None] | None = None
-        self._saving: int | None = None
-        self._last_step: int | None = None
-        self._last_time = time.monotonic()
+        self._config = None if config is None else configs.to_message(config)
+        save_policy, self._timer = _schedule(every_n_steps, every_secs)
+        self._saver = Saver(
+            directory,
+            self._context,
+            save_policy,
+            preservation_policies.LatestN(keep_last),
+            name_formats.standard_name_format(),
+        )
+        self.directory = self._saver.directory
+        self._timer.start(self._saver.now())
         self._decided: tuple[int, bool] | None = None
+        self._last_step: int | None = None
         self._seen: tuple[int, S, Mapping[str, Any] | None] | None = None
-        self._resumed_from: int | None = None
-        self._warned = self._superseded = False
-
-    @property
-    def _is_primary(self) -> bool:
-        return hosts.is_primary(self._context.multiprocessing)
+        self._after = -1
+        self._begun = self._warned = self._superseded = False
 
     @property
     def latest_step(self) -> int | None:
@@ -140,7 +148,7 @@ class CheckpointCallback(Generic[S]):
             TreeMismatchError: the checkpoint does not fit `like`.
             DamagedCheckpointError: the step asked for, or every one, is damaged.
         """
-        if self._is_primary:
+        if self._saver.hosts.is_primary:
             steps.clean(self.directory)
         if not steps.committed(self.directory) and step in ("latest", None):
             state = like if init is None else init()
@@ -150,9 +158,15 @@ class CheckpointCallback(Generic[S]):
         out = restoring.restore(self.directory, like, step=step, context=self._context)
         assert out.step is not None
         self._log_config_changes(out.config_text)
-        self._resumed_from = self._last_step = out.step
-        self._last_time = time.monotonic()
+        self._last_step = out.step
+        self._begin(out.step)
+        self._timer.start(self._saver.now())
         return out.state, out.step
+
+    def _begin(self, after: int) -> None:
+        """The run goes on after this step: what is later on disk is not of it."""
+        self._after, self._begun = after, True
+        self._saver.begin(after)
 
     def _log_config_changes(self, saved: str | None) -> None:
         if self._config is None or saved is None:
@@ -167,11 +181,10 @@ class CheckpointCallback(Generic[S]):
 
     def should_save(self, step: int) -> bool:
         """Whether `on_step_end` will save at this step; decided once per step."""
+        if not self._begun:
+            self._begin(step_number(step) - 1)
         if self._decided is None or self._decided[0] != step:
-            due = self._schedule.due(
-                step, now=time.monotonic(), last_step=self._last_step, last_time=self._last_time
-            )
-            self._decided = step, due
+            self._decided = step, self._saver.is_due(step)
         return self._decided[1]
 
     def on_step_end(
@@ -198,8 +211,7 @@ class CheckpointCallback(Generic[S]):
         Raises:
             SaveFailedError: an earlier save failed in the background.
         """
-        if self._response is not None and self._response.done():
-            self.wait()
+        self._guard(self._saver.notice)
         self._seen = step, state, metrics
         if not (self.should_save(step) or force) or step == self._last_step:
             return False
@@ -209,33 +221,25 @@ class CheckpointCallback(Generic[S]):
     __call__ = on_step_end
 
     def _save(self, step: int, state: S, metrics: Mapping[str, Any] | None) -> None:
-        began = time.perf_counter()
-        step = _step_number(step)
+        step = step_number(step)
         self.wait()
-        if not self._superseded and self._is_primary:
-            after = step - 1 if self._resumed_from is None else self._resumed_from
-            steps.supersede(self.directory, after)
-        self._superseded = True
+        if not self._superseded:
+            self._supersede()
         parts = {name: tree for name, tree in states.split(state).items() if tree is not None}
-        trees, nbytes = list(parts), progress.nbytes(parts)
+        trees = list(parts)
         if self._config is not None:
             parts[restoring.CONFIG] = self._config
         if metrics is not None:
-            parts[names.METRICS] = {name: _number(name, value) for name, value in metrics.items()}
-        path = steps.path_of(self.directory, step)
-        self._response = _save.start(path, parts, self._context, trees=trees, internal=True)
-        self._saving = self._last_step = step
-        self._last_time = time.monotonic()
+            metrics = {name: metadata.number(name, value) for name, value in metrics.items()}
+        self._saver.save(step, parts, trees=trees, metrics=metrics)
+        self._last_step = step
         self._warn_of_other_step(step, state)
-        blocked = time.perf_counter() - began
 
-        def finish(_: None) -> None:
-            seconds = time.perf_counter() - began
-            logger.info("saved %s", progress.line(path, step, nbytes, seconds, blocked))
-            if self._is_primary:
-                _retain(self.directory, self._keep_last, step)
-
-        self._response.on_complete(finish)
+    def _supersede(self) -> None:
+        if self._saver.hosts.is_primary:
+            steps.supersede(self.directory, self._after)
+        self._saver.hosts.barrier("superseded")
+        self._superseded = True
 
     def _warn_of_other_step(self, step: int, state: S) -> None:
         counted = states.step_of(state)
@@ -255,25 +259,17 @@ class CheckpointCallback(Generic[S]):
         Raises:
             SaveFailedError: it failed.
         """
-        response, step = self._response, self._saving
-        if response is None:
-            return
+        self._guard(self._saver.wait)
+
+    def _guard(self, wait: Callable[[], None]) -> None:
+        """Waits, and raises or logs the failure of a save."""
         try:
-            response.result()
-        except Exception as error:
-            self._response = None
-            fate = "was saved, but what follows failed" if response.completed else "was not saved"
-            if not response.completed:
-                self._last_step = None
-            failure = SaveFailedError(
-                f"{response.what} (step {step}) {fate}: {type(error).__name__}: {error}",
-                path=steps.path_of(self.directory, step or 0),
-                step=step,
-            )
+            wait()
+        except SaveFailedError as failure:
+            self._last_step = self._saver.history[-1].step if self._saver.history else None
             if self._on_error == "raise":
-                raise failure from error
-            logger.warning("%s", failure, exc_info=error)
-        self._response = None
+                raise
+            logger.warning("%s", failure, exc_info=failure.__cause__)
 
     def close(self) -> None:
         """Saves the last state seen if `at_end` and it is not saved yet; waits for all saves.
@@ -306,19 +302,48 @@ class CheckpointCallback(Generic[S]):
             error.add_note(str(failure))
 
     def __repr__(self) -> str:
-        state = f"saving step {self._saving}" if self._response is not None else "idle"
+        state = "saving" if self._saver.is_saving else "idle"
         return f"CheckpointCallback({self.directory!r}, latest_step={self.latest_step}, {state})"
 
 
-def _schedule(every_n_steps: int | None, every_secs: float | None) -> policies.Schedule:
-    if every_n_steps is None and every_secs is None:
-        every_secs = 600.0
-    if every_secs is not None and jax.process_count() > 1:
-        raise StateError(
-            "with several processes the time of a save must be agreed, which this release does"
-            " not do: give every_n_steps and no every_secs"
-        )
-    return policies.Schedule(every_n_steps, every_secs)
+_NEVER = datetime.datetime.max.replace(tzinfo=datetime.UTC)
+
+
+@dataclasses.dataclass
+class _Timer:
+    """A save-decision policy: so many seconds after the last save began, or the run.
+
+    Attributes:
+        secs: how many.
+        since: when the run began.
+    """
+
+    secs: float
+    since: datetime.datetime = _NEVER
+
+    def start(self, nsecs: int) -> None:
+        """The run begins now, in ns since the epoch."""
+        self.since = datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
+
+    def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
+        last = previous_steps[-1].time if previous_steps else self.since
+        return (step.time - max(last, self.since)).total_seconds() >= self.secs
+
+
+def _schedule(
+    every_n_steps: int | None, every_secs: float | None
+) -> tuple[SaveDecisionPolicy, _Timer]:
+    if every_n_steps is not None and every_n_steps < 1:
+        raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+    if every_secs is not None and not every_secs > 0:
+        raise ValueError(f"every_secs must be positive, got {every_secs}")
+    timer = _Timer(600.0 if every_secs is None else every_secs)
+    if every_n_steps is None:
+        return timer, timer
+    fixed = save_decision_policies.FixedIntervalPolicy(every_n_steps)
+    if every_secs is None:
+        return fixed, timer
+    return save_decision_policies.AnySavePolicy([fixed, timer]), timer
 
 
 def _require_concrete(like: Any, directory: str) -> None:
@@ -327,34 +352,3 @@ def _require_concrete(like: Any, directory: str) -> None:
             f"{directory} has no step to restore, and the state given is abstract: pass"
             " init=, a function that makes the first state"
         )
-
-
-def _retain(root: str, keep_last: int | None, saved: int) -> None:
-    """Deletes steps that need not be kept; one that cannot be deleted does not stop training."""
-    for old in policies.to_delete(steps.committed(root), keep_last):
-        try:
-            if old != saved:
-                steps.delete(root, old)
-        except OSError as error:
-            logger.warning("step %d could not be deleted: %s", old, error)
-
-
-def _step_number(step: Any) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise StateError(f"a step is the number of completed updates, 0 or more; got {step!r}")
-    return number
-
-
-def _number(name: str, value: Any) -> Any:
-    """A metric as JSON has it: a number, or nested lists of them."""
-    array = np.asarray(value)
-    kind = dtypes.kind(array.dtype)
-    if kind not in ("bool", "int", "float"):
-        raise StateError(
-            f"metric {name!r} is {value!r}: metrics are real numbers or arrays of them"
-        )
-    return (array.astype(np.float64) if kind == "float" else array).tolist()

@@ -7,6 +7,7 @@ import datetime
 import logging
 import os
 import re
+from collections.abc import Callable
 
 from flax_ckpt.errors import CheckpointNotFoundError
 from flax_ckpt.format import names
@@ -51,11 +52,6 @@ def require_steps(root: str) -> list[int]:
     raise CheckpointNotFoundError(f"{root} has no committed step; it has: {contents(root)}")
 
 
-def delete(root: str, step: int) -> None:
-    """Deletes a step; it is out of the listing before its first byte goes."""
-    commit.remove(path_of(root, step))
-
-
 def supersede(root: str, after: int) -> None:
     """Moves the steps later than `after` aside, so that the latest follows the run that goes on.
 
@@ -76,12 +72,17 @@ def supersede(root: str, after: int) -> None:
     )
 
 
-def clean(root: str) -> None:
-    """Removes what killed saves and deletions left under `root`; only what bears our mark."""
+def clean(root: str, is_step: Callable[[str], object] = _STEP.fullmatch) -> None:
+    """Removes what killed saves and deletions left under `root`; only what bears our mark.
+
+    Args:
+        root: of the run.
+        is_step: whether a name is that of a step.
+    """
     if not os.path.isdir(root):
         return
     for entry in os.scandir(root):
         step, mark, _ = entry.name.partition(names.TMP_SUFFIX)
-        ours = mark and _STEP.fullmatch(step.removesuffix(".deleted").removesuffix(".replaced"))
+        ours = mark and is_step(step.removesuffix(".deleted").removesuffix(".replaced"))
         if ours and not commit.has_owner(entry.path):
             commit.remove_left_over(entry.path)

@@ -1,9 +1,12 @@
 """`CheckpointCallback` in a loop: when it saves, what it keeps, what it says."""
 
+import datetime
 import logging
 import re
+import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import flax_ckpt as fc
-from flax_ckpt.training import steps
+from flax_ckpt.training import callback, steps
 from tests.training.states import assert_same, create, train
 
 
@@ -76,6 +79,47 @@ def test_force_saves_in_any_case(tmp_path: Path):
         assert ckpt(7, tree(7), force=True)
         assert not ckpt(7, tree(7), force=True), "it is saved already"
     assert steps.committed(str(tmp_path)) == [7]
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_a_period_that_is_not_positive_is_refused(tmp_path: Path, wrong: int):
+    with pytest.raises(ValueError, match=f"every_n_steps must be at least 1, got {wrong}"):
+        fc.CheckpointCallback(tmp_path, every_n_steps=wrong)
+    with pytest.raises(ValueError, match=f"every_secs must be positive, got {wrong}"):
+        fc.CheckpointCallback(tmp_path, every_secs=wrong)
+
+
+def test_seconds_count_from_the_last_save_or_the_beginning(tmp_path: Path):
+    hour = datetime.timedelta(hours=1)
+    began = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    _, timer = callback._schedule(None, 2 * 3600)
+    timer.start(int(began.timestamp() * 1e9))
+
+    def due(hours: float, *previous: int) -> bool:
+        at = [SimpleNamespace(step=i, time=began + i * hour) for i in (*previous, hours)]
+        return timer.should_save(at[-1], at[:-1], context=None)
+
+    assert [due(1.9), due(2)] == [False, True]
+    assert [due(1.9, -9), due(2, -9)] == [False, True], "the step resumed from is older"
+    assert [due(4.9, 1, 3), due(5, 1, 3)] == [False, True]
+
+
+def test_what_comes_first_is_enough(tmp_path: Path):
+    with fc.CheckpointCallback(tmp_path, every_n_steps=3, every_secs=1e9, at_end=False) as ckpt:
+        assert run(ckpt, 1, 8) == [3, 6]
+    with fc.CheckpointCallback(tmp_path / "b", every_n_steps=99, every_secs=1e-9) as ckpt:
+        assert run(ckpt, 1, 4) == [1, 2, 3]
+    with fc.CheckpointCallback(tmp_path / "c", at_end=False) as ckpt:
+        assert run(ckpt, 1, 4) == [], "every 600 s"
+
+
+def test_steps_that_are_not_saved_do_not_look_at_the_disk(tmp_path: Path):
+    with fc.CheckpointCallback(tmp_path, every_n_steps=10, at_end=False) as ckpt:
+        run(ckpt, 1, 12)
+        ckpt.wait()
+        shutil.rmtree(tmp_path)
+        assert run(ckpt, 12, 20) == []
+        assert not tmp_path.exists()
 
 
 def test_resume_gives_the_state_and_its_step(tmp_path: Path):

@@ -17,7 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 import flax_ckpt as fc
 from flax_ckpt.errors import CheckpointExistsError, SaveFailedError, StateError
 from flax_ckpt.format import checkpoint
-from flax_ckpt.storage import files
+from flax_ckpt.storage import commit, files
 from flax_ckpt.training import steps
 from tests.training.test_callback import RefusingHandler, run, tree
 
@@ -147,7 +147,7 @@ def test_the_last_state_is_saved_though_an_earlier_save_failed(tmp_path, monkeyp
     fail_once(monkeypatch)
     ckpt = fc.CheckpointCallback(tmp_path, every_n_steps=2, on_error=on_error)
     ckpt.on_step_end(2, tree(2))
-    ckpt._response.ended.wait()
+    ckpt._saver.response.ended.wait()
     ckpt._seen = 3, tree(3), None
     if on_error == "raise":
         with pytest.raises(SaveFailedError, match=r"\(step 2\) was not saved: .*No space"):
@@ -162,10 +162,10 @@ def test_a_step_that_cannot_be_deleted_does_not_stop_training(tmp_path, monkeypa
         ckpt.on_step_end(1, tree(1))
         ckpt.wait()
 
-        def refuse(root: str, step: int) -> None:
+        def refuse(path: str) -> None:
             raise OSError(39, "Directory not empty")
 
-        monkeypatch.setattr(steps, "delete", refuse)
+        monkeypatch.setattr(commit, "remove", refuse)
         ckpt.on_step_end(2, tree(2))
     assert steps.committed(str(tmp_path)) == [1, 2]
     assert "step 1 could not be deleted" in caplog.text

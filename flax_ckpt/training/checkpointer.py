@@ -1,0 +1,398 @@
+"""`Checkpointer`: the checkpoints of a run by step, with the calls of Orbax v1.
+
+with fc.training.Checkpointer(root, save_decision_policy=every_1000) as checkpointer:
+    for step in range(first, last):
+        state = train_step(state)
+        checkpointer.save_async(step, state)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, final
+
+from etils import epath
+
+from flax_ckpt import _load
+from flax_ckpt._async import AsyncResponse
+from flax_ckpt.context import Context, resolve
+from flax_ckpt.errors import SaveFailedError, StepNotFoundError
+from flax_ckpt.format import names
+from flax_ckpt.storage import files
+from flax_ckpt.training import (
+    metadata,
+    name_formats,
+    preservation_policies,
+    save_decision_policies,
+    steps,
+)
+from flax_ckpt.training.metadata import CheckpointMetadata, RootMetadata
+from flax_ckpt.training.name_formats import NameFormat, PathLike
+from flax_ckpt.training.saver import Saver, step_number
+
+Step = int | CheckpointMetadata[Any]
+
+
+@final
+class Checkpointer:
+    """Saves and loads the checkpoints of a run; use it in a `with` block, or call `close`.
+
+    One save runs at a time: one that is due waits for the one in flight, unless the policy says
+    otherwise. A save that fails in the background raises `SaveFailedError` at the next call, at
+    `wait`, or at `close`. The calls are to be made from one thread, in the same order in all
+    processes.
+
+    Args:
+        directory: root of the run; it is made if it is not there.
+        context: options of all that is done; None: those active now.
+        save_decision_policy: decides whether `save` saves; None: as often as possible without
+            waiting, at first, and when the cluster is about to end the processes.
+        preservation_policy: decides which steps stay when another has been saved; None: all.
+        step_name_format: how the steps are called; None: plain numbers.
+        custom_metadata: anything JSON can hold, about the whole run; written once.
+        cleanup_tmp_directories: whether to remove first what killed saves have left.
+        lightweight_initialize: of no effect: a step's files are read when they are asked for.
+
+    >>> import tempfile, numpy as np, flax_ckpt as fc
+    >>> every_10 = fc.training.save_decision_policies.FixedIntervalPolicy(10)
+    >>> root = tempfile.mkdtemp()
+    >>> with fc.training.Checkpointer(root, save_decision_policy=every_10) as checkpointer:
+    ...     for step in range(1, 31):
+    ...         if checkpointer.save(step, {"w": np.full(2, step)}, metrics={"loss": 1 / step}):
+    ...             print(step, end=" ")
+    10 20 30
+    >>> checkpointer.load()["w"], checkpointer.checkpoints[0].metrics
+    (array([30, 30]), {'loss': 0.1})
+    """
+
+    def __init__(
+        self,
+        directory: PathLike,
+        *,
+        context: Context | None = None,
+        save_decision_policy: save_decision_policies.SaveDecisionPolicy | None = None,
+        preservation_policy: preservation_policies.PreservationPolicy | None = None,
+        step_name_format: NameFormat[CheckpointMetadata[None]] | None = None,
+        custom_metadata: dict[str, Any] | None = None,
+        cleanup_tmp_directories: bool = False,
+        lightweight_initialize: bool = False,
+    ) -> None:
+        self._context = resolve(context)
+        name_format = step_name_format or name_formats.standard_name_format()
+        self._saver = Saver(
+            directory,
+            self._context,
+            save_decision_policy or save_decision_policies.AS_OFTEN_AS_POSSIBLE,
+            preservation_policy or preservation_policies.PreserveAll(),
+            name_format,
+        )
+        self._root = self._saver.directory
+        if self._saver.hosts.is_primary:
+            files.make_directory(self._root)
+            if custom_metadata is not None:
+                metadata.write_root(self._root, custom_metadata)
+            if cleanup_tmp_directories:
+                steps.clean(self._root, name_formats.matcher(name_format))
+
+    @property
+    def directory(self) -> epath.Path:
+        """The root of the run."""
+        return self._context.file.path_class(self._root)
+
+    @property
+    def latest(self) -> CheckpointMetadata[None] | None:
+        """The newest committed step, from what is on disk; None if there is none."""
+        found = self._saver.committed()
+        return found[-1] if found else None
+
+    @property
+    def checkpoints(self) -> Sequence[CheckpointMetadata[None]]:
+        """The committed steps in order, from what is on disk; their files are not read yet."""
+        return self._saver.committed()
+
+    def should_save(self, step: int) -> bool:
+        """Whether `save` would save this step; steps must increase.
+
+        Raises:
+            SaveFailedError: an earlier save failed.
+        """
+        self._saver.notice()
+        return self._saver.is_due(step_number(step))
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        checkpointable_name: str = names.STATE,
+        force: bool = False,
+        overwrite: bool = False,
+        metrics: dict[str, Any] | None = None,
+        custom_metadata: dict[str, Any] | None = None,
+    ) -> bool:
+        """Saves one PyTree as a step, if the policy says so.
+
+        Args:
+            step: the step's number.
+            state: any PyTree that :func:`flax_ckpt.save` takes.
+            checkpointable_name: the sub-directory for the tree.
+            force: save whatever the policy says.
+            overwrite: replace the step if it is there; until the new one is durable the old one
+                stays.
+            metrics: anything JSON can hold, and arrays; what `BestN` compares.
+            custom_metadata: anything JSON can hold.
+
+        Returns:
+            Whether it was saved; it is durable then.
+
+        Raises:
+            StepAlreadyExistsError: the step is there, and `overwrite` is false.
+            SaveFailedError: an earlier save failed in the background.
+            UnsupportedLeafError, DuplicateNameError, OSError: as :func:`flax_ckpt.save`.
+        """
+        parts = {checkpointable_name: state}
+        response = self._save(step, parts, parts, force, overwrite, metrics, custom_metadata)
+        return response is not None and response.result()
+
+    def save_async(
+        self,
+        step: int,
+        state: Any,
+        *,
+        checkpointable_name: str = names.STATE,
+        force: bool = False,
+        overwrite: bool = False,
+        metrics: dict[str, Any] | None = None,
+        custom_metadata: dict[str, Any] | None = None,
+    ) -> AsyncResponse[bool] | None:
+        """Saves one PyTree in the background; None if the policy says no. See :meth:`save`."""
+        parts = {checkpointable_name: state}
+        return self._save(step, parts, parts, force, overwrite, metrics, custom_metadata)
+
+    def save_checkpointables(
+        self,
+        step: int,
+        checkpointables: Mapping[str, Any],
+        *,
+        force: bool = False,
+        overwrite: bool = False,
+        metrics: dict[str, Any] | None = None,
+        custom_metadata: dict[str, Any] | None = None,
+    ) -> bool:
+        """Saves several checkpointables as a step, if the policy says so; see :meth:`save`."""
+        parts = checkpointables
+        response = self._save(step, parts, (), force, overwrite, metrics, custom_metadata)
+        return response is not None and response.result()
+
+    def save_checkpointables_async(
+        self,
+        step: int,
+        checkpointables: Mapping[str, Any],
+        *,
+        force: bool = False,
+        overwrite: bool = False,
+        metrics: dict[str, Any] | None = None,
+        custom_metadata: dict[str, Any] | None = None,
+    ) -> AsyncResponse[bool] | None:
+        """Saves several checkpointables in the background; None if the policy says no."""
+        return self._save(step, checkpointables, (), force, overwrite, metrics, custom_metadata)
+
+    def _save(
+        self,
+        step: int,
+        parts: Mapping[str, Any],
+        trees: Collection[str],
+        force: bool,
+        overwrite: bool,
+        metrics: dict[str, Any] | None,
+        custom_metadata: dict[str, Any] | None,
+    ) -> AsyncResponse[bool] | None:
+        step = step_number(step)
+        reserved = names.RESERVED.intersection(parts)
+        if reserved:
+            raise ValueError(f"{min(reserved)!r} is a reserved name; call it something else")
+        self._saver.notice()
+        if not overwrite:
+            self._saver.require_new(step)
+        if not force and not self._saver.is_due(step, besides=step if overwrite else None):
+            return None
+        return self._saver.save(
+            step,
+            parts,
+            trees=trees,
+            metrics=None if metrics is None else metadata.to_json(metrics),
+            overwrite=overwrite,
+            custom_metadata=custom_metadata,
+        )
+
+    def load(
+        self,
+        step: Step | None = None,
+        abstract_state: Any = None,
+        *,
+        checkpointable_name: str = names.STATE,
+    ) -> Any:
+        """Loads one PyTree of a step.
+
+        Args:
+            step: its number or metadata; None: the latest.
+            abstract_state: as for :func:`flax_ckpt.load`.
+            checkpointable_name: which; `AUTO`: the only tree there is.
+
+        Raises:
+            StepNotFoundError: says which steps there are.
+            CheckpointNotFoundError: the step has no such checkpointable.
+            TreeMismatchError, DamagedCheckpointError: as :func:`flax_ckpt.load`.
+        """
+        path = self._saver.find(step).path
+        with self._context:
+            return _load.load(path, abstract_state, checkpointable_name=checkpointable_name)
+
+    def load_async(
+        self,
+        step: Step | None = None,
+        abstract_state: Any = None,
+        *,
+        checkpointable_name: str = names.STATE,
+    ) -> AsyncResponse[Any]:
+        """Loads one PyTree in the background; see :meth:`load`."""
+        path, name = self._saver.find(step).path, checkpointable_name
+        with self._context:
+            return _load.load_async(path, abstract_state, checkpointable_name=name)
+
+    def load_checkpointables(
+        self,
+        step: Step | None = None,
+        abstract_checkpointables: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Loads several checkpointables of a step.
+
+        Args:
+            step: its number or metadata; None: the latest.
+            abstract_checkpointables: as for :func:`flax_ckpt.load_checkpointables`; None: all.
+
+        Raises:
+            StepNotFoundError: says which steps there are.
+            NoEntryError, TreeMismatchError, DamagedCheckpointError: as there.
+        """
+        path = self._saver.find(step).path
+        with self._context:
+            return _load.load_checkpointables(path, abstract_checkpointables)
+
+    def load_checkpointables_async(
+        self,
+        step: Step | None = None,
+        abstract_checkpointables: Mapping[str, Any] | None = None,
+    ) -> AsyncResponse[dict[str, Any]]:
+        """Loads several checkpointables in the background; see :meth:`load_checkpointables`."""
+        path = self._saver.find(step).path
+        with self._context:
+            return _load.load_checkpointables_async(path, abstract_checkpointables)
+
+    def metadata(self, step: Step | None = None) -> CheckpointMetadata[Any]:
+        """What the PyTree of a step looks like; see :func:`flax_ckpt.metadata`.
+
+        Raises:
+            StepNotFoundError: says which steps there are.
+        """
+        found = self._saver.find(step)
+        with self._context:
+            return metadata.of_step(found, _load.metadata(found.path))
+
+    def checkpointables_metadata(
+        self, step: Step | None = None
+    ) -> CheckpointMetadata[dict[str, Any]]:
+        """What all checkpointables of a step look like; see :meth:`metadata`."""
+        found = self._saver.find(step)
+        with self._context:
+            return metadata.of_step(found, _load.checkpointables_metadata(found.path))
+
+    def root_metadata(self) -> RootMetadata:
+        """What was given as `custom_metadata` when the run began."""
+        return RootMetadata(
+            directory=self.directory, custom_metadata=metadata.read_root(self._root)
+        )
+
+    def delete(
+        self, step: Step, *, checkpointable_name: str | None = None, missing_ok: bool = False
+    ) -> bool:
+        """Deletes a step, whatever the preservation policy says, after what is in flight.
+
+        Args:
+            step: its number or metadata.
+            checkpointable_name: must be None: the whole step.
+            missing_ok: whether a step that is not there is no error.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            StepNotFoundError: says which steps there are.
+        """
+        name = checkpointable_name
+        return self.delete_async(step, checkpointable_name=name, missing_ok=missing_ok).result()
+
+    def delete_async(
+        self, step: Step, *, checkpointable_name: str | None = None, missing_ok: bool = False
+    ) -> AsyncResponse[bool]:
+        """Deletes a step; it leaves the listing at once, its bytes go in the background."""
+        if checkpointable_name is not None:
+            raise ValueError(
+                f"checkpointable_name={checkpointable_name!r}: a Checkpointer deletes whole steps"
+            )
+        self.wait()
+        try:
+            found = self._saver.find(step)
+        except StepNotFoundError:
+            if not missing_ok:
+                raise
+            return AsyncResponse(lambda: False, f"deletion of step {step}")
+        return self._saver.delete(found)
+
+    def cancel(self, step: Step | None = None) -> None:
+        """Ends the save in flight; it leaves nothing, unless it was committed just before.
+
+        With several processes, which could not agree on the moment, the save comes to its end.
+
+        Args:
+            step: a step that is then deleted, if it is there.
+        """
+        self._saver.cancel()
+        if step is not None:
+            self.delete(step, missing_ok=True)
+
+    def reload(self) -> None:
+        """Takes what the policies know of earlier steps from disk again."""
+        self.wait()
+        self._saver.begin()
+
+    def is_saving_in_progress(self) -> bool:
+        """Whether a save runs in the background."""
+        return self._saver.is_saving
+
+    def wait(self) -> None:
+        """Returns when all that runs in the background has ended.
+
+        Raises:
+            SaveFailedError: a save failed.
+        """
+        self._saver.wait()
+
+    def close(self) -> None:
+        """As `wait`; may be called again."""
+        self.wait()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        try:
+            self.close()
+        except SaveFailedError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+
+    def __repr__(self) -> str:
+        latest, state = self.latest, "saving" if self._saver.is_saving else "idle"
+        return f"Checkpointer({self._root!r}, latest={latest and latest.step}, {state})"

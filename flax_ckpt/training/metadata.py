@@ -1,0 +1,199 @@
+"""Metadata of the steps of a run, and of the run itself.
+
+    for checkpoint in checkpointer.checkpoints:
+        checkpoint.step, checkpoint.time, checkpoint.metrics
+
+A listing reads no file: times and metrics are read when they are first asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast, final
+
+import jax
+import numpy as np
+from etils import epath
+
+from flax_ckpt import _metadata
+from flax_ckpt.errors import FormatError, StateError
+from flax_ckpt.format import jsons, names
+from flax_ckpt.leaves import dtypes
+from flax_ckpt.storage import files
+from flax_ckpt.storage.record import Record
+
+T = TypeVar("T")
+logger = logging.getLogger("flax_ckpt")
+
+
+@final
+class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
+    """Metadata of one step of a run.
+
+    Wherever a :class:`Checkpointer` takes a step, it takes this too.
+
+    Attributes:
+        step: the step's number.
+        metrics: what was given to `save`, or None.
+        time: when the step was committed; for one that is about to be saved, now.
+
+    >>> from etils import epath
+    >>> found = CheckpointMetadata(3, epath.Path("/run/3"), metadata=None, metrics={"loss": 0.5})
+    >>> found.step, found.metrics
+    (3, {'loss': 0.5})
+    """
+
+    def __init__(
+        self,
+        step: int,
+        path: epath.Path,
+        *,
+        metadata: T,
+        init_timestamp_nsecs: int | None = None,
+        commit_timestamp_nsecs: int | None = None,
+        custom_metadata: dict[str, Any] | None = None,
+        metrics: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            path,
+            metadata=metadata,
+            init_timestamp_nsecs=init_timestamp_nsecs,
+            commit_timestamp_nsecs=commit_timestamp_nsecs,
+            custom_metadata=custom_metadata,
+        )
+        self.step = step
+        self.metrics = metrics
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, Any] | None:
+        """What was given to `save`, or None."""
+        return _read_metrics(os.fspath(self.path))
+
+    @functools.cached_property
+    def time(self) -> datetime.datetime:
+        """When the step was committed, in UTC; if nobody wrote it down, the directory's time."""
+        nsecs = self.commit_timestamp_nsecs
+        seconds = os.stat(self.path).st_mtime if nsecs is None else nsecs / 1e9
+        return datetime.datetime.fromtimestamp(seconds, tz=datetime.UTC)
+
+    def __repr__(self) -> str:
+        return (
+            f"CheckpointMetadata(step={self.step}, path={self.path}, metadata={self.metadata},"
+            f" time={self.time}, custom_metadata={self.custom_metadata}, metrics={self.metrics})"
+        )
+
+
+def listed(step: int, path: epath.Path) -> CheckpointMetadata[None]:
+    """Metadata of a step whose files are read when they are asked for."""
+    found = cast("CheckpointMetadata[None]", object.__new__(CheckpointMetadata))
+    found.step, found.path, found.metadata = step, path, None
+    return found
+
+
+def of_step(
+    found: CheckpointMetadata[None], described: _metadata.CheckpointMetadata[T]
+) -> CheckpointMetadata[T]:
+    """What a step looks like, with its number and metrics."""
+    return CheckpointMetadata(
+        found.step,
+        described.path,
+        metadata=described.metadata,
+        init_timestamp_nsecs=described.init_timestamp_nsecs,
+        commit_timestamp_nsecs=described.commit_timestamp_nsecs,
+        custom_metadata=described.custom_metadata,
+        metrics=found.metrics,
+    )
+
+
+def _read_metrics(path: str) -> dict[str, Any] | None:
+    """The metrics that were saved with a step, or None.
+
+    Those of an old step that is damaged must not stop a run that goes on saving: a warning.
+    """
+    try:
+        record = Record(os.path.join(path, names.METRICS))
+        if not record.lists(names.METRICS_FILE):
+            return None
+        return jsons.parse_object(record.read(names.METRICS_FILE), record.directory)
+    except FormatError as error:
+        logger.warning("the metrics of %s cannot be read: %s", path, error)
+        return None
+
+
+def to_json(value: Any, name: str = "") -> Any:
+    """Metrics as JSON has them: what is an array or a NumPy number becomes plain numbers."""
+    if isinstance(value, Mapping):
+        parts = cast("Mapping[Any, Any]", value)
+        return {key: to_json(part, f"{name}/{key}".strip("/")) for key, part in parts.items()}
+    is_array = isinstance(value, np.ndarray | np.generic | jax.Array)
+    return number(name, value) if is_array else value
+
+
+def number(name: str, value: Any) -> Any:
+    """A metric as JSON has it: a number, or nested lists of them.
+
+    Raises:
+        StateError: it is neither a real number nor an array of them.
+    """
+    array = np.asarray(value)
+    kind = dtypes.kind(array.dtype)
+    if kind not in ("bool", "int", "float"):
+        raise StateError(
+            f"metric {name!r} is {value!r}: metrics are real numbers or arrays of them"
+        )
+    return (array.astype(np.float64) if kind == "float" else array).tolist()
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RootMetadata:
+    """Metadata of a whole run.
+
+    Attributes:
+        directory: root of the steps.
+        custom_metadata: what was given to the first :class:`Checkpointer` of the run.
+
+    >>> import tempfile, flax_ckpt as fc
+    >>> with fc.training.Checkpointer(tempfile.mkdtemp(), custom_metadata={"run": 7}) as run:
+    ...     run.root_metadata().custom_metadata
+    {'run': 7}
+    """
+
+    directory: epath.Path
+    custom_metadata: dict[str, Any] | None = None
+
+
+def write_root(root: str, custom_metadata: dict[str, Any]) -> None:
+    """Writes the metadata of a run, unless it was written before.
+
+    Raises:
+        FormatError: JSON cannot hold it.
+    """
+    path = os.path.join(root, *names.ROOT_METADATA)
+    if os.path.lexists(path):
+        return
+    try:
+        data = jsons.dump({"internal_metadata": {}, "custom_metadata": custom_metadata})
+        jsons.parse_object(jsons.dump(custom_metadata), "custom_metadata")
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"custom_metadata must be a dict that JSON can hold: {error}") from error
+    files.make_directory(os.path.dirname(path))
+    files.publish(path, data)
+
+
+def read_root(root: str) -> dict[str, Any] | None:
+    """The metadata of a run, or None.
+
+    Raises:
+        FormatError: the file is no JSON object.
+    """
+    for parts in (names.ROOT_METADATA, names.ROOT_METADATA_LEGACY):
+        path = os.path.join(root, *parts)
+        if os.path.isfile(path):
+            return jsons.parse_object(files.read(path), path).get("custom_metadata")
+    return None

@@ -1,0 +1,308 @@
+"""What to keep: pure functions of the steps that are there.
+
+    policies = fc.training.preservation_policies
+    policy = policies.AnyPreservationPolicy(
+        [policies.LatestN(3), policies.BestN(get_metric_fn=lambda m: m["accuracy"], n=2)]
+    )
+    fc.training.Checkpointer(root, preservation_policy=policy)
+
+They are asked after each save; the step just saved stays in any case. A user's own policy is any
+object with `should_preserve`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, final, runtime_checkable
+
+from flax_ckpt.training.metadata import CheckpointMetadata
+
+Checkpoints = Sequence[CheckpointMetadata[Any]]
+
+
+@final
+@dataclasses.dataclass(kw_only=True)
+class PreservationContext:
+    """What is going on when a policy is asked: nothing so far."""
+
+
+Context = PreservationContext
+
+
+@runtime_checkable
+class PreservationPolicy(Protocol):
+    """Decides which steps are kept.
+
+    >>> class TheFirst:
+    ...     def should_preserve(self, checkpoints, *, context):
+    ...         return [i == 0 for i in range(len(checkpoints))]
+    >>> isinstance(TheFirst(), PreservationPolicy)
+    True
+    """
+
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> Sequence[bool]:
+        """Whether to keep each.
+
+        Args:
+            checkpoints: the committed steps, in order.
+            context: what is going on.
+
+        Returns:
+            As many as `checkpoints`.
+        """
+        ...
+
+
+@final
+@dataclasses.dataclass
+class PreserveAll:
+    """Keeps all.
+
+    >>> PreserveAll().should_preserve([], context=PreservationContext())
+    []
+    """
+
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
+        """See :class:`PreservationPolicy`."""
+        return [True] * len(checkpoints)
+
+
+@final
+@dataclasses.dataclass
+class LatestN:
+    """Keeps the latest.
+
+    Attributes:
+        n: how many; None: all.
+
+    >>> LatestN(3)
+    LatestN(n=3)
+    """
+
+    n: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, n=self.n)
+
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
+        """See :class:`PreservationPolicy`."""
+        return _latest([True] * len(checkpoints), self.n)
+
+
+@final
+@dataclasses.dataclass
+class LatestDuration:
+    """Keeps what is younger than a duration when the latest step is saved, and what follows it.
+
+    Attributes:
+        duration: the age.
+
+    >>> LatestDuration(datetime.timedelta(hours=24)).duration.days
+    1
+    """
+
+    duration: datetime.timedelta
+
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
+        """See :class:`PreservationPolicy`."""
+        kept: list[bool] = []
+        for checkpoint in checkpoints:
+            young = checkpoints[-1].time - checkpoint.time <= self.duration
+            kept.append(young or (bool(kept) and kept[-1]))
+        return kept
+
+
+@final
+@dataclasses.dataclass
+class EveryNSeconds:
+    """Keeps the first, and then each that was saved long enough after the last one kept.
+
+    Attributes:
+        interval_secs: how long.
+
+    >>> EveryNSeconds(3600)
+    EveryNSeconds(interval_secs=3600)
+    """
+
+    interval_secs: int
+
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
+        """See :class:`PreservationPolicy`."""
+        interval = datetime.timedelta(seconds=self.interval_secs)
+        return _spaced([checkpoint.time for checkpoint in checkpoints], interval)
+
+
+@final
+@dataclasses.dataclass
+class EveryNSteps:
+    """Keeps steps at an interval.
+
+    Attributes:
+        interval_steps: number of steps.
+        exact_interval: True: its multiples; False: the first, and then each that is so many steps
+            or more after the last one kept.
+        max_to_keep: how many of these, the latest; None: all.
+
+    >>> EveryNSteps(1000)
+    EveryNSteps(interval_steps=1000, exact_interval=True, max_to_keep=None)
+    """
+
+    interval_steps: int
+    exact_interval: bool = True
+    max_to_keep: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, interval_steps=self.interval_steps, max_to_keep=self.max_to_keep)
+
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
+        """See :class:`PreservationPolicy`."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        if self.exact_interval:
+            kept = [step % self.interval_steps == 0 for step in steps]
+        else:
+            kept = _spaced(steps, self.interval_steps)
+        return _latest(kept, self.max_to_keep)
+
+
+@final
+@dataclasses.dataclass
+class EveryNStepsClosest:
+    """Keeps, for each multiple of a number of steps, the step that is closest, and the latest.
+
+    Attributes:
+        interval_steps: number of steps.
+        max_to_keep: how many of these, the latest; None: all.
+
+    >>> EveryNStepsClosest(1000, max_to_keep=5)
+    EveryNStepsClosest(interval_steps=1000, max_to_keep=5)
+    """
+
+    interval_steps: int
+    max_to_keep: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, interval_steps=self.interval_steps, max_to_keep=self.max_to_keep)
+
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
+        """See :class:`PreservationPolicy`."""
+        closest: dict[int, tuple[int, int]] = {}  # by multiple: how far, and which
+        for i, checkpoint in enumerate(checkpoints):
+            multiple = round(checkpoint.step / self.interval_steps)
+            far = abs(checkpoint.step - multiple * self.interval_steps)
+            if multiple not in closest or far <= closest[multiple][0]:
+                closest[multiple] = far, i
+        kept = {i for _, i in closest.values()} | {len(checkpoints) - 1}
+        return _latest([i in kept for i in range(len(checkpoints))], self.max_to_keep)
+
+
+@final
+@dataclasses.dataclass
+class CustomSteps:
+    """Keeps given steps.
+
+    Args:
+        steps: their numbers.
+
+    >>> CustomSteps([1, 10])
+    CustomSteps(_steps_set={1, 10})
+    """
+
+    steps: dataclasses.InitVar[Sequence[int]]
+    _steps_set: set[int] = dataclasses.field(init=False)
+
+    def __post_init__(self, steps: Sequence[int]) -> None:
+        self._steps_set = set(steps)
+
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
+        """See :class:`PreservationPolicy`."""
+        return [checkpoint.step in self._steps_set for checkpoint in checkpoints]
+
+
+@final
+@dataclasses.dataclass(kw_only=True)
+class BestN:
+    """Keeps the best by a metric; of equal ones the later, and NaN is worse than any number.
+
+    Attributes:
+        get_metric_fn: takes the metrics of a step and returns the number to compare.
+        reverse: False: the greatest are the best; True: the least.
+        n: how many; None: all.
+        keep_checkpoints_without_metrics: whether steps without metrics are kept besides.
+
+    >>> BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=2).n
+    2
+    """
+
+    get_metric_fn: Callable[[Any], float]
+    reverse: bool = False
+    n: int | None = None
+    keep_checkpoints_without_metrics: bool = True
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, n=self.n)
+
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
+        """See :class:`PreservationPolicy`."""
+        if self.n is None or len(checkpoints) <= self.n:
+            return [True] * len(checkpoints)
+        if self.n == 0:
+            return [False] * len(checkpoints)
+        measured = [i for i, c in enumerate(checkpoints) if c.metrics is not None]
+        ranked = sorted(measured, key=lambda i: self._worth(checkpoints[i].metrics))
+        best = set(ranked[-self.n :])
+        unmeasured = self.keep_checkpoints_without_metrics
+        return [i in best or (unmeasured and c.metrics is None) for i, c in enumerate(checkpoints)]
+
+    def _worth(self, metrics: Any) -> tuple[bool, float]:
+        value = float(self.get_metric_fn(metrics))
+        if math.isnan(value):
+            return False, 0.0
+        return True, -value if self.reverse else value
+
+
+@final
+@dataclasses.dataclass
+class AnyPreservationPolicy:
+    """Keeps what one of several policies keeps.
+
+    Attributes:
+        policies: all are asked.
+
+    >>> AnyPreservationPolicy([LatestN(3), EveryNSteps(1000)]).policies[0]
+    LatestN(n=3)
+    """
+
+    policies: Sequence[PreservationPolicy]
+
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
+        """See :class:`PreservationPolicy`."""
+        kept = [policy.should_preserve(checkpoints, context=context) for policy in self.policies]
+        return [any(each[i] for each in kept) for i in range(len(checkpoints))]
+
+
+def _require_at_least(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _latest(kept: list[bool], n: int | None) -> list[bool]:
+    """Of those kept, the last `n`."""
+    if n is None:
+        return kept
+    places = [i for i, keep in enumerate(kept) if keep]
+    last = set(places[max(len(places) - n, 0) :])
+    return [i in last for i in range(len(kept))]
+
+
+def _spaced(values: Sequence[Any], interval: Any) -> list[bool]:
+    """The first, and each that is `interval` or more after the last one kept."""
+    kept: list[bool] = []
+    last: Any = None
+    for value in values:
+        kept.append(last is None or value - last >= interval)
+        last = value if kept[-1] else last
+    return kept
