@@ -150,6 +150,13 @@ class CheckpointCallback(Generic[S]):
         out = restoring.restore(self.directory, like, step=step, context=self._context)
         assert out.step is not None
         self._log_config_changes(out.config_text)
+        if (counted := _other_count(out.step, out.state)) is not None:
+            logger.warning(
+                "step %d was restored, but the state counts %d updates: if it was saved under the"
+                " index of its last update, go on from `int(state.step)`",
+                out.step,
+                counted,
+            )
         self._resumed_from = self._last_step = out.step
         self._last_time = time.monotonic()
         return out.state, out.step
@@ -238,15 +245,15 @@ class CheckpointCallback(Generic[S]):
         self._response.on_complete(finish)
 
     def _warn_of_other_step(self, step: int, state: S) -> None:
-        counted = states.step_of(state)
-        if self._warned or counted is None or np.ndim(counted) or int(counted) == step:
+        counted = None if self._warned else _other_count(step, state)
+        if counted is None:
             return
         self._warned = True
         logger.warning(
             "step %d is saved, but the state counts %d updates: pass the number of completed"
             " updates, `i + 1` in `for i in range(…)`",
             step,
-            int(counted),
+            counted,
         )
 
     def wait(self) -> None:
@@ -337,6 +344,14 @@ def _retain(root: str, keep_last: int | None, saved: int) -> None:
                 steps.delete(root, old)
         except OSError as error:
             logger.warning("step %d could not be deleted: %s", old, error)
+
+
+def _other_count(step: int, state: Any) -> int | None:
+    """The number of updates that a state counts, if it is another than its step."""
+    counted = states.step_of(state)
+    if counted is None or np.ndim(counted) or int(counted) == step:
+        return None
+    return int(counted)
 
 
 def _step_number(step: Any) -> int:

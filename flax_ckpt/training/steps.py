@@ -1,14 +1,15 @@
 """The steps of a run: directories named by the number of completed updates.
 
-What is on disk is the evidence; there is no index that could disagree with it.
+What is on disk is the evidence; there is no index that could disagree with it. So is how the steps
+are called: a run that Orbax began with `ckpt_000020` goes on with `ckpt_000030`.
 """
 
+import dataclasses
 import datetime
 import logging
 import os
-import re
 
-from flax_ckpt.errors import CheckpointNotFoundError
+from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, files
 from flax_ckpt.storage.paths import contents, require_directory
@@ -16,26 +17,72 @@ from flax_ckpt.storage.paths import contents, require_directory
 logger = logging.getLogger("flax_ckpt")
 
 SUPERSEDED = "superseded"
-_STEP = re.compile(r"0|[1-9]\d*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """How the steps of a run are called: `[<prefix>_]<step>`, with zeros up to a width."""
+
+    prefix: str = ""
+    width: int = 1
+
+    def name(self, step: int) -> str:
+        """The name of a step's directory."""
+        return (self.prefix and f"{self.prefix}_") + f"{step:0{self.width}}"
 
 
 def committed(root: str) -> list[int]:
-    """Steps that were committed under `root`, in order; empty if it is not there."""
+    """Steps that were committed under `root`, in order; empty if it is not there.
+
+    Raises:
+        InvalidLayoutError: they are called in several ways.
+    """
+    return _survey(root)[1]
+
+
+def path_of(root: str, step: int) -> str:
+    """Where a step is, or will be: it is called as those that are there.
+
+    Raises:
+        InvalidLayoutError: they are called in several ways.
+    """
+    return os.path.join(root, _survey(root)[0].name(step))
+
+
+def _survey(root: str) -> tuple[Naming, list[int]]:
+    """How the committed steps under `root` are called, and which there are.
+
+    Plain numbers come first: beside them, other names are no steps. Else there must be one way.
+    """
     try:
-        found = [entry.name for entry in os.scandir(root) if _STEP.fullmatch(entry.name)]
+        entries = [(e.name, step) for e in os.scandir(root) if (step := names.step_of(e.name))]
     except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(int(name) for name in found if is_checkpoint(os.path.join(root, name)))
+        entries = []
+    found = {n: step for n, step in entries if is_checkpoint(os.path.join(root, n))}
+    ways = {Naming(prefix, width) for prefix, n, width in found.values() if len(str(n)) < width}
+    for name, (prefix, step, _) in found.items():
+        if not any(way.prefix == prefix and way.name(step) == name for way in ways):
+            ways.add(Naming(prefix))
+    if len(ways) > 1 and Naming() not in ways:
+        raise InvalidLayoutError(
+            f"{root} has checkpoints of several names: {', '.join(sorted(found)[:12])}. Give one of"
+            " them, or move those that are no steps of this run elsewhere"
+        )
+    naming = Naming() if Naming() in ways or not ways else ways.pop()
+    return naming, sorted(n for name, (_, n, _) in found.items() if naming.name(n) == name)
 
 
 def is_checkpoint(path: str) -> bool:
     """Whether a directory is a checkpoint: a rename gives it its name when it is complete."""
-    return any(os.path.lexists(os.path.join(path, name)) for name in names.MARKS)
-
-
-def path_of(root: str, step: int) -> str:
-    """Where a step is, or will be."""
-    return os.path.join(root, str(step))
+    if any(os.path.lexists(os.path.join(path, name)) for name in names.MARKS):
+        return True
+    # Old ones have no file of their own, only trees; a root's steps may be trees themselves.
+    items = [] if not os.path.isdir(path) else os.listdir(path)
+    return any(
+        os.path.isfile(os.path.join(path, item, names.TREE_METADATA))
+        for item in items
+        if not names.step_of(item) and names.TMP_SUFFIX not in item
+    )
 
 
 def require_steps(root: str) -> list[int]:
@@ -45,8 +92,7 @@ def require_steps(root: str) -> list[int]:
         CheckpointNotFoundError: there are none; says what is there.
     """
     require_directory(root)
-    found = committed(root)
-    if found:
+    if found := committed(root):
         return found
     raise CheckpointNotFoundError(f"{root} has no committed step; it has: {contents(root)}")
 
@@ -61,14 +107,15 @@ def supersede(root: str, after: int) -> None:
 
     They are kept in `<root>/superseded/<step>-<utc>`; one WARNING says which.
     """
-    later = [step for step in committed(root) if step > after]
+    naming, found = _survey(root)
+    later = [step for step in found if step > after]
     if not later:
         return
     aside = os.path.join(root, SUPERSEDED)
     os.makedirs(aside, exist_ok=True)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     for step in reversed(later):
-        os.rename(path_of(root, step), os.path.join(aside, f"{step}-{now}"))
+        os.rename(os.path.join(root, naming.name(step)), os.path.join(aside, f"{step}-{now}"))
     files.sync_path(aside)
     files.sync_path(root)
     logger.warning(
@@ -80,8 +127,11 @@ def clean(root: str) -> None:
     """Removes what killed saves and deletions left under `root`; only what bears our mark."""
     if not os.path.isdir(root):
         return
+    naming, _ = _survey(root)
     for entry in os.scandir(root):
-        step, mark, _ = entry.name.partition(names.TMP_SUFFIX)
-        ours = mark and _STEP.fullmatch(step.removesuffix(".deleted").removesuffix(".replaced"))
+        name, mark, _ = entry.name.partition(names.TMP_SUFFIX)
+        name = name.removesuffix(".deleted").removesuffix(".replaced")
+        step = names.step_of(name)
+        ours = mark and step and naming.name(step[1]) == name
         if ours and not commit.has_owner(entry.path):
             commit.remove_left_over(entry.path)
