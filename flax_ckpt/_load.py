@@ -203,7 +203,7 @@ class Layout:
         """
         here = local_path(path)
         require_directory(here)
-        if names.TMP_SUFFIX in os.path.basename(here) and not os.path.islink(here):
+        if names.is_unfinished(os.path.basename(here)) and not os.path.islink(here):
             raise InvalidLayoutError(f"{here} is unfinished: the save that made it did not commit")
         record = Record(here)
         root = checkpoint.RootMetadata()
@@ -286,7 +286,7 @@ def _being_deleted(path: str) -> str | None:
 
 
 def _is_item(entry: os.DirEntry[str]) -> bool:
-    ignored = entry.name in names.IGNORED_ITEMS or names.TMP_SUFFIX in entry.name
+    ignored = entry.name in names.IGNORED_ITEMS or names.is_unfinished(entry.name)
     return entry.is_dir() and not ignored
 
 

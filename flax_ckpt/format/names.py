@@ -73,6 +73,11 @@ JSON_TYPES: Final = _types(
     "json_handler.JsonHandler", "json_checkpoint_handler.JsonCheckpointHandler"
 )
 
+def is_unfinished(name: str) -> bool:
+    """Whether a directory of that name is a save that has not come to its end."""
+    return TMP_SUFFIX in name or PARTIAL_SUFFIX in name
+
+
 _STEP = re.compile(r"(?:(.+)_)?([0-9]+)")
 
 
@@ -83,6 +88,6 @@ def step_of(name: str) -> tuple[str, int, int] | None:
     (('', 1500, 4), ('ckpt', 20, 6), None)
     """
     match = _STEP.fullmatch(name)
-    if match is None or TMP_SUFFIX in name or PARTIAL_SUFFIX in name:
+    if match is None or is_unfinished(name):
         return None
     return match[1] or "", int(match[2]), len(match[2])

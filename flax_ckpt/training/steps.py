@@ -81,7 +81,7 @@ def is_checkpoint(path: str) -> bool:
     return any(
         os.path.isfile(os.path.join(path, item, names.TREE_METADATA))
         for item in items
-        if not names.step_of(item) and names.TMP_SUFFIX not in item
+        if not names.step_of(item) and not names.is_unfinished(item)
     )
 
 
