@@ -73,6 +73,7 @@ JSON_TYPES: Final = _types(
     "json_handler.JsonHandler", "json_checkpoint_handler.JsonCheckpointHandler"
 )
 
+
 def is_unfinished(name: str) -> bool:
     """Whether a directory of that name is a save that has not come to its end."""
     return TMP_SUFFIX in name or PARTIAL_SUFFIX in name
