@@ -214,7 +214,7 @@ class Layout:
         if os.path.isfile(os.path.join(here, names.TREE_METADATA)):
             return cls(here, {"": here}, root)
         found = {entry.name: entry.path for entry in os.scandir(here) if _is_item(entry)}
-        if not has_metadata and not any(map(_is_tree_of_this, found.values())):
+        if not has_metadata and not any(map(is_item_tree, found.values())):
             raise _no_checkpoint(here)
         missing = {name for name in record.listed() if record.listed(f"{name}/")} - found.keys()
         items = found | {name: os.path.join(here, name) for name in missing}
@@ -294,8 +294,8 @@ def _holds_tree(path: str) -> bool:
     return os.path.isfile(os.path.join(path, names.TREE_METADATA))
 
 
-def _is_tree_of_this(path: str) -> bool:
-    """Whether a sub-directory is a tree, and no checkpoint of its own, as v0's steps can be."""
+def is_item_tree(path: str) -> bool:
+    """Whether a directory is a tree within a checkpoint, and none of its own, as v0's can be."""
     return _holds_tree(path) and not os.path.lexists(os.path.join(path, names.CHECKPOINT_METADATA))
 
 

@@ -9,6 +9,7 @@ import datetime
 import logging
 import os
 
+from flax_ckpt._load import is_item_tree
 from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, files
@@ -76,13 +77,12 @@ def is_checkpoint(path: str) -> bool:
     """Whether a directory is a checkpoint: a rename gives it its name when it is complete."""
     if any(os.path.lexists(os.path.join(path, name)) for name in names.MARKS):
         return True
-    # Old ones have no file of their own, only trees; a root's steps may be trees themselves.
-    items = [] if not os.path.isdir(path) else os.listdir(path)
-    return any(
-        os.path.isfile(os.path.join(path, item, names.TREE_METADATA))
-        for item in items
-        if not names.step_of(item) and not names.is_unfinished(item)
-    )
+    try:  # an old one has no file of its own, only trees; steps of a root are not among them
+        items = [name for name in os.listdir(path) if not names.step_of(name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    finished = [name for name in items if not names.is_unfinished(name)]
+    return any(is_item_tree(os.path.join(path, name)) for name in finished)
 
 
 def require_steps(root: str) -> list[int]:

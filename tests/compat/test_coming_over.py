@@ -341,6 +341,14 @@ def test_a_run_goes_on_and_ends_with_the_same_bits(written: Path, name: str) -> 
     assert_same(fc.restore_train_state(copy, abstract(), step=STEPS[0]), trained()[STEPS[0]])
 
 
+def test_steps_of_orbax_are_kept_and_deleted_like_ours(written: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(written / "v0_prefix", tmp_path / "root"))
+    with fc.CheckpointCallback(root, every_n_steps=1, keep_last=2) as callback:
+        callback.restore_or_init(abstract())
+        callback.on_step_end(END, trained()[END])
+    assert {path.name for path in root.iterdir()} == {"ckpt_000004", "ckpt_000006"}
+
+
 def test_a_step_called_by_the_index_of_its_last_update_is_told(
     written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

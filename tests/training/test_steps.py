@@ -67,6 +67,13 @@ def test_a_root_of_flat_steps_is_no_checkpoint(tmp_path):
     assert not steps.is_checkpoint(root)
 
 
+def test_a_checkpoint_beside_the_steps_makes_no_checkpoint_of_the_root(tmp_path):
+    root = make(tmp_path, "4", "best")
+    (tmp_path / "best" / "_METADATA").touch()
+    assert not steps.is_checkpoint(root)
+    assert steps.committed(root) == [4]
+
+
 def test_later_steps_are_set_aside_under_any_name(tmp_path):
     root = make(tmp_path, "ckpt_0004", "ckpt_0008", "ckpt_0012")
     steps.supersede(root, 4)
