@@ -242,6 +242,20 @@ def test_the_latest_step_and_one_by_its_path(written: Path, name: str) -> None:
     assert_same(out.state, trained()[STEPS[0]])
 
 
+@pytest.mark.parametrize("name", ["v0_standard", "v0_named", "v0_prefix", "v0_flat"])
+def test_r1_steps_of_a_run_that_miss_their_metadata(
+    written: Path, tmp_path: Path, name: str
+) -> None:
+    root = Path(shutil.copytree(written / name, tmp_path / "root"))
+    for file in [*root.rglob("_CHECKPOINT_METADATA"), *root.rglob("commit_success.txt")]:
+        file.unlink()
+    out = fc.restore(root, abstract())
+    assert out.step == STEPS[-1]
+    assert_same(out.state, trained()[STEPS[-1]])
+    (path,) = (p for p in root.iterdir() if p.name.endswith(str(STEPS[0])))
+    assert_same(fc.restore_train_state(path, abstract()), trained()[STEPS[0]])
+
+
 @flax.struct.dataclass
 class EvalState:
     params: Any

@@ -1,8 +1,8 @@
 """Has an older Orbax release read what we write. It is run by hand: `make.py` says how to get one.
 
     export XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu
-    python tests/golden/read_ours.py write /tmp/ours            # with flax_ckpt
-    /tmp/old/bin/python tests/golden/read_ours.py read /tmp/ours
+    python -m tests.golden.read_ours write /tmp/ours            # with flax_ckpt
+    /tmp/old/bin/python -m tests.golden.read_ours read /tmp/ours
 
 Orbax 0.11.25, 0.11.33 and 0.12.2 find everything equal, with jax 0.10.2 and tensorstore 0.1.86.
 """
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import make
 import numpy as np
+
+from tests.golden import make
 
 PARTS = ("params", "opt_state", "train_state")
 
