@@ -102,7 +102,7 @@ class SavedTree(contextlib.ExitStack):
 
     def narrow(self, keys: Container[str]) -> None:
         """Leaves alone from now on what is not under one of these keys of the outermost node."""
-        self.leaves = {p: leaf for p, leaf in self.leaves.items() if p and p[0][0] in keys}
+        self.leaves = {p: leaf for p, leaf in self.leaves.items() if tree.name_of(p[:1]) in keys}
 
     def prepare(
         self, abstract: Any, rules: LoadRules, *, partial: bool = False

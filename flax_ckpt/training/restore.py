@@ -31,7 +31,7 @@ from flax_ckpt.errors import (
     StateError,
     TreeMismatchError,
 )
-from flax_ckpt.format import names, protos
+from flax_ckpt.format import names, protos, tree
 from flax_ckpt.handlers.pytree import log_fallbacks
 from flax_ckpt.handlers.saved_tree import SavedTree, mismatch
 from flax_ckpt.leaves.base import LoadRules
@@ -256,7 +256,7 @@ def _load_whole(layout: Layout, like: Any, rules: _Rules) -> tuple[Any, Any]:
     load_rules = LoadRules(strict=not rules.cast)
     fields = {name for name, part in states.fields(like).items() if part is not None}
     with _open_whole(layout) as saved:
-        there = {path[0][0] for path in saved.leaves if path}
+        there = {tree.name_of(path[:1]) for path in saved.leaves}
         if states.PARAMS in fields - there:
             raise StateError(
                 f"{saved.directory} has no field 'params', which the wanted state has; it has:"
