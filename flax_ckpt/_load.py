@@ -208,7 +208,7 @@ class Layout:
         """
         here = local_path(path)
         require_directory(here)
-        if names.TMP_SUFFIX in os.path.basename(here) and not os.path.islink(here):
+        if names.is_unfinished(os.path.basename(here)) and not os.path.islink(here):
             raise InvalidLayoutError(f"{here} is unfinished: the save that made it did not commit")
         record = Record(here)
         root = checkpoint.RootMetadata()
@@ -219,7 +219,7 @@ class Layout:
         if os.path.isfile(os.path.join(here, names.TREE_METADATA)):
             return cls(here, {"": here}, root)
         found = {entry.name: entry.path for entry in os.scandir(here) if _is_item(entry)}
-        if not has_metadata and not any(map(_holds_tree, found.values())):
+        if not has_metadata and not any(map(is_item_tree, found.values())):
             raise _no_checkpoint(here)
         missing = {name for name in record.listed() if record.listed(f"{name}/")} - found.keys()
         items = found | {name: os.path.join(here, name) for name in missing}
@@ -291,12 +291,17 @@ def _being_deleted(path: str) -> str | None:
 
 
 def _is_item(entry: os.DirEntry[str]) -> bool:
-    ignored = entry.name in names.IGNORED_ITEMS or names.TMP_SUFFIX in entry.name
+    ignored = entry.name in names.IGNORED_ITEMS or names.is_unfinished(entry.name)
     return entry.is_dir() and not ignored
 
 
 def _holds_tree(path: str) -> bool:
     return os.path.isfile(os.path.join(path, names.TREE_METADATA))
+
+
+def is_item_tree(path: str) -> bool:
+    """Whether a directory is a tree within a checkpoint, and none of its own, as v0's can be."""
+    return _holds_tree(path) and not os.path.lexists(os.path.join(path, names.CHECKPOINT_METADATA))
 
 
 def _no_checkpoint(path: str) -> InvalidLayoutError:

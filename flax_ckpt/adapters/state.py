@@ -21,18 +21,16 @@ S = TypeVar("S")
 
 def split(state: Any) -> dict[str, Any]:
     """The named trees of a training state; nothing is copied."""
-    fields = _fields(state)
-    if fields is None or PARAMS not in fields:
+    there = fields(state)
+    if PARAMS not in there:
         return {WHOLE: state}
-    rest = {name: fields[name] for name in fields if name not in (PARAMS, OPT_STATE)}
-    parts = {name: fields[name] for name in (PARAMS, OPT_STATE) if name in fields}
+    rest = {name: there[name] for name in there if name not in (PARAMS, OPT_STATE)}
+    parts = {name: there[name] for name in (PARAMS, OPT_STATE) if name in there}
     return parts | ({TRAIN_STATE: rest} if rest else {})
 
 
 def merge(like: S, parts: Mapping[str, Any]) -> S:
     """A state of the type of `like` with the trees of `parts`; `like` is not changed."""
-    if set(parts) == {WHOLE}:
-        return parts[WHOLE]
     values = {name: parts[name] for name in (PARAMS, OPT_STATE) if name in parts}
     values |= parts.get(TRAIN_STATE, {})
     state: Any = like
@@ -44,8 +42,8 @@ def merge(like: S, parts: Mapping[str, Any]) -> S:
     return dataclasses.replace(state, **values)
 
 
-def _fields(state: Any) -> Mapping[str, Any] | None:
-    """The fields of a state that are data; None if it has none by name."""
+def fields(state: Any) -> Mapping[str, Any]:
+    """The fields of a state that are data; none if it has none by name."""
     if isinstance(state, Mapping):
         return cast("Mapping[str, Any]", state)
     if hasattr(state, "_asdict"):
@@ -56,10 +54,9 @@ def _fields(state: Any) -> Mapping[str, Any] | None:
             for field in dataclasses.fields(state)
             if field.metadata.get("pytree_node", True)  # flax.struct marks static fields so
         }
-    return None
+    return {}
 
 
 def step_of(state: Any) -> Any:
     """The number of updates that the state itself counts, or None."""
-    fields = _fields(state)
-    return None if fields is None else fields.get("step")
+    return fields(state).get("step")

@@ -4,6 +4,7 @@ They are constants, never derived from a class, so that renaming a class cannot 
 Source: the format as Orbax 0.12.8 writes and reads it.
 """
 
+import re
 from typing import Final
 
 # Checkpoint root.
@@ -13,6 +14,7 @@ COMMIT_SUCCESS: Final = "commit_success.txt"
 INTEGRITY: Final = "flax_ckpt.json"
 DELETION_RECORD: Final = "_CHECKPOINT_DELETION"
 TMP_SUFFIX: Final = ".orbax-checkpoint-tmp"
+PARTIAL_SUFFIX: Final = ".partial_save"
 OWNER: Final = ".owner"
 
 # Of a whole run, under its root.
@@ -74,3 +76,23 @@ PROTO_TYPES: Final = _types(
 JSON_TYPES: Final = _types(
     "json_handler.JsonHandler", "json_checkpoint_handler.JsonCheckpointHandler"
 )
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a directory of that name is a save that has not come to its end."""
+    return TMP_SUFFIX in name or PARTIAL_SUFFIX in name
+
+
+_STEP = re.compile(r"(?:(.+)_)?([0-9]+)")
+
+
+def step_of(name: str) -> tuple[str, int, int] | None:
+    """What a directory's name says of a step: its prefix, number, and count of digits.
+
+    >>> step_of("1500"), step_of("ckpt_000020"), step_of("20.orbax-checkpoint-tmp")
+    (('', 1500, 4), ('ckpt', 20, 6), None)
+    """
+    match = _STEP.fullmatch(name)
+    if match is None or is_unfinished(name):
+        return None
+    return match[1] or "", int(match[2]), len(match[2])

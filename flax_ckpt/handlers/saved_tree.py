@@ -119,6 +119,10 @@ class SavedTree(contextlib.ExitStack):
             described.append(handler.describe(leaf) if handler else tree.EMPTY[leaf.value_type]())
         return self._build(described)
 
+    def narrow(self, keys: Container[str]) -> None:
+        """Leaves alone from now on what is not under one of these keys of the outermost node."""
+        self.leaves = {p: leaf for p, leaf in self.leaves.items() if tree.name_of(p[:1]) in keys}
+
     def prepare(
         self, abstract: Any, rules: LoadRules, *, partial: bool = False
     ) -> Callable[[], Any]:

@@ -109,7 +109,7 @@ class CheckpointCallback(Generic[S]):
             self._context,
             save_policy,
             preservation_policies.LatestN(keep_last),
-            name_formats.standard_name_format(),
+            name_formats.of_run(directory),
         )
         self.directory = self._saver.directory
         self._timer.start(self._saver.now())
@@ -148,8 +148,7 @@ class CheckpointCallback(Generic[S]):
             TreeMismatchError: the checkpoint does not fit `like`.
             DamagedCheckpointError: the step asked for, or every one, is damaged.
         """
-        if self._saver.hosts.is_primary:
-            steps.clean(self.directory)
+        self._saver.clean()
         if not steps.committed(self.directory) and step in ("latest", None):
             state = like if init is None else init()
             if init is None:
@@ -158,6 +157,13 @@ class CheckpointCallback(Generic[S]):
         out = restoring.restore(self.directory, like, step=step, context=self._context)
         assert out.step is not None
         self._log_config_changes(out.config_text)
+        if (counted := _other_count(out.step, out.state)) is not None:
+            logger.warning(
+                "step %d was restored, but the state counts %d updates: if it was saved under the"
+                " index of its last update, go on from `int(state.step)`",
+                out.step,
+                counted,
+            )
         self._last_step = out.step
         self._begin(out.step)
         self._timer.start(self._saver.now())
@@ -242,15 +248,15 @@ class CheckpointCallback(Generic[S]):
         self._superseded = True
 
     def _warn_of_other_step(self, step: int, state: S) -> None:
-        counted = states.step_of(state)
-        if self._warned or counted is None or np.ndim(counted) or int(counted) == step:
+        counted = None if self._warned else _other_count(step, state)
+        if counted is None:
             return
         self._warned = True
         logger.warning(
             "step %d is saved, but the state counts %d updates: pass the number of completed"
             " updates, `i + 1` in `for i in range(…)`",
             step,
-            int(counted),
+            counted,
         )
 
     def wait(self) -> None:
@@ -352,3 +358,11 @@ def _require_concrete(like: Any, directory: str) -> None:
             f"{directory} has no step to restore, and the state given is abstract: pass"
             " init=, a function that makes the first state"
         )
+
+
+def _other_count(step: int, state: Any) -> int | None:
+    """The number of updates that a state counts, if it is another than its step."""
+    counted = states.step_of(state)
+    if counted is None or np.ndim(counted) or int(counted) == step:
+        return None
+    return int(counted)

@@ -24,7 +24,6 @@ from flax_ckpt.training import (
     name_formats,
     preservation_policies,
     save_decision_policies,
-    steps,
 )
 from flax_ckpt.training.metadata import CheckpointMetadata, RootMetadata
 from flax_ckpt.training.name_formats import NameFormat, PathLike
@@ -92,7 +91,7 @@ class Checkpointer:
             if custom_metadata is not None:
                 metadata.write_root(self._root, custom_metadata)
             if cleanup_tmp_directories:
-                steps.clean(self._root, name_formats.matcher(name_format))
+                self._saver.clean()
 
     @property
     def directory(self) -> epath.Path:

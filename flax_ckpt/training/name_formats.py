@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from etils import epath
 
 from flax_ckpt.errors import StepNotFoundError
+from flax_ckpt.storage.paths import local_path
 from flax_ckpt.training import steps
 from flax_ckpt.training.metadata import CheckpointMetadata, listed
 
@@ -48,12 +49,10 @@ class NameFormat(Protocol[M_co]):
 
 @dataclasses.dataclass(frozen=True)
 class _StandardNameFormat:
-    step_prefix: str | None
-    step_format_fixed_length: int | None
+    naming: steps.Naming
 
     def build_name(self, step: int) -> str:
-        prefix = "" if self.step_prefix is None else f"{self.step_prefix}_"
-        return f"{prefix}{step:0{self.step_format_fixed_length or 1}d}"
+        return self.naming.name(step)
 
     def find_all(self, base_path: PathLike) -> Iterator[CheckpointMetadata[None]]:
         root = epath.Path(base_path)
@@ -118,7 +117,17 @@ def standard_name_format(
         raise ValueError(
             f"step_format_fixed_length must be at least 1, got {step_format_fixed_length}"
         )
-    return _StandardNameFormat(step_prefix, step_format_fixed_length)
+    naming = steps.Naming(step_prefix or "", step_format_fixed_length or 1)
+    return _StandardNameFormat(naming)
+
+
+def of_run(directory: PathLike) -> NameFormat[CheckpointMetadata[None]]:
+    """The names that the steps of a run have already; plain numbers for a new run.
+
+    Raises:
+        InvalidLayoutError: they are called in several ways.
+    """
+    return _StandardNameFormat(steps.naming(local_path(directory)))
 
 
 def composite_name_format(

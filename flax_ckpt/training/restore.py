@@ -10,8 +10,8 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Literal, TypeVar
 
 from etils import epath
 from google.protobuf.message import Message
@@ -27,10 +27,11 @@ from flax_ckpt.errors import (
     DamagedCheckpointError,
     Difference,
     FormatError,
+    InvalidLayoutError,
     StateError,
     TreeMismatchError,
 )
-from flax_ckpt.format import names, protos
+from flax_ckpt.format import names, protos, tree
 from flax_ckpt.handlers.pytree import log_fallbacks
 from flax_ckpt.handlers.saved_tree import SavedTree, mismatch
 from flax_ckpt.leaves.base import LoadRules
@@ -43,6 +44,7 @@ PathLike = str | os.PathLike[str]
 logger = logging.getLogger("flax_ckpt")
 
 CONFIG = "config"
+_BY_NAME = "Load them by name with flax_ckpt.load_checkpointables, and put the state together"
 Damaged = tuple[tuple[int, str], ...]  # steps that were passed over, each with the reason
 
 
@@ -120,11 +122,12 @@ def restore(
     """Restores a training state.
 
     Args:
-        path: the root of a run, or one step of it.
+        path: the root of a run, or one step of it; of Orbax's too, if it has the state in one
+            tree, whatever its name.
         like: a state of the wanted type, concrete or abstract (`jax.eval_shape`): a Flax
-            `TrainState` or any other dataclass, dict or tuple with a part `params`, or any tree
-            that was saved as it is. Parts of the checkpoint that it has no place for are not
-            read. It is not changed. None: everything, in dicts and lists.
+            `TrainState` or any other dataclass, dict or tuple with a part `params`; the params
+            alone; or any tree that was saved as it is. Parts of the checkpoint that it has no
+            place for are not read. It is not changed. None: everything, in dicts and lists.
         step: which step of a root; None or "latest": the newest, or if that is damaged the newest
             whole one, with a warning.
         cast: whether a dtype that differs is cast. Rank-0 numbers match anyway if they fit.
@@ -134,6 +137,7 @@ def restore(
 
     Raises:
         CheckpointNotFoundError: no such path, step or part; says what is there.
+        StateError: the state is in one tree, and its fields are called otherwise.
         TreeMismatchError: lists every leaf that differs; no data was read.
         DamagedCheckpointError: an explicit step is damaged, or every one is.
     """
@@ -143,7 +147,8 @@ def restore(
     if isinstance(step, CheckpointMetadata):
         here, step = local_path(step.path), None
     if steps.is_checkpoint(here):
-        number = int(os.path.basename(here)) if os.path.basename(here).isdigit() else None
+        named = names.step_of(os.path.basename(here))
+        number = named[1] if named else None
         if isinstance(step, int) and step != number:
             raise CheckpointNotFoundError(f"{here} is one checkpoint, not a root with step {step}")
         return steadily(here, lambda: _restore_one(here, like, number, rules))
@@ -193,9 +198,8 @@ def _restore_one(
 ) -> Restored[S]:
     started = time.perf_counter()
     layout = Layout.of(path)
-    parts = _load_parts(layout, like, rules)
-    state = cast(S, parts if like is None else states.merge(like, parts))
-    loaded, nbytes = progress.leaf_names(parts), progress.nbytes(parts)
+    state, read = _load_state(layout, like, rules)
+    loaded, nbytes = progress.leaf_names(read), progress.nbytes(read)
     report = Report(loaded, nbytes, time.perf_counter() - started, damaged)
     logger.info("restored %s", progress.line(path, number, nbytes, report.seconds))
     config_text, config = _load_config(layout, rules.config)
@@ -205,10 +209,29 @@ def _restore_one(
     return Restored(state, number, metrics, config, config_text, report)
 
 
-def _load_parts(layout: Layout, like: Any, rules: _Rules) -> dict[str, Any]:
-    parts = dict.fromkeys(layout.trees) if like is None else states.split(like)
-    wanted = {name: tree for name, tree in parts.items() if like is None or tree is not None}
-    load_rules = LoadRules(strict=like is not None and not rules.cast)
+def _load_state(layout: Layout, like: Any, rules: _Rules) -> tuple[Any, Any]:
+    """The state, and what was read for it, by the names that a report gives it.
+
+    The parts of a state are trees of their own, as we save them, or fields of one tree, as Orbax's
+    users do. A wanted tree without a field `params` is itself the params, if there are such.
+    """
+    if like is None:
+        found = _load_parts(layout, dict.fromkeys(layout.trees), rules, strict=False)
+        return found.get("", found), found
+    if not {states.PARAMS, states.OPT_STATE} & layout.items.keys():
+        return _load_whole(layout, like, rules)
+    wanted = {name: tree for name, tree in states.split(like).items() if tree is not None}
+    if states.WHOLE in wanted:
+        found = _load_parts(layout, {states.PARAMS: like}, rules)
+        return found[states.PARAMS], found
+    found = _load_parts(layout, wanted, rules)
+    return states.merge(like, found), found
+
+
+def _load_parts(
+    layout: Layout, wanted: Mapping[str, Any], rules: _Rules, *, strict: bool = True
+) -> dict[str, Any]:
+    load_rules = LoadRules(strict=strict and not rules.cast)
     differences: list[Difference] = []
     reads: dict[str, Callable[[], Any]] = {}
     with contextlib.ExitStack() as opened:
@@ -228,19 +251,44 @@ def _load_parts(layout: Layout, like: Any, rules: _Rules) -> dict[str, Any]:
     return parts
 
 
+def _load_whole(layout: Layout, like: Any, rules: _Rules) -> tuple[Any, Any]:
+    """As :func:`_load_state`, from one tree; of a state's fields only the wanted ones are read."""
+    load_rules = LoadRules(strict=not rules.cast)
+    fields = {name for name, part in states.fields(like).items() if part is not None}
+    with _open_whole(layout, rules) as saved:
+        there = {tree.name_of(path[:1]) for path in saved.leaves}
+        if states.PARAMS in fields - there:
+            raise StateError(
+                f"{saved.directory} has no field 'params', which the wanted state has; it has:"
+                f" {', '.join(sorted(there))}. Load a tree of this form with flax_ckpt.load, and"
+                " put the state together"
+            )
+        is_params = states.PARAMS in there - fields
+        wanted = {states.PARAMS: like} if is_params else like
+        if states.PARAMS in there:
+            saved.narrow({states.PARAMS} if is_params else fields)
+        found = saved.prepare(wanted, load_rules, partial=rules.ignore_unexpected)()
+    log_fallbacks(epath.Path(layout.path), load_rules)
+    return (found[states.PARAMS] if is_params else found), found
+
+
 def _open_part(layout: Layout, name: str, rules: _Rules) -> SavedTree:
     if name in layout.items:
         return open_tree(layout, name, rules.context)
-    if name == states.WHOLE:
-        raise StateError(
-            f"{layout.path} holds the parts {', '.join(layout.items)} of a training state, and the"
-            " value given has no part `params`: give a TrainState, or any dataclass or dict with"
-            " a field `params`. A tree that was saved whole loads with flax_ckpt.load"
-        )
     raise CheckpointNotFoundError(
         f"{layout.path} has no {name!r}, which the wanted state has; it has:"
-        f" {', '.join(layout.items)}. A tree that was saved whole loads with flax_ckpt.load"
+        f" {', '.join(layout.items)}. {_BY_NAME}"
     )
+
+
+def _open_whole(layout: Layout, rules: _Rules) -> SavedTree:
+    try:
+        return open_tree(layout, layout.tree_name(names.AUTO), rules.context)
+    except InvalidLayoutError as error:
+        raise CheckpointNotFoundError(
+            f"{layout.path} has neither a tree 'params' nor one that would hold a whole state; it"
+            f" has: {', '.join(layout.items)}. {_BY_NAME}"
+        ) from error
 
 
 def _load_config(layout: Layout, message_type: type[Message] | None) -> tuple[str | None, Any]:

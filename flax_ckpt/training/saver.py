@@ -31,9 +31,9 @@ from flax_ckpt.errors import (
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, hosts
 from flax_ckpt.storage.paths import local_path
-from flax_ckpt.training import progress
+from flax_ckpt.training import progress, steps
 from flax_ckpt.training.metadata import CheckpointMetadata
-from flax_ckpt.training.name_formats import NameFormat, PathLike
+from flax_ckpt.training.name_formats import NameFormat, PathLike, matcher
 from flax_ckpt.training.preservation_policies import PreservationContext, PreservationPolicy
 from flax_ckpt.training.save_decision_policies import (
     DecisionContext,
@@ -106,6 +106,11 @@ class Saver:
         """Takes the history from disk again, up to the step `after`."""
         found = self.committed()
         self._history = [step for step in found if after is None or step.step <= after]
+
+    def clean(self) -> None:
+        """Removes what killed saves and deletions left of the run's steps."""
+        if self.hosts.is_primary:
+            steps.clean(self.directory, matcher(self._name_format))
 
     def path_of(self, step: int) -> str:
         """Where a step will be."""
@@ -221,9 +226,9 @@ class Saver:
         self._remove([step for step in found if step.step not in stay])
         self._history = [step for step in self.history if step.step in stay]
 
-    def _remove(self, steps: list[Step]) -> None:
+    def _remove(self, doomed: list[Step]) -> None:
         """Deletes steps; one that cannot be deleted does not stop training."""
-        for step in steps:
+        for step in doomed:
             try:
                 commit.remove(os.fspath(step.path))
             except OSError as error:

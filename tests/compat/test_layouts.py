@@ -381,12 +381,11 @@ ROOTS: dict[str, Callable[[Path], None]] = {
     "file called checkpoint": _with_file("state/checkpoint"),
     "directory in item": _with_file("state/mine/notes.txt"),
     "unfinished item": _with_file("opt.orbax-checkpoint-tmp/_METADATA"),
-    "process manifest gone": _without("state/ocdbt.process_0/manifest.ocdbt"),
 }
 
 
 @pytest.mark.parametrize("name", ROOTS)
-def test_roots_that_are_accepted(ckpt: Path, name: str) -> None:
+def test_r1_roots_that_are_accepted(ckpt: Path, name: str) -> None:
     ROOTS[name](ckpt)
     check_all(ckpt)
     found = fc.load_checkpointables(ckpt, {"state": None})
@@ -396,7 +395,7 @@ def test_roots_that_are_accepted(ckpt: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", [name for name in ROOTS if name not in ("more than there is", "json type")]
 )
-def test_roots_that_load_in_bulk(ckpt: Path, name: str) -> None:
+def test_r1_roots_that_load_in_bulk(ckpt: Path, name: str) -> None:
     ROOTS[name](ckpt)
     found = fc.load_checkpointables(ckpt)
     assert trees.differences(found, {"state": trees.plain(tree())}) == []
@@ -404,28 +403,28 @@ def test_roots_that_load_in_bulk(ckpt: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("item", ["pytree", "default", "model", "größer 雪", "params.v2"])
-def test_any_name_of_the_item(ckpt: Path, item: str) -> None:
+def test_r1_any_name_of_the_item(ckpt: Path, item: str) -> None:
     (ckpt / "state").rename(ckpt / item)
     check_all(ckpt)
     found = fc.load_checkpointables(ckpt)
     assert trees.differences(found, {item: trees.plain(tree())}) == []
 
 
-def test_state_wins_over_other_trees(ckpt: Path) -> None:
+def test_r1_state_wins_over_other_trees(ckpt: Path) -> None:
     shutil.copytree(ckpt / "state", ckpt / "another")
     edit(ckpt / "another" / "_METADATA", _entries(lambda items: items[:1]))
     check_all(ckpt)
     assert list(fc.load_checkpointables(ckpt)) == ["another", "state"]
 
 
-def test_several_trees_without_state_are_named(ckpt: Path) -> None:
+def test_r1_several_trees_without_state_are_named(ckpt: Path) -> None:
     shutil.copytree(ckpt / "state", ckpt / "params")
     (ckpt / "state").rename(ckpt / "ema")
     with pytest.raises(fc.errors.InvalidLayoutError, match="several PyTrees: ema, params"):
         fc.load(ckpt)
 
 
-def test_a_flat_checkpoint(ckpt: Path) -> None:
+def test_r1_a_flat_checkpoint(ckpt: Path) -> None:
     for path in list((ckpt / "state").iterdir()):
         path.rename(ckpt / path.name)
     (ckpt / "state").rmdir()
@@ -439,11 +438,11 @@ def test_a_flat_checkpoint(ckpt: Path) -> None:
         fc.load_checkpointables(ckpt)
 
 
-def test_the_directory_of_the_tree_itself(ckpt: Path) -> None:
+def test_r1_the_directory_of_the_tree_itself(ckpt: Path) -> None:
     check_all(ckpt / "state")
 
 
-def test_a_composite_of_v0(ckpt: Path) -> None:
+def test_r1_a_composite_of_v0(ckpt: Path) -> None:
     (ckpt / "orbax.checkpoint").unlink()
     (ckpt / "state").rename(ckpt / "default")
     (ckpt / "default" / "commit_success.txt").write_text("Checkpoint commit was successful to /x")
@@ -498,24 +497,44 @@ TREES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", TREES)
-def test_trees_that_are_accepted(ckpt: Path, change: str) -> None:
+def test_r2_trees_that_are_accepted(ckpt: Path, change: str) -> None:
     edit(ckpt / "state" / "_METADATA", TREES[change])
     check_all(ckpt)
 
 
-def test_ocdbt_is_looked_for_in_plain_files(copy: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("kind", ["JsonHandler", "ProtoHandler", "MetricsHandler"])
+def test_r2_a_tree_is_what_has_its_metadata_whatever_is_recorded(ckpt: Path, kind: str) -> None:
+    _handlers({"state": f"orbax.checkpoint.experimental.v1._src.handlers.json_handler.{kind}"})(
+        ckpt
+    )
+    check_all(ckpt)
+    found = fc.load_checkpointables(ckpt)
+    assert trees.differences(found, {"state": trees.plain(tree())}) == []
+
+
+def test_r2_what_has_no_metadata_is_no_tree_whatever_is_recorded(ckpt: Path) -> None:
+    (ckpt / "notes").mkdir()
+    (ckpt / "notes" / "data.json").write_text("[1]")
+    _handlers({"state": PYTREE, "notes": PYTREE})(ckpt)
+    check_all(ckpt)
+    shutil.rmtree(ckpt / "state")
+    with pytest.raises(fc.errors.InvalidLayoutError, match="no PyTree"):
+        fc.load(ckpt)
+
+
+def test_r3_ocdbt_is_looked_for_in_plain_files(copy: Callable[[str], Path]) -> None:
     path = copy("files")
     edit(path / "state" / "_METADATA", _drop("use_ocdbt"))
     check_all(path)
 
 
-def test_zarr2_is_the_default(copy: Callable[[str], Path]) -> None:
+def test_r3_zarr2_is_the_default(copy: Callable[[str], Path]) -> None:
     path = copy("zarr2")
     edit(path / "state" / "_METADATA", _drop("use_zarr3"))
     check_all(path)
 
 
-def test_zarr3_that_is_not_said(ckpt: Path) -> None:
+def test_r3_zarr3_that_is_not_said(ckpt: Path) -> None:
     """Orbax fails too; the error must say which leaf."""
     edit(ckpt / "state" / "_METADATA", _drop("use_zarr3"))
     with pytest.raises(fc.errors.FlaxCkptError, match=r"\b(a[/.]w|a[/.]n|key|list)"):
@@ -536,6 +555,22 @@ def test_arrays_of_one_type_under_another(ckpt: Path) -> None:
 def _numpy_only(value: Any) -> Any:
     value = {**value, "key": jax.random.key_data(value["key"])}
     return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, value)
+
+
+# --- R4: the manifest ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [None, b"", b"garbage"])
+def test_r4_only_the_manifest_of_the_item_is_read(ckpt: Path, data: bytes | None) -> None:
+    (manifest,) = ckpt.glob("state/ocdbt.process_*/manifest.ocdbt")
+    manifest.unlink() if data is None else manifest.write_bytes(data)
+    check_all(ckpt)
+
+
+def test_r4_no_other_manifest_will_do(ckpt: Path) -> None:
+    (ckpt / "state" / "manifest.ocdbt").unlink()
+    with pytest.raises(fc.errors.DamagedCheckpointError, match="manifest.ocdbt"):
+        fc.load(ckpt)
 
 
 # --- R6: shardings and array metadata -------------------------------------------------------
@@ -587,20 +622,20 @@ SHARDINGS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("name", SHARDINGS)
-def test_shardings_that_are_accepted(ckpt: Path, name: str) -> None:
+def test_r6_shardings_that_are_accepted(ckpt: Path, name: str) -> None:
     SHARDINGS[name](ckpt)
     check_all(ckpt)
 
 
 @pytest.mark.parametrize("also", [None, "state/_sharding"])
-def test_without_array_metadatas_keys_are_their_data(ckpt: Path, also: str | None) -> None:
+def test_r6_without_array_metadatas_keys_are_their_data(ckpt: Path, also: str | None) -> None:
     shutil.rmtree(ckpt / "state" / "array_metadatas")
     if also:
         (ckpt / also).unlink()
     check_all(ckpt, {**tree(), "key": jax.random.key_data(tree()["key"])})
 
 
-def test_array_metadatas_of_another_process_only(ckpt: Path) -> None:
+def test_r6_array_metadatas_of_another_process_only(ckpt: Path) -> None:
     folder = ckpt / "state" / "array_metadatas"
     (folder / "process_0").rename(folder / "process_12")
     check_all(ckpt)
@@ -609,7 +644,7 @@ def test_array_metadatas_of_another_process_only(ckpt: Path) -> None:
 # --- R5: what is no checkpoint, what is hidden ----------------------------------------------
 
 
-def test_metrics_are_left_out_in_bulk(ckpt: Path) -> None:
+def test_r5_metrics_are_left_out_in_bulk(ckpt: Path) -> None:
     (ckpt / "metrics").mkdir()
     (ckpt / "metrics" / "metrics").write_text('{"loss": 0.25}')
     assert list(fc.load_checkpointables(ckpt)) == ["state"]
@@ -617,7 +652,7 @@ def test_metrics_are_left_out_in_bulk(ckpt: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", "-1699999999", ".extra"])
-def test_unfinished_directories_are_refused(ckpt: Path, suffix: str) -> None:
+def test_r5_unfinished_directories_are_refused(ckpt: Path, suffix: str) -> None:
     path = ckpt.rename(ckpt.parent / f"7.orbax-checkpoint-tmp{suffix}")
     with pytest.raises(fc.errors.InvalidLayoutError, match="unfinished"):
         fc.load(path)
@@ -632,14 +667,14 @@ def _being_deleted(path: Path, item: str) -> None:
     (path / "_CHECKPOINT_DELETION").write_text(json.dumps(record))
 
 
-def test_an_item_that_is_being_deleted_is_hidden(ckpt: Path) -> None:
+def test_r5_an_item_that_is_being_deleted_is_hidden(ckpt: Path) -> None:
     shutil.copytree(ckpt / "state", ckpt / "old")
     _being_deleted(ckpt, "old")
     assert list(fc.load_checkpointables(ckpt)) == ["state"]
     check_all(ckpt)
 
 
-def test_an_item_that_is_being_deleted_is_not_loaded(ckpt: Path) -> None:
+def test_r5_an_item_that_is_being_deleted_is_not_loaded(ckpt: Path) -> None:
     shutil.copytree(ckpt / "state", ckpt / "old")
     _being_deleted(ckpt, "old")
     with pytest.raises(fc.errors.FlaxCkptError, match="delet"):
@@ -650,7 +685,7 @@ def test_an_item_that_is_being_deleted_is_not_loaded(ckpt: Path) -> None:
     ("names", "text"),
     [(["7", "12"], "its steps: 7, 12"), (["step_7"], "is no checkpoint"), ([], "is no checkpoint")],
 )
-def test_a_root_of_steps_is_no_checkpoint(ckpt: Path, names: list[str], text: str) -> None:
+def test_r5_a_root_of_steps_is_no_checkpoint(ckpt: Path, names: list[str], text: str) -> None:
     root = ckpt.parent / "root"
     root.mkdir()
     for name in names:
@@ -664,7 +699,7 @@ def test_a_root_of_steps_is_no_checkpoint(ckpt: Path, names: list[str], text: st
 
 @pytest.mark.parametrize("file", ["data.json", "metadata"])
 @pytest.mark.parametrize("version", ["v1 json_handler.JsonHandler", "v0 json_checkpoint_handler.J"])
-def test_json_items(ckpt: Path, file: str, version: str) -> None:
+def test_r7_json_items(ckpt: Path, file: str, version: str) -> None:
     kind, name = version.split()
     prefix = "orbax.checkpoint.experimental.v1" if kind == "v1" else "orbax.checkpoint"
     name = name if kind == "v1" else f"{name}sonCheckpointHandler"
@@ -676,7 +711,7 @@ def test_json_items(ckpt: Path, file: str, version: str) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_proto_items(ckpt: Path, known: bool) -> None:
+def test_r7_proto_items(ckpt: Path, known: bool) -> None:
     (ckpt / "config").mkdir()
     (ckpt / "config" / "proto.pbtxt").write_text("seconds: 3\nnanos: 4\n")
     proto = "orbax.checkpoint._src.handlers.proto_checkpoint_handler.ProtoCheckpointHandler"
@@ -688,7 +723,7 @@ def test_proto_items(ckpt: Path, known: bool) -> None:
 # --- R8: what Orbax lets pass silently ------------------------------------------------------
 
 
-def test_wide_arrays_are_not_narrowed(ckpt: Path) -> None:
+def test_r8_wide_arrays_are_not_narrowed(ckpt: Path) -> None:
     edit(
         ckpt / "state" / "_METADATA",
         _values(lambda v: v.update(value_type=v["value_type"].replace("np.ndarray", "jax.Array"))),
@@ -697,7 +732,7 @@ def test_wide_arrays_are_not_narrowed(ckpt: Path) -> None:
         fc.load(ckpt)
 
 
-def test_numpy_shapes_are_compared(ckpt: Path) -> None:
+def test_r8_numpy_shapes_are_compared(ckpt: Path) -> None:
     wanted = trees.abstract(tree())
     wanted["list"][0] = np.zeros(4, np.int64)
     with pytest.raises(fc.errors.TreeMismatchError, match="list/0"):
@@ -708,7 +743,7 @@ def test_numpy_shapes_are_compared(ckpt: Path) -> None:
 
 
 @pytest.mark.parametrize("name", HAND_WRITTEN)
-def test_hand_written_variants(copy: Callable[[str], Path], name: str) -> None:
+def test_r3_hand_written_variants(copy: Callable[[str], Path], name: str) -> None:
     path, expected = copy(name), arrays()
     assert trees.differences(fc.load(path), expected) == []
     jax_arrays = {key: jnp.asarray(value) for key, value in expected.items()}
@@ -719,7 +754,9 @@ def test_hand_written_variants(copy: Callable[[str], Path], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["crc", "zstd", "raw", "crc_files", "merged"])
-def test_hand_written_jax_arrays_without_a_sharding(copy: Callable[[str], Path], name: str) -> None:
+def test_r3_hand_written_jax_arrays_without_a_sharding(
+    copy: Callable[[str], Path], name: str
+) -> None:
     path = copy(name)
     edit(path / "state" / "_METADATA", _values(lambda v: v.update(value_type="jax.Array")))
     expected = {key: jnp.asarray(value) for key, value in arrays().items()}

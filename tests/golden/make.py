@@ -1,13 +1,14 @@
 """Writes the checkpoints of this directory; run it under the Orbax release to write with.
 
-    python -m venv /tmp/old && /tmp/old/bin/pip install orbax-checkpoint==0.11.25
+    python -m venv /tmp/old && /tmp/old/bin/pip install orbax-checkpoint==0.11.25 flax
     XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \\
         /tmp/old/bin/python tests/golden/make.py
 
-makes `orbax-0.11.25.zip` beside this file: one directory per tree, as `save_pytree` (`save` from
-0.12.0 on) of `orbax.checkpoint.experimental.v1` left it. Those here were made with jax 0.10.2,
-tensorstore 0.1.86 and Python 3.11. Each is a zip because a checkpoint is some fifteen files of a
-few hundred bytes.
+makes `orbax-0.11.25.zip` beside this file. In it are one directory per tree of `TREES`, as
+`save_pytree` (`save` from 0.12.0 on) of `orbax.checkpoint.experimental.v1` left it; per tree of
+`FLAT`, as checkpointers of v0 did; and per way of `RUNS`, the root of a run of two steps. Those
+here were made with jax 0.10.2, tensorstore 0.1.86 and Python 3.11. Each is a zip because a
+checkpoint is some fifteen files of a few hundred bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 HERE = Path(__file__).parent
@@ -65,7 +68,39 @@ def plain() -> Any:
     return {"w": jnp.arange(6, dtype=jnp.float32).reshape(2, 3), "n": 4}
 
 
+def without_text() -> Any:
+    """What v0's `StandardCheckpointer` saves, too: it knows no strings."""
+    return {name: leaf for name, leaf in leaves().items() if name != "text"}
+
+
+class State(TrainState):
+    batch_stats: Any
+    key: jax.Array
+
+
+def state(step: int) -> State:
+    """A training state after some updates."""
+    params = {"dense": {"kernel": jnp.linspace(0, 1, 6).reshape(2, 3), "bias": jnp.zeros(3)}}
+    made = State.create(
+        apply_fn=max,
+        params=params,
+        tx=optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-2, momentum=0.9)),
+        batch_stats={"mean": jnp.full(3, 0.5)},
+        key=jax.random.key(step),
+    )
+    for _ in range(step):
+        made = made.apply_gradients(grads=jax.tree.map(jnp.ones_like, made.params))
+    return made
+
+
 TREES = {"leaves": leaves, "sharded": sharded, "plain": plain}
+FLAT = {"flat_standard": without_text, "flat_pytree": leaves, "flat_sharded": sharded}
+RUNS = ("manager", "checkpointer")
+STEPS = (1, 2)
+
+
+def metrics(step: int) -> dict[str, float]:
+    return {"loss": 0.5 * step}
 
 
 def main() -> None:
@@ -79,7 +114,33 @@ def main() -> None:
         saving = ocp.options.ArrayOptions.Saving(use_ocdbt=False, use_zarr3=False)
         with ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
             save(os.path.join(folder, "plain"), plain())
+        save_flat(Path(folder))
+        save_runs(Path(folder))
         pack(Path(folder), HERE / f"orbax-{version}.zip")
+
+
+def save_flat(folder: Path) -> None:
+    import orbax.checkpoint as v0
+
+    kinds = {"flat_pytree": v0.PyTreeCheckpointer}
+    for name, tree in FLAT.items():
+        with kinds.get(name, v0.StandardCheckpointer)() as checkpointer:
+            checkpointer.save(folder / name, tree())
+
+
+def save_runs(folder: Path) -> None:
+    import orbax.checkpoint as v0
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    options = v0.CheckpointManagerOptions(best_fn=lambda found: found["loss"], best_mode="min")
+    with v0.CheckpointManager(folder / "manager", options=options) as manager:
+        for step in STEPS:
+            args = v0.args.StandardSave(state(step))
+            manager.save(step, args=args, metrics=metrics(step))
+    with ocp.training.Checkpointer(folder / "checkpointer") as checkpointer:
+        save = getattr(checkpointer, "save", None) or checkpointer.save_pytree
+        for step in STEPS:
+            save(step, state(step), metrics=metrics(step), force=True)
 
 
 def pack(folder: Path, target: Path) -> None:

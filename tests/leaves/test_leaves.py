@@ -545,8 +545,8 @@ def test_restore_refuses_another_dtype_of_an_array_unless_it_is_cast() -> None:
     with pytest.raises(TreeMismatchError) as raised:
         restored(tree, like)
     assert [str(d) for d in raised.value.differences] == [
-        "state/a: saved float32[3], wanted bfloat16[3]",
-        "state/b: saved float64[3] (numpy), wanted float32[3] (numpy)",
+        "a: saved float32[3], wanted bfloat16[3]",
+        "b: saved float64[3] (numpy), wanted float32[3] (numpy)",
     ]
     same_bits(restored(tree, like, cast=True)["a"], like["a"])
 

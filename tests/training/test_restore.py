@@ -223,10 +223,20 @@ def test_any_tree_may_be_a_state(tmp_path: Path, state: Any):
     assert_same(back, state)
 
 
-def test_a_raw_tree_for_a_training_step_is_explained(tmp_path: Path):
+def test_params_alone_restore_from_a_training_step(tmp_path: Path):
+    saved = save_steps(tmp_path, 1)[1]
+    out = fc.restore(tmp_path, abstract().params)
+    assert_same(out.state, saved.params)
+    assert all(name.startswith("params/") for name in out.report.loaded)
+
+
+def test_another_tree_than_the_params_is_compared_with_them(tmp_path: Path):
     save_steps(tmp_path, 1)
-    with pytest.raises(fc.errors.StateError, match="holds the parts .*give a TrainState"):
+    with pytest.raises(fc.errors.TreeMismatchError) as caught:
         fc.restore_train_state(tmp_path, [np.ones(2)])
+    lines = str(caught.value).splitlines()
+    assert "  params/0: saved nothing, wanted float64[2]" in lines
+    assert "  params/Dense_0/kernel: saved float32[3,5], wanted nothing" in lines
 
 
 def test_a_damaged_latest_step_is_passed_over_with_a_warning(tmp_path: Path, caplog):
