@@ -1,6 +1,6 @@
 """Checkpointing for Flax and Optax training: save, resume, evaluate, anywhere."""
 
-from flax_ckpt import errors, handlers, options
+from flax_ckpt import errors, handlers, options, partial
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt._load import (
     checkpointables_metadata,
@@ -40,6 +40,7 @@ __all__ = [
     "load_checkpointables_async",
     "metadata",
     "options",
+    "partial",
     "restore",
     "restore_train_state",
     "save",

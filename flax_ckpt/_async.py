@@ -37,6 +37,7 @@ class AsyncResponse(Generic[T]):
     Attributes:
         completed: whether the work itself has ended well, whatever becomes of what follows it.
         ended: set when all has ended, well or not.
+        told: whether its failure was raised by `result`.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class AsyncResponse(Generic[T]):
         self.what = what
         self._value: T | None = None
         self.error: BaseException | None = None
-        self.completed = False
+        self.completed = self.told = False
         self.ended = threading.Event()
         self._callbacks: list[Callable[[T], None]] = list(then)
         if reported:
@@ -97,7 +98,8 @@ class AsyncResponse(Generic[T]):
             raise TimeoutError(f"{self.what}: still running after {timeout} s")
         if self.error is not None:
             with _lock:
-                _unsurfaced.discard(self)  # it is told now: it will not fail the exit
+                _unsurfaced.discard(self)  # it will not fail the exit
+                self.told = True
             raise self.error
         return self._value  # type: ignore[return-value]
 

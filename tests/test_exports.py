@@ -39,6 +39,7 @@ MODULES = {
     "errors",
     "handlers",
     "options",
+    "partial",
 }
 PUBLIC = FUNCTIONS | CLASSES | MODULES
 

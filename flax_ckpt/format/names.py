@@ -15,6 +15,10 @@ DELETION_RECORD: Final = "_CHECKPOINT_DELETION"
 TMP_SUFFIX: Final = ".orbax-checkpoint-tmp"
 OWNER: Final = ".owner"
 
+# Unfinished partial saves: a directory of this package, and any, Orbax's included.
+SESSION_SUFFIX: Final = ".flax_ckpt.partial_save"
+PARTIAL_SUFFIX: Final = ".partial_save"
+
 # Each of them marks a directory as a checkpoint.
 MARKS: Final = frozenset({INDICATOR, CHECKPOINT_METADATA, INTEGRITY, "_METADATA"})
 

@@ -42,14 +42,22 @@ class Staging:
         target: absolute path that the checkpoint will have.
         overwrite: whether a checkpoint at `target` is replaced, in one step, at commit.
         mode: permission bits of the directories made; None: the umask's.
+        path: where to put it together; None: beside the target.
 
     Raises:
         CheckpointExistsError: there is something at `target` and `overwrite` is false.
     """
 
-    def __init__(self, target: str, *, overwrite: bool = False, mode: int | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        overwrite: bool = False,
+        mode: int | None = None,
+        path: str | None = None,
+    ) -> None:
         self.target = target
-        self.path = target + names.TMP_SUFFIX
+        self.path = path or target + names.TMP_SUFFIX
         self._overwrite = overwrite
         self._mode = mode
         self._check_free()
