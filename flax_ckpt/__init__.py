@@ -2,8 +2,10 @@
 
 from flax_ckpt import errors, handlers, options, partial
 from flax_ckpt._async import AsyncResponse
+from flax_ckpt._delete import delete, delete_async
 from flax_ckpt._load import (
     checkpointables_metadata,
+    is_orbax_checkpoint,
     load,
     load_async,
     load_checkpointables,
@@ -32,8 +34,11 @@ __all__ = [
     "Restored",
     "StatefulCheckpointable",
     "checkpointables_metadata",
+    "delete",
+    "delete_async",
     "errors",
     "handlers",
+    "is_orbax_checkpoint",
     "load",
     "load_async",
     "load_checkpointables",

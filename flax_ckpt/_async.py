@@ -31,6 +31,7 @@ class AsyncResponse(Generic[T]):
     Args:
         work: what to run; the context variables of the caller are visible to it.
         what: names the work in error messages, e.g. `checkpoint /ckpt/100`.
+        verb: what it does to it, for messages at the end of the process.
         reported: whether a failure that nobody asks for fails the process at its end.
         then: called with the result, in the same thread; see `on_complete`.
 
@@ -45,11 +46,13 @@ class AsyncResponse(Generic[T]):
         work: Callable[[], T],
         what: str,
         *,
+        verb: str = "saved",
         reported: bool = True,
         then: Sequence[Callable[[T], None]] = (),
     ) -> None:
         self._work = contextvars.copy_context()
         self.what = what
+        self.verb = verb
         self._value: T | None = None
         self.error: BaseException | None = None
         self.completed = self.told = False
@@ -163,13 +166,14 @@ def _finish_pending() -> None:
             try:
                 response.ended.wait()
             except KeyboardInterrupt:
-                print(f"flax_ckpt: {response.what} is still being saved", file=sys.stderr)
+                print(f"flax_ckpt: {response.what} is still being {response.verb}", file=sys.stderr)
             response.result()
         except BaseException as error:
             logger.debug("at exit", exc_info=error)
             _exit_code.code = 1
             reason = f"{type(error).__name__}: {error}"
-            fate = "was saved, but what follows failed" if response.completed else "was NOT saved"
+            fate = f"was {'' if response.completed else 'NOT '}{response.verb}"
+            fate += ", but what follows failed" if response.completed else ""
             print(f"flax_ckpt: {response.what} {fate}: {reason}", file=sys.stderr)
 
 

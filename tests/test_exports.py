@@ -13,6 +13,9 @@ import flax_ckpt as fc
 
 FUNCTIONS = {
     "checkpointables_metadata",
+    "delete",
+    "delete_async",
+    "is_orbax_checkpoint",
     "load",
     "load_async",
     "load_checkpointables",

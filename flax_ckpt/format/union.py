@@ -82,7 +82,8 @@ def _unite_entries(parts: Sequence[Sequence[tree.Entry]], what: str) -> tuple[tr
         )
     leaves = [e for e in found.values() if e.value_type not in tree.EMPTY]
     tree.unique_names((e.path, arrays.prefix(e.name)) for e in leaves)
-    return tuple(found.values())
+    order = {e.path: [(int(k) if d == tree.SEQUENCE else 0, k) for k, d in e.path] for e in leaves}
+    return tuple(sorted(found.values(), key=lambda entry: order.get(entry.path, [])))
 
 
 def merge_custom(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:

@@ -201,11 +201,16 @@ def remove(path: str) -> None:
     """
     if not os.path.isdir(path):
         raise CheckpointNotFoundError(f"{path} is not there, or is no directory: nothing removed")
-    doomed = f"{path}.deleted{names.TMP_SUFFIX}"
+    doomed = removed_path(path)
     _clear(doomed)
     _rename(path, doomed)
     files.sync_path(os.path.dirname(path))
     remove_left_over(doomed)
+
+
+def removed_path(path: str) -> str:
+    """Where a checkpoint is while it is being removed."""
+    return f"{path}.deleted{names.TMP_SUFFIX}"
 
 
 def remove_left_over(path: str) -> None:

@@ -28,7 +28,7 @@ from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import ConfigError, FormatError, SaveFailedError, StateError
 from flax_ckpt.format import names, protos
 from flax_ckpt.leaves import dtypes
-from flax_ckpt.storage import hosts
+from flax_ckpt.storage import hosts, kinds
 from flax_ckpt.storage.paths import local_path
 from flax_ckpt.training import policies, progress, steps
 from flax_ckpt.training import restore as restoring
@@ -58,6 +58,7 @@ class CheckpointCallback(Generic[S]):
         context: options of all saves and restores; None: those active now.
 
     Raises:
+        InvalidLayoutError: `directory` is one checkpoint, not the root of a run.
         ConfigError: lists every key of the config that cannot be saved.
 
     >>> import tempfile, flax_ckpt as fc, jax.numpy as jnp
@@ -92,6 +93,7 @@ class CheckpointCallback(Generic[S]):
                 f" {on_error!r} and {keep_last!r}"
             )
         self.directory = local_path(directory)
+        kinds.require_root(self.directory)
         self._schedule = _schedule(every_n_steps, every_secs)
         self._keep_last = keep_last
         self._config = None if config is None else configs.to_message(config)
