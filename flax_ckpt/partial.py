@@ -134,7 +134,7 @@ def _put_together(session: Session, parts: Sequence[str]) -> None:
         session.finish(whole)
     except BaseException as error:
         error.add_note(f"while finalizing {session.target}; the parts are as they were")
-        whole.discard()
+        session.abandon(whole)
         raise
 
 

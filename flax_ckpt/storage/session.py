@@ -86,31 +86,34 @@ class Session:
                 " orbax.checkpoint.v1.partial.finalize; what it makes loads here"
             )
 
+    @property
+    def _marker(self) -> str:
+        return os.path.join(self.path, _FINALIZED)
+
     def recover(self) -> None:
         """Removes the session if its checkpoint was committed and only a crash left it there."""
-        marker = os.path.join(self.path, _FINALIZED)
-        if not os.path.lexists(marker):
-            return
-        if os.path.lexists(self._whole):  # the rename did not happen
-            os.unlink(marker)
-            files.sync_path(self.path)
-        else:
+        if os.path.lexists(self._marker) and not os.path.lexists(self._whole):
             commit.remove(self.path)
+        self._unmark()
 
     def finish(self, whole: Staging) -> None:
         """Gives the synced `whole` the name of the target, durably; the session is gone then."""
-        marker = os.path.join(self.path, _FINALIZED)
-        files.write(marker, b"")
-        files.sync_path(marker)
+        files.write(self._marker, b"")
+        files.sync_path(self._marker)
         files.sync_path(self.path)
-        try:
-            whole.commit()
-        except BaseException:
-            if os.path.lexists(self._whole):
-                os.unlink(marker)
-                files.sync_path(self.path)
-            raise
+        whole.commit()
         try:
             commit.remove(self.path)
         except OSError as error:  # the marker stays: the next call tries again
             logger.warning("%s could not be removed: %s", self.path, error)
+
+    def abandon(self, whole: Staging) -> None:
+        """Removes `whole`, which was not committed, but not before the marker is gone."""
+        if os.path.lexists(self._whole):
+            self._unmark()
+            whole.discard()
+
+    def _unmark(self) -> None:
+        if os.path.lexists(self._marker):
+            os.unlink(self._marker)
+            files.sync_path(self.path)
