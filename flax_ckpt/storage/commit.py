@@ -83,6 +83,8 @@ class Staging:
         files.make_directory(os.path.dirname(self.target))
         for path in [self.path, *(os.path.join(self.path, name) for name in directories)]:
             os.mkdir(path)
+        if self._mode is not None:  # for others; the owner goes on writing
+            os.chmod(self.path, self._mode | 0o700)
         owner = f"{socket.gethostname()} {os.getpid()}"
         files.write(os.path.join(self.path, names.OWNER), owner.encode())
 
