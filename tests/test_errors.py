@@ -96,6 +96,11 @@ def test_a_root_where_one_checkpoint_is_wanted(run: Path, names: list[str]) -> N
         assert str(last) in text
         assert "flax_ckpt." in text
     assert not fc.is_orbax_checkpoint(run)
+    if names[0] != "7":
+        text = f"{run} has no committed step; .*; restore one of these by its path: {last}"
+        with pytest.raises(CheckpointNotFoundError, match=text):
+            fc.restore(run)
+        assert fc.restore(last).step is None or names[0].isdigit()
 
 
 def test_a_root_of_many_steps_names_the_last(tmp_path: Path) -> None:
@@ -118,6 +123,9 @@ def test_a_step_where_a_root_is_wanted(run: Path) -> None:
     ):
         with pytest.raises(InvalidLayoutError, match=text):
             fc.CheckpointCallback(directory)
+    text = f"100/params is one checkpointable of the checkpoint {step}: give that path"
+    with pytest.raises(InvalidLayoutError, match=text):
+        fc.restore(step / "params", TREE)
     with pytest.raises(CheckpointNotFoundError, match="is one checkpoint, not a root with step 7"):
         fc.restore(step, step=7)
     assert sorted(run.rglob("*")) == before
@@ -143,7 +151,9 @@ def test_the_directory_of_another_checkpointable_names_the_whole(run: Path) -> N
     assert f"is one checkpointable of the checkpoint {run / '7'}: give that path" in str(
         raised.value
     )
-    assert "checkpointable_name='params'" in str(raised.value)
+    assert "flax_ckpt.load or flax_ckpt.delete with checkpointable_name='params'" in str(
+        raised.value
+    )
 
 
 def test_leftovers_say_what_they_are(run: Path) -> None:

@@ -80,9 +80,8 @@ def describe(path: str) -> str:
         )
     if whole := owner(path):
         return (
-            f"is one checkpointable of the checkpoint {whole}: give that path, with"
-            f" checkpointable_name={os.path.basename(path)!r}, or to"
-            " flax_ckpt.load_checkpointables"
+            f"is one checkpointable of the checkpoint {whole}: give that path (to flax_ckpt.load"
+            f" or flax_ckpt.delete with checkpointable_name={os.path.basename(path)!r})"
         )
     if any(map(is_safetensors, os.listdir(path))):
         return (

@@ -10,7 +10,7 @@ import re
 
 from flax_ckpt.errors import CheckpointNotFoundError
 from flax_ckpt.format import names
-from flax_ckpt.storage import commit, files
+from flax_ckpt.storage import commit, files, kinds
 from flax_ckpt.storage.paths import contents, require_directory
 
 logger = logging.getLogger("flax_ckpt")
@@ -48,7 +48,9 @@ def require_steps(root: str) -> list[int]:
     found = committed(root)
     if found:
         return found
-    raise CheckpointNotFoundError(f"{root} has no committed step; it has: {contents(root)}")
+    named = kinds.checkpoints_in(root)
+    hint = f"; restore one of these by its path: {os.path.join(root, named[-1])}" if named else ""
+    raise CheckpointNotFoundError(f"{root} has no committed step; it has: {contents(root)}{hint}")
 
 
 def delete(root: str, step: int) -> None:
