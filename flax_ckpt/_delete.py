@@ -5,7 +5,6 @@ fc.delete("/ckpt/200", checkpointable_name="opt_state")
 """
 
 import os
-from collections.abc import Callable
 
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt.context import resolve
@@ -77,11 +76,15 @@ def delete_async(
     if together.is_primary and record and not deletion.read(target):
         deletion.begin(target, record)
     together.barrier("published")
-    remove = _remover(target, record)
 
     def work() -> bool:
         if there and together.is_primary:
-            remove()
+            if record is not None:
+                deletion.finish(target, record)
+            elif os.path.lexists(target):
+                commit.remove(target)
+            else:
+                commit.remove_left_over(commit.removed_path(target))
         together.barrier("deleted")
         return there
 
@@ -89,19 +92,9 @@ def delete_async(
 
 
 def _check_name(name: str) -> None:
-    if not isinstance(name, str):  # type: ignore[redundant-expr]
-        raise TypeError(f"checkpointable_name must be a str or None, got {name!r}")
     reserved = name in names.RESERVED or name in names.MARKS
     if reserved or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise ValueError(f"{name!r} is not the name of a checkpointable that can be deleted")
-
-
-def _remover(target: str, record: DeletionRecord | None) -> Callable[[], None]:
-    if record is not None:
-        return lambda: deletion.finish(target, record)
-    if os.path.lexists(target):
-        return lambda: commit.remove(target)
-    return lambda: commit.remove_left_over(commit.removed_path(target))
 
 
 def _is_there(target: str, name: str | None, missing_ok: bool) -> bool:
@@ -131,15 +124,14 @@ def _is_there(target: str, name: str | None, missing_ok: bool) -> bool:
 
 def _record(target: str, name: str) -> DeletionRecord:
     """What is to be published, or was already by a deletion that was interrupted."""
-    pending = deletion.read(target)
-    if pending is not None and (pending.name != name or pending.destination is not None):
+    if (pending := deletion.read(target)) is not None:
+        if pending.name == name and pending.destination is None:
+            return pending
         how = "with Orbax" if pending.destination else "with the same call"
         raise DeletionRecoveryError(
             f"the deletion of the checkpointable {pending.name!r} of {target} was interrupted:"
             f" finish it first, {how}"
         )
-    if pending is not None:
-        return pending
     items = _items(target)
     if name not in items or os.path.islink(os.path.join(target, name)):
         raise InvalidLayoutError(

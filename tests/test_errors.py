@@ -184,7 +184,9 @@ def test_what_is_a_checkpoint(run: Path) -> None:
     shutil.copytree(run / "100" / "params", flat)
     composite = run.parent / "composite"  # as old v0 writes it: no metadata at the root
     shutil.copytree(run / "100" / "params", composite / "params")
-    for path in (run / "100", flat, composite):
+    odd = run.parent / "about.partial_save_and_more" / "7"
+    shutil.copytree(run / "100", odd)
+    for path in (run / "100", flat, composite, odd):
         assert fc.is_orbax_checkpoint(path), path
     (run.parent / "notes").mkdir()
     no = (run, run / "100" / "params", run / "nothing", flat / "_METADATA", run.parent / "notes")

@@ -30,7 +30,7 @@ def unite(parts: Sequence[Files], what: str) -> dict[str, bytes]:
     metadatas = [tree.TreeMetadata.from_bytes(part[names.TREE_METADATA], what) for part in parts]
     entries = _unite_entries([metadata.entries for metadata in metadatas], what)
     stored = {(metadata.use_ocdbt, metadata.use_zarr3) for metadata in metadatas}
-    if len(stored) > 1 or stored & {(False, True), (False, False)}:
+    if len(stored) > 1 or not all(use_ocdbt for use_ocdbt, _ in stored):
         raise FormatError(
             f"{what}: parts with (use_ocdbt, use_zarr3) = {sorted(map(str, stored))}; all parts"
             " of one tree must be saved with the same options, and with use_ocdbt"

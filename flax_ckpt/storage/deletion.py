@@ -11,7 +11,7 @@ import shutil
 from flax_ckpt.errors import DamagedCheckpointError, DeletionRecoveryError, FormatError
 from flax_ckpt.format import jsons, names
 from flax_ckpt.format.checkpoint import DeletionRecord, Integrity, file_crc, rewritten
-from flax_ckpt.storage import files
+from flax_ckpt.storage import commit, files
 from flax_ckpt.storage.record import Record
 
 
@@ -59,7 +59,9 @@ def finish(root: str, record: DeletionRecord) -> None:
         kept = {p: c for p, c in old.crc32c.items() if not p.startswith(f"{record.name}/")}
         kept[names.CHECKPOINT_METADATA] = file_crc(metadata)
         files.replace(integrity, Integrity(kept, old.writers).to_bytes())
-    os.unlink(os.path.join(root, names.DELETION_RECORD))
+    path = os.path.join(root, names.DELETION_RECORD)
+    commit.remove_left_over(path + names.TMP_SUFFIX)  # of a crash while it was published
+    os.unlink(path)
     files.sync_path(root)
 
 

@@ -31,21 +31,16 @@ def owner(path: str) -> str | None:
 
 def unfinished(path: str) -> str | None:
     """Says of which operation a directory is left over; None if its name says nothing."""
+    for place in (path, os.path.dirname(path)):
+        session, _, _ = place.partition(names.TMP_SUFFIX)
+        if session.endswith(names.SESSION_SUFFIX):
+            call = f"flax_ckpt.partial.finalize({session.removesuffix(names.SESSION_SUFFIX)!r})"
+            return f"an unfinished partial save: {call} completes it"
+        if session.endswith(names.PARTIAL_SUFFIX):
+            final = session.removesuffix(names.PARTIAL_SUFFIX)
+            call = f"orbax.checkpoint.v1.partial.finalize({final!r})"
+            return f"an unfinished partial save of Orbax: {call} completes it"
     final, mark, _ = os.path.basename(path).partition(names.TMP_SUFFIX)
-    parent = os.path.dirname(path)
-    inside = names.PARTIAL_SUFFIX in os.path.basename(parent)
-    session = parent if inside else path
-    if inside or names.PARTIAL_SUFFIX in final:
-        target, _, _ = session.partition(names.PARTIAL_SUFFIX)
-        if names.SESSION_SUFFIX in session:
-            target = session.removesuffix(names.SESSION_SUFFIX)
-            return (
-                f"an unfinished partial save: flax_ckpt.partial.finalize({target!r}) completes it"
-            )
-        return (
-            "an unfinished partial save of Orbax: orbax.checkpoint.v1.partial.finalize("
-            f"{target!r}) completes it"
-        )
     if not mark or os.path.islink(path):
         return None
     if final.endswith(".deleted"):
