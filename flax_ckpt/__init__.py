@@ -1,9 +1,22 @@
 """Checkpointing for Flax and Optax training: save, resume, evaluate, anywhere."""
 
-from flax_ckpt import arrays, errors, handlers, leaves, multihost, options, path, training, tree
+from flax_ckpt import (
+    arrays,
+    errors,
+    handlers,
+    leaves,
+    multihost,
+    options,
+    partial,
+    path,
+    training,
+    tree,
+)
 from flax_ckpt._async import AsyncResponse
+from flax_ckpt._delete import delete, delete_async
 from flax_ckpt._load import (
     checkpointables_metadata,
+    is_orbax_checkpoint,
     load,
     load_async,
     load_checkpointables,
@@ -43,8 +56,11 @@ __all__ = [
     "StatefulCheckpointable",
     "arrays",
     "checkpointables_metadata",
+    "delete",
+    "delete_async",
     "errors",
     "handlers",
+    "is_orbax_checkpoint",
     "leaves",
     "load",
     "load_async",
@@ -53,6 +69,7 @@ __all__ = [
     "metadata",
     "multihost",
     "options",
+    "partial",
     "path",
     "restore",
     "restore_train_state",

@@ -32,12 +32,14 @@ class AsyncResponse(Generic[T]):
     Args:
         work: what to run; the context variables of the caller are visible to it.
         what: names the work in error messages, e.g. `checkpoint /ckpt/100`.
+        verb: what it does to it, for messages at the end of the process.
         reported: whether a failure that nobody asks for fails the process at its end.
         then: called with the result, in the same thread; see `on_complete`.
 
     Attributes:
         completed: whether the work itself has ended well, whatever becomes of what follows it.
         ended: set when all has ended, well or not.
+        told: whether its failure was raised by `result`.
     """
 
     def __init__(
@@ -45,14 +47,16 @@ class AsyncResponse(Generic[T]):
         work: Callable[[], T],
         what: str,
         *,
+        verb: str = "saved",
         reported: bool = True,
         then: Sequence[Callable[[T], None]] = (),
     ) -> None:
         self._work = contextvars.copy_context()
         self.what = what
+        self.verb = verb
         self._value: T | None = None
         self.error: BaseException | None = None
-        self.completed = False
+        self.completed = self.told = False
         self.ended = threading.Event()
         self._callbacks: list[Callable[[T], None]] = list(then)
         if reported:
@@ -85,11 +89,6 @@ class AsyncResponse(Generic[T]):
         """Whether the work has ended, well or not."""
         return self.ended.is_set()
 
-    @property
-    def told(self) -> bool:
-        """Whether it has failed and `result` has raised the error."""
-        return self.error is not None and self not in _unsurfaced
-
     def result(self, timeout: float | None = None) -> T:
         """Waits for the end and returns the result, or raises what went wrong.
 
@@ -104,7 +103,8 @@ class AsyncResponse(Generic[T]):
             raise TimeoutError(f"{self.what}: still running after {timeout} s")
         if self.error is not None:
             with _lock:
-                _unsurfaced.discard(self)  # it is told now: it will not fail the exit
+                _unsurfaced.discard(self)  # it will not fail the exit
+                self.told = True
             raise self.error
         return self._value  # type: ignore[return-value]
 
@@ -168,13 +168,14 @@ def _finish_pending() -> None:
             try:
                 response.ended.wait()
             except KeyboardInterrupt:
-                print(f"flax_ckpt: {response.what} is still being saved", file=sys.stderr)
+                print(f"flax_ckpt: {response.what} is still being {response.verb}", file=sys.stderr)
             response.result()
         except BaseException as error:
             logger.debug("at exit", exc_info=error)
             _exit_code.code = 1
             reason = f"{type(error).__name__}: {error}"
-            fate = "was saved, but what follows failed" if response.completed else "was NOT saved"
+            fate = f"was {'' if response.completed else 'NOT '}{response.verb}"
+            fate += ", but what follows failed" if response.completed else ""
             print(f"flax_ckpt: {response.what} {fate}: {reason}", file=sys.stderr)
 
 

@@ -8,6 +8,7 @@ fc.metadata("/ckpt/params").metadata["w"].shape
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
@@ -18,16 +19,22 @@ from flax_ckpt import _async
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt._metadata import CheckpointMetadata
 from flax_ckpt.context import Context, resolve
-from flax_ckpt.errors import CheckpointNotFoundError, FormatError, InvalidLayoutError
-from flax_ckpt.format import checkpoint, jsons, names
+from flax_ckpt.errors import (
+    CheckpointNotFoundError,
+    DeletionInProgressError,
+    FormatError,
+    InvalidLayoutError,
+)
+from flax_ckpt.format import checkpoint, names
 from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.pytree import PyTreeHandler
 from flax_ckpt.handlers.saved_tree import SavedTree
-from flax_ckpt.storage import files
-from flax_ckpt.storage.paths import contents, local_path, require_directory
+from flax_ckpt.storage import deletion, kinds
+from flax_ckpt.storage.paths import local_path, require_directory
 from flax_ckpt.storage.record import Record
 
 PathLike = str | os.PathLike[str]
+logger = logging.getLogger("flax_ckpt")
 T = TypeVar("T")
 
 
@@ -156,6 +163,21 @@ def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any
     return layout.wrap(_async.run(_describe(layout, wanted, resolve())))
 
 
+def is_orbax_checkpoint(path: PathLike) -> bool:
+    """Whether there is a finished checkpoint at a path, of this package or of Orbax.
+
+    Not the root of a run, not a checkpointable of a checkpoint, nothing unfinished. Orbax's own
+    function also says yes to any other directory.
+
+    >>> import tempfile, flax_ckpt as fc
+    >>> path = tempfile.mkdtemp() + "/ckpt"
+    >>> fc.save(path, {"w": 1})
+    >>> fc.is_orbax_checkpoint(path), fc.is_orbax_checkpoint(path + "/state")
+    (True, False)
+    """
+    return kinds.is_checkpoint(local_path(path))
+
+
 def steadily(path: PathLike, read: Callable[[], T]) -> T:
     """What `read` returns, tried again as long as the checkpoint is replaced under its hands."""
     while True:
@@ -180,6 +202,12 @@ def load_layout(layout: Layout, abstract: Any, context: Context) -> dict[str, An
             f"{layout.path} is one PyTree without checkpointables: use flax_ckpt.load"
         )
     if wanted is None:
+        if layout.deleting:
+            logger.warning(
+                "%s: the checkpointable %r is left out, as its deletion was not finished",
+                layout.path,
+                layout.deleting,
+            )
         wanted = {name: None for name in layout.items if name != names.METRICS}
     return _async.run(_load_items(layout, wanted, context))
 
@@ -192,11 +220,13 @@ class Layout:
         path: absolute.
         items: directory of each checkpointable; for a flat one the single key is "".
         root: `_CHECKPOINT_METADATA`.
+        deleting: a checkpointable whose deletion was not finished; not among the items.
     """
 
     path: str
     items: Mapping[str, str]
     root: checkpoint.RootMetadata
+    deleting: str | None = None
 
     @classmethod
     def of(cls, path: PathLike) -> Layout:
@@ -208,23 +238,26 @@ class Layout:
         """
         here = local_path(path)
         require_directory(here)
-        if names.is_unfinished(os.path.basename(here)) and not os.path.islink(here):
-            raise InvalidLayoutError(f"{here} is unfinished: the save that made it did not commit")
+        if kinds.unfinished(here):
+            raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
         record = Record(here)
         root = checkpoint.RootMetadata()
         has_metadata = record.lists(names.CHECKPOINT_METADATA)
         if has_metadata:
-            data = record.read(names.CHECKPOINT_METADATA)
+            data = deletion.read_metadata(record)
             root = checkpoint.RootMetadata.from_bytes(data, names.CHECKPOINT_METADATA)
         if os.path.isfile(os.path.join(here, names.TREE_METADATA)):
+            parent, name = os.path.split(here)
+            _refuse_deleted(parent, name, _being_deleted(parent))
             return cls(here, {"": here}, root)
         found = {entry.name: entry.path for entry in os.scandir(here) if _is_item(entry)}
         if not has_metadata and not any(map(is_item_tree, found.values())):
-            raise _no_checkpoint(here)
-        missing = {name for name in record.listed() if record.listed(f"{name}/")} - found.keys()
-        items = found | {name: os.path.join(here, name) for name in missing}
-        items.pop(_being_deleted(here) or "", None)
-        return cls(here, dict(sorted(items.items())), root)
+            raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
+        damaged = [n for n in root.item_handlers if record.listed(f"{n}/") and n not in found]
+        items = found | {name: os.path.join(here, name) for name in damaged}
+        deleting = _being_deleted(here)
+        items.pop(deleting or "", None)
+        return cls(here, dict(sorted(items.items())), root, deleting)
 
     @property
     def trees(self) -> list[str]:
@@ -263,11 +296,12 @@ class Layout:
 
         Raises:
             CheckpointNotFoundError: there is none of that name.
+            DeletionInProgressError: it is being deleted.
         """
+        _refuse_deleted(self.path, name, self.deleting)
         if name not in self.items:
-            gone = " any more: it is being deleted" if _being_deleted(self.path) == name else ""
             raise CheckpointNotFoundError(
-                f"{self.path} has no checkpointable {name!r}{gone}; it has: {', '.join(self.items)}"
+                f"{self.path} has no checkpointable {name!r}; it has: {', '.join(self.items)}"
             )
         return epath.Path(self.items[name])
 
@@ -283,11 +317,16 @@ class Layout:
 
 
 def _being_deleted(path: str) -> str | None:
-    """The checkpointable that an unfinished deletion by Orbax takes away; it is not to be read."""
-    record = os.path.join(path, names.DELETION_RECORD)
-    if not os.path.isfile(record):
-        return None
-    return str(jsons.parse_object(files.read(record), record).get("checkpointable_name"))
+    record = deletion.read(path)
+    return record.name if record else None
+
+
+def _refuse_deleted(path: str, name: str, deleting: str | None) -> None:
+    if name == deleting:
+        raise DeletionInProgressError(
+            f"the checkpointable {name!r} of {path} is being deleted: its deletion has begun and"
+            f" not ended. flax_ckpt.delete({path!r}, checkpointable_name={name!r}) finishes it"
+        )
 
 
 def _is_item(entry: os.DirEntry[str]) -> bool:
@@ -302,20 +341,6 @@ def _holds_tree(path: str) -> bool:
 def is_item_tree(path: str) -> bool:
     """Whether a directory is a tree within a checkpoint, and none of its own, as v0's can be."""
     return _holds_tree(path) and not os.path.lexists(os.path.join(path, names.CHECKPOINT_METADATA))
-
-
-def _no_checkpoint(path: str) -> InvalidLayoutError:
-    steps = sorted((name for name in os.listdir(path) if name.isdigit()), key=int)
-    if steps:
-        return InvalidLayoutError(
-            f"{path} is the root of a run, not one checkpoint; its steps: {', '.join(steps)}."
-            f" Give one of them, e.g. {os.path.join(path, steps[-1])}, or use"
-            " flax_ckpt.restore_train_state, which finds the latest"
-        )
-    return InvalidLayoutError(
-        f"{path} is no checkpoint: it has neither {names.CHECKPOINT_METADATA} nor a directory with"
-        f" {names.TREE_METADATA}; it has: {contents(path)}"
-    )
 
 
 def _unwrapped(abstract: Any) -> Any:

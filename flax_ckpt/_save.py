@@ -31,10 +31,12 @@ from flax_ckpt.errors import (
 )
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers import registry as handler_registry
+from flax_ckpt.handlers.pytree import PyTreeHandler
 from flax_ckpt.handlers.registry import Handler
 from flax_ckpt.storage import files, hosts
 from flax_ckpt.storage.commit import DeferredPath, Staging
 from flax_ckpt.storage.paths import local_path
+from flax_ckpt.storage.session import Session
 
 PathLike = str | os.PathLike[str]
 
@@ -142,6 +144,7 @@ def start(
     *,
     trees: Collection[str] = (),
     internal: bool = False,
+    session: Session | None = None,
     cancelled: threading.Event | None = None,
     result: Any = None,
 ) -> AsyncResponse[Any]:
@@ -155,6 +158,7 @@ def start(
         custom_metadata: anything JSON can hold.
         trees: names of those that are trees, even if other handlers accept them.
         internal: whether reserved names are allowed.
+        session: what this is a partial save of; None: it is a whole checkpoint.
         cancelled: once it is set, a save of one process is not committed.
         result: what the response will give.
     """
@@ -170,13 +174,17 @@ def start(
     turn = threading.Event()  # set when this save has ended
     with _lock:
         before = _in_flight.get(target)
-        if before is not None and not before.is_set() and not overwrite:
+        if before is not None and not before.is_set() and not (overwrite or session):
             raise CheckpointExistsError(f"{target} is being saved right now; save to another path")
         _in_flight[target] = turn
-    after = context.asynchronous.post_finalization_callback
+    after = None if session else context.asynchronous.post_finalization_callback
     try:
         with context:
-            work = _Save(target, checkpointables, trees, context, overwrite, custom)
+            mode = context.file.path_permission_mode
+            staging = (
+                session.staging() if session else Staging(target, overwrite=overwrite, mode=mode)
+            )
+            work = _Save(target, checkpointables, trees, context, staging, custom, session)
             return AsyncResponse(
                 lambda: work.finish(before, turn, cancelled) or result,
                 f"checkpoint {target}",
@@ -207,12 +215,14 @@ class _Save:
         checkpointables: Mapping[str, Any],
         trees: Collection[str],
         context: Context,
-        overwrite: bool,
+        staging: Staging,
         custom_metadata: dict[str, Any],
+        session: Session | None,
     ) -> None:
         self._started = time.time_ns()
-        mode = context.file.path_permission_mode
-        self._staging = Staging(target, overwrite=overwrite, mode=mode)
+        self._target = target
+        self._staging = staging
+        self._session = session
         self._hosts = hosts.current(
             context.multiprocessing, context.asynchronous.timeout_secs, target
         )
@@ -220,7 +230,9 @@ class _Save:
         self._created: concurrent.futures.Future[None] = concurrent.futures.Future()
         registry = context.checkpointables.registry or handler_registry.global_registry()
         handlers = {
-            name: handler_registry.for_save(registry, name, value, tree=name in trees)
+            name: PyTreeHandler(partial_save_mode=True)
+            if session
+            else handler_registry.for_save(registry, name, value, tree=name in trees)
             for name, value in checkpointables.items()
         }
         self._types = {name: handler_registry.typestr(type(h)) for name, h in handlers.items()}
@@ -276,10 +288,12 @@ class _Save:
             if cancelled is not None and cancelled.is_set() and not self._hosts.several:
                 raise SaveCancelledError(f"the save of {self._staging.target} was cancelled")
             if self._hosts.is_primary:
+                if self._session is not None:
+                    self._staging.target = self._session.next_part()
                 self._staging.commit()
             self._hosts.barrier("committed")
         except BaseException as error:
-            error.add_note(f"while saving the checkpoint {self._staging.target}")
+            error.add_note(f"while saving the checkpoint {self._target}")
             if self._hosts.is_primary:
                 self._staging.discard()
             raise
@@ -289,6 +303,8 @@ class _Save:
     async def _write(self) -> None:
         try:
             if self._hosts.is_primary:
+                if self._session is not None:
+                    self._session.recover()
                 self._staging.create(self._types)
             self._hosts.barrier("created")
         except BaseException as error:
@@ -304,32 +320,41 @@ class _Save:
                 raise result
 
     def _write_root(self) -> None:
-        root = self._staging.path
         metadata = checkpoint.RootMetadata(
             self._types, self._started, time.time_ns(), self._custom_metadata
         )
-        contents = {
-            names.INDICATOR: b"",
-            names.CHECKPOINT_METADATA: metadata.to_bytes(),
-            names.COMMIT_SUCCESS: f"Checkpoint committed to {self._staging.target}\n".encode(),
-        }
-        for name, data in contents.items():
-            files.write(os.path.join(root, name), data)
-        crcs = {
-            path: checkpoint.file_crc(files.read(os.path.join(root, path)))
-            for path in files.walk(root)
-            if not self._is_array_data(path) and path != names.OWNER
-        }
-        writers = {package: _version(package) for package in ("flax-ckpt", "jax", "numpy")}
-        integrity = checkpoint.Integrity(crcs, writers)
-        files.write(os.path.join(root, names.INTEGRITY), integrity.to_bytes())
+        write_root(self._staging.path, metadata, self._target)
 
-    def _is_array_data(self, path: str) -> bool:
-        """Whether the chunk table vouches for a file: data files of our own PyTree directories."""
-        item, *inner = path.split("/")
-        in_data = len(inner) > 1 and inner[-2] == names.DATA_DIR
-        table = os.path.join(self._staging.path, item, names.CHUNK_TABLE)
-        return in_data and os.path.isfile(table)
+
+def write_root(root: str, metadata: checkpoint.RootMetadata, target: str) -> None:
+    """Writes the files at the root of a checkpoint, when all others are written.
+
+    Args:
+        root: the staging directory.
+        metadata: what the checkpoint says of itself.
+        target: the path that it will have.
+    """
+    contents = {
+        names.INDICATOR: b"",
+        names.CHECKPOINT_METADATA: metadata.to_bytes(),
+        names.COMMIT_SUCCESS: f"Checkpoint committed to {target}\n".encode(),
+    }
+    for name, data in contents.items():
+        files.write(os.path.join(root, name), data)
+    crcs = {
+        path: checkpoint.file_crc(files.read(os.path.join(root, path)))
+        for path in files.walk(root)
+        if not _is_array_data(root, path) and path != names.OWNER
+    }
+    writers = {package: _version(package) for package in ("flax-ckpt", "jax", "numpy")}
+    files.write(os.path.join(root, names.INTEGRITY), checkpoint.Integrity(crcs, writers).to_bytes())
+
+
+def _is_array_data(root: str, path: str) -> bool:
+    """Whether the chunk table vouches for a file: data files of our own PyTree directories."""
+    item, *inner = path.split("/")
+    in_data = len(inner) > 1 and inner[-2] == names.DATA_DIR
+    return in_data and os.path.isfile(os.path.join(root, item, names.CHUNK_TABLE))
 
 
 def _version(package: str) -> str:

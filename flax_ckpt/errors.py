@@ -17,6 +17,8 @@
     ├── NotHandleableError        (ValueError)  a bound handler refuses its checkpointable
     ├── ContextFrozenError        (RuntimeError)  an active Context was mutated
     ├── StateError                (ValueError)  a training state or step that cannot be used
+    ├── DeletionInProgressError   (RuntimeError)  what is asked for is being deleted
+    ├── DeletionRecoveryError     (RuntimeError)  an unfinished deletion that does not fit this one
     ├── SaveFailedError           (RuntimeError)  a background save failed; cause chained
     ├── SaveCancelledError        (concurrent.futures.CancelledError)  a save was cancelled
     └── BarrierTimeoutError       (TimeoutError)  another process did not arrive
@@ -142,6 +144,14 @@ class ContextFrozenError(FlaxCkptError, RuntimeError):
 
 class StateError(FlaxCkptError, ValueError):
     """A training state, step or restore target that cannot be used."""
+
+
+class DeletionInProgressError(FlaxCkptError, RuntimeError):
+    """A checkpointable whose deletion has begun and not ended."""
+
+
+class DeletionRecoveryError(FlaxCkptError, RuntimeError):
+    """The record of an unfinished deletion makes no sense, or is that of another one."""
 
 
 class SaveFailedError(FlaxCkptError, RuntimeError):

@@ -225,8 +225,8 @@ def test_a_callback_that_is_never_closed(tmp_path: Path, ending: str) -> None:
 
 
 def test_a_callback_whose_last_save_fails(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("a file where the run's directory should be")
-    done = run(CALLBACK, tmp_path / "run")
+    (tmp_path / "file").write_text("where a directory should be")
+    done = run('path += "/run"\n' + textwrap.dedent(CALLBACK), tmp_path / "file")
     assert done.code == 1
-    assert f"flax_ckpt: checkpoint {tmp_path}/run/2 was NOT saved: " in done.err
+    assert f"flax_ckpt: checkpoint {tmp_path}/file/run/2 was NOT saved: " in done.err
     assert "(step" not in done.out

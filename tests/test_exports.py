@@ -14,6 +14,9 @@ import flax_ckpt as fc
 
 FUNCTIONS = {
     "checkpointables_metadata",
+    "delete",
+    "delete_async",
+    "is_orbax_checkpoint",
     "load",
     "load_async",
     "load_checkpointables",
@@ -48,6 +51,7 @@ MODULES = {
     "leaves",
     "multihost",
     "options",
+    "partial",
     "path",
     "training",
     "tree",

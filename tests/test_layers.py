@@ -32,7 +32,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("handlers",),
     ("arrays", "multihost", "tree"),  # public names of the rooms above
     ("interop",),
-    ("_save", "_load", "_metadata"),
+    ("_save", "_load", "_metadata", "partial"),
     ("training",),
     ("path",),
     ("inspection",),

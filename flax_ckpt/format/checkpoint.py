@@ -8,11 +8,13 @@ file that is not array data, its own included.
 from __future__ import annotations
 
 import dataclasses
+import json
+import uuid
 from typing import Any
 
 import crc32c
 
-from flax_ckpt.errors import DamagedCheckpointError, FormatError
+from flax_ckpt.errors import DamagedCheckpointError, DeletionRecoveryError, FormatError
 from flax_ckpt.format import jsons
 
 FORMAT_VERSION = 1
@@ -67,6 +69,67 @@ class RootMetadata:
             _int_or_none(raw.get("commit_timestamp_nsecs")),
             custom if jsons.is_object(custom) else {},
         )
+
+
+def rewritten(metadata: dict[str, Any]) -> bytes:
+    """`_CHECKPOINT_METADATA` as a deletion writes it, here and in Orbax."""
+    return json.dumps(metadata, sort_keys=True).encode()
+
+
+@dataclasses.dataclass(frozen=True)
+class DeletionRecord:
+    """`_CHECKPOINT_DELETION`: a checkpointable is being deleted; in Orbax's words.
+
+    Attributes:
+        name: of the checkpointable.
+        original: `_CHECKPOINT_METADATA` before the deletion.
+        updated: and after it.
+        destination: where Orbax moves it, on some object stores; None: it is removed.
+        operation_id: 32 hex digits.
+    """
+
+    name: str
+    original: dict[str, Any]
+    updated: dict[str, Any]
+    destination: str | None = None
+    operation_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+
+    @classmethod
+    def of(cls, original: dict[str, Any], name: str) -> DeletionRecord:
+        """The record for the deletion of `name`, one of the metadata's `item_handlers`."""
+        handlers = {key: value for key, value in original["item_handlers"].items() if key != name}
+        return cls(name, original, original | {"item_handlers": handlers})
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        raw = {
+            "operation_id": self.operation_id,
+            "checkpointable_name": self.name,
+            "destination": self.destination,
+            "original_metadata": self.original,
+            "updated_metadata": self.updated,
+        }
+        return json.dumps(raw, sort_keys=True).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, what: str) -> DeletionRecord:
+        """Parses the file.
+
+        Raises:
+            DeletionRecoveryError: it makes no sense.
+        """
+        try:
+            raw = jsons.parse_object(data, what)
+            name, original = raw["checkpointable_name"], raw["original_metadata"]
+            expected = cls.of(original, name)
+            if name not in original["item_handlers"] or expected.updated != raw["updated_metadata"]:
+                raise ValueError(f"its metadata do not differ by {name!r} alone")
+        except (FormatError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DeletionRecoveryError(
+                f"{what}: the record of an unfinished deletion makes no sense: {error!r}. Nothing"
+                " is read from or deleted in this checkpoint but the whole of it"
+            ) from error
+        return cls(name, original, expected.updated, raw.get("destination"), raw["operation_id"])
 
 
 def _int_or_none(value: Any) -> int | None:

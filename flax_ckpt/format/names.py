@@ -17,6 +17,9 @@ TMP_SUFFIX: Final = ".orbax-checkpoint-tmp"
 PARTIAL_SUFFIX: Final = ".partial_save"
 OWNER: Final = ".owner"
 
+# Unfinished partial saves: a directory of this package.
+SESSION_SUFFIX: Final = ".flax_ckpt.partial_save"
+
 # Of a whole run, under its root.
 ROOT_METADATA: Final = ("metadata", "_ROOT_METADATA")
 ROOT_METADATA_LEGACY: Final = ("metadata", "metadata")

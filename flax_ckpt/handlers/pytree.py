@@ -15,6 +15,7 @@ from etils import epath
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import TreeMismatchError
 from flax_ckpt.format import names, tree
+from flax_ckpt.handlers import parts
 from flax_ckpt.handlers.base import PathAwaitingCreation
 from flax_ckpt.handlers.saved_tree import SavedTree, read_array_metadatas
 from flax_ckpt.handlers.snapshot import Snapshot
@@ -61,7 +62,8 @@ class PyTreeHandler:
         context: options; None: those of the context around the constructor's call.
         array_metadata_validator: gets every process's array metadata at save and load.
         leaf_handler_registry: handlers of leaves; None: those of this package.
-        partial_save_mode: for `partial.save`, in the next release.
+        partial_save_mode: whether what is saved is a part of a tree, for `partial.save`: it is
+            refused if an earlier part of the same session has one of its leaves.
 
     >>> import tempfile, flax_ckpt as fc
     >>> state_pytree = {"weights": [1.0, 2.0], "bias": 0.0}
@@ -87,14 +89,10 @@ class PyTreeHandler:
         leaf_handler_registry: LeafRegistry | None = None,
         partial_save_mode: bool = False,
     ) -> None:
-        if partial_save_mode:
-            raise NotImplementedError(
-                "partial_save_mode comes with flax_ckpt.partial in the next release;"
-                " save the whole tree in one call"
-            )
         self._context = resolve(context)
         self._validator = array_metadata_validator
         self._leaves = leaf_handler_registry or LeafRegistry()
+        self._is_part = partial_save_mode
 
     @property
     def leaf_handler_registry(self) -> LeafRegistry:
@@ -121,6 +119,8 @@ class PyTreeHandler:
         self, directory: PathAwaitingCreation, snapshot: Snapshot, together: hosts.Hosts
     ) -> None:
         path = os.fspath(await directory.await_creation())
+        if self._is_part:
+            parts.check_disjoint(path, snapshot.files())
         folder = os.path.join(path, names.ARRAY_METADATAS)
         if snapshot.metadatas:
             os.makedirs(folder, exist_ok=True)

@@ -42,14 +42,22 @@ class Staging:
         target: absolute path that the checkpoint will have.
         overwrite: whether a checkpoint at `target` is replaced, in one step, at commit.
         mode: permission bits of the directories made; None: the umask's.
+        path: where to put it together; None: beside the target.
 
     Raises:
         CheckpointExistsError: there is something at `target` and `overwrite` is false.
     """
 
-    def __init__(self, target: str, *, overwrite: bool = False, mode: int | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        overwrite: bool = False,
+        mode: int | None = None,
+        path: str | None = None,
+    ) -> None:
         self.target = target
-        self.path = target + names.TMP_SUFFIX
+        self.path = path or target + names.TMP_SUFFIX
         self._overwrite = overwrite
         self._mode = mode
         self._check_free()
@@ -75,6 +83,8 @@ class Staging:
         files.make_directory(os.path.dirname(self.target))
         for path in [self.path, *(os.path.join(self.path, name) for name in directories)]:
             os.mkdir(path)
+        if self._mode is not None:  # for others; the owner goes on writing
+            os.chmod(self.path, self._mode | 0o700)
         owner = f"{socket.gethostname()} {os.getpid()}"
         files.write(os.path.join(self.path, names.OWNER), owner.encode())
 
@@ -202,11 +212,16 @@ def withdraw(path: str) -> str:
     """
     if not os.path.isdir(path):
         raise CheckpointNotFoundError(f"{path} is not there, or is no directory: nothing removed")
-    doomed = f"{path}.deleted{names.TMP_SUFFIX}"
+    doomed = removed_path(path)
     _clear(doomed)
     _rename(path, doomed)
     files.sync_path(os.path.dirname(path))
     return doomed
+
+
+def removed_path(path: str) -> str:
+    """Where a checkpoint is while it is being removed."""
+    return f"{path}.deleted{names.TMP_SUFFIX}"
 
 
 def remove_left_over(path: str) -> None:

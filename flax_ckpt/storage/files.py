@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from flax_ckpt.errors import FormatError
+from flax_ckpt.format import names
 
 if sys.platform == "darwin":
     import fcntl
@@ -54,14 +55,24 @@ def write(path: str, data: bytes) -> None:
         file.write(data)
 
 
-def publish(path: str, data: bytes) -> None:
-    """Puts a whole file in its place, durably; what was there is replaced."""
-    staged = f"{path}.{os.getpid()}"
-    with open(staged, "wb") as file:
+def replace(path: str, data: bytes, *, exclusive: bool = False) -> None:
+    """Gives a file these bytes, at once and durably.
+
+    Args:
+        path: the file.
+        data: all of it.
+        exclusive: whether it is an error, `FileExistsError`, if it is there.
+    """
+    temporary = path + names.TMP_SUFFIX
+    with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         sync(file.fileno())
-    os.replace(staged, path)
+    if exclusive:
+        os.link(temporary, path)
+        os.unlink(temporary)
+    else:
+        os.replace(temporary, path)
     sync_path(os.path.dirname(path))
 
 
@@ -85,5 +96,5 @@ def walk(root: str) -> list[str]:
 
 
 def _entries(root: str) -> Iterator[str]:
-    for directory, folders, names in os.walk(root):
-        yield from (os.path.join(directory, name) for name in (*folders, *names))
+    for directory, folders, regular in os.walk(root):
+        yield from (os.path.join(directory, name) for name in (*folders, *regular))

@@ -107,6 +107,26 @@ def _merge(directory: str, processes: Iterable[int]) -> None:
         _write_index(directory, out, rows)
 
 
+def unite(directory: str, sources: Iterable[str]) -> None:
+    """Writes one database for the data of several; the data files are hard-linked, not copied.
+
+    Args:
+        directory: of the new database; exists.
+        sources: directories of the others, whose keys are disjoint; they stay as they are.
+    """
+    rows: list[_Row] = []
+    for source in sources:
+        with Database(Record(source), checked=True) as database:
+            values = database.values
+            rows += [(key, value, database.crcs[key]) for key, value in values.items()]
+        for file in {value.file for value in values.values() if not isinstance(value, bytes)}:
+            link = os.path.join(directory, file)
+            os.makedirs(os.path.dirname(link), exist_ok=True)
+            os.link(os.path.join(source, file), link)
+    with DataFileWriter(directory) as out:
+        _write_index(directory, out, rows)
+
+
 def chunks(array: ArrayWrite) -> Iterator[tuple[tuple[int, ...], Bytes, int]]:
     """Index, bytes and padding of each chunk that this process writes.
 

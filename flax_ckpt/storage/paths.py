@@ -1,8 +1,10 @@
 """Paths as users give them: strings, `pathlib`, `etils.epath`; relative ones, ones with `~`."""
 
+import difflib
 import os
 
 from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError
+from flax_ckpt.format import names
 
 
 def local_path(path: str | os.PathLike[str]) -> str:
@@ -32,12 +34,39 @@ def require_directory(path: str) -> None:
     """
     if os.path.isdir(path):
         return
+    if is_safetensors(path) and os.path.lexists(path):
+        raise InvalidLayoutError(
+            f"{path} is a safetensors file, no checkpoint: load it with safetensors.flax.load_file"
+        )
     if os.path.lexists(path):
         raise InvalidLayoutError(f"{path} is a file; a checkpoint is a directory")
-    nearest = os.path.dirname(path)
+    raise not_there(path)
+
+
+def not_there(path: str) -> CheckpointNotFoundError:
+    """The error for a path at which there is nothing: it says what lies nearest."""
+    missing, nearest = path, os.path.dirname(path)
     while not os.path.isdir(nearest):
-        nearest = os.path.dirname(nearest)
-    raise CheckpointNotFoundError(f"{path} does not exist; {nearest} has: {contents(nearest)}")
+        missing, nearest = nearest, os.path.dirname(nearest)
+    name, there = os.path.basename(missing), os.listdir(nearest)
+    hint = ""
+    known = [n for n in there if names.TMP_SUFFIX not in n and names.PARTIAL_SUFFIX not in n]
+    if missing == path and f"{name}{names.SESSION_SUFFIX}" in there:
+        hint = f"; a partial save of it is unfinished: flax_ckpt.partial.finalize({path!r})"
+    elif missing == path and f"{name}{names.PARTIAL_SUFFIX}" in there:
+        hint = "; a partial save of it by Orbax is unfinished: finalize it there"
+    elif missing == path and f"{name}{names.TMP_SUFFIX}" in there:
+        hint = "; a save of it has begun and not committed"
+    elif similar := difflib.get_close_matches(name, known, 1):
+        hint = f"; did you mean {os.path.join(nearest, similar[0])}?"
+    return CheckpointNotFoundError(
+        f"{path} does not exist; {nearest} has: {contents(nearest)}{hint}"
+    )
+
+
+def is_safetensors(name: str) -> bool:
+    """Whether a file is a safetensors file, by its name."""
+    return name.endswith(".safetensors")
 
 
 def contents(path: str) -> str:

@@ -25,6 +25,8 @@ from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import ConfigError, FormatError, SaveFailedError, StateError
 from flax_ckpt.format import protos
+from flax_ckpt.storage import kinds
+from flax_ckpt.storage.paths import local_path
 from flax_ckpt.training import (
     metadata,
     name_formats,
@@ -66,6 +68,7 @@ class CheckpointCallback(Generic[S]):
         context: options of all saves and restores; None: those active now.
 
     Raises:
+        InvalidLayoutError: `directory` is one checkpoint, not the root of a run.
         ConfigError: lists every key of the config that cannot be saved.
 
     >>> import tempfile, flax_ckpt as fc, jax.numpy as jnp
@@ -99,6 +102,7 @@ class CheckpointCallback(Generic[S]):
                 "on_error must be 'raise' or 'warn' and keep_last at least 1 or None, got"
                 f" {on_error!r} and {keep_last!r}"
             )
+        kinds.require_root(local_path(directory))
         self._at_end = at_end
         self._on_error = on_error
         self._context = resolve(context)

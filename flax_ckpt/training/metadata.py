@@ -183,7 +183,7 @@ def write_root(root: str, custom_metadata: dict[str, Any]) -> None:
     except (TypeError, ValueError) as error:
         raise FormatError(f"custom_metadata must be a dict that JSON can hold: {error}") from error
     files.make_directory(os.path.dirname(path))
-    files.publish(path, data)
+    files.replace(path, data)
 
 
 def read_root(root: str) -> dict[str, Any] | None:

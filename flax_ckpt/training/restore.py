@@ -35,6 +35,7 @@ from flax_ckpt.format import names, protos, tree
 from flax_ckpt.handlers.pytree import log_fallbacks
 from flax_ckpt.handlers.saved_tree import SavedTree, mismatch
 from flax_ckpt.leaves.base import LoadRules
+from flax_ckpt.storage import kinds
 from flax_ckpt.storage.paths import local_path
 from flax_ckpt.storage.record import Record
 from flax_ckpt.training import progress, steps
@@ -138,6 +139,7 @@ def restore(
     Raises:
         CheckpointNotFoundError: no such path, step or part; says what is there.
         StateError: the state is in one tree, and its fields are called otherwise.
+        InvalidLayoutError: one checkpointable of a checkpoint, or something unfinished.
         TreeMismatchError: lists every leaf that differs; no data was read.
         DamagedCheckpointError: an explicit step is damaged, or every one is.
     """
@@ -146,6 +148,8 @@ def restore(
     rules = _Rules(cast, unexpected == "ignore", config, context)
     if isinstance(step, CheckpointMetadata):
         here, step = local_path(step.path), None
+    if kinds.owner(here):
+        raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
     if steps.is_checkpoint(here):
         named = names.step_of(os.path.basename(here))
         number = named[1] if named else None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from flax_ckpt._load import is_item_tree
 from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError
 from flax_ckpt.format import names
-from flax_ckpt.storage import commit, files
+from flax_ckpt.storage import commit, files, kinds
 from flax_ckpt.storage.paths import contents, require_directory
 
 logger = logging.getLogger("flax_ckpt")
@@ -104,7 +104,9 @@ def require_steps(root: str) -> list[int]:
     require_directory(root)
     if found := committed(root):
         return found
-    raise CheckpointNotFoundError(f"{root} has no committed step; it has: {contents(root)}")
+    named = kinds.checkpoints_in(root)
+    hint = f"; restore one of these by its path: {os.path.join(root, named[-1])}" if named else ""
+    raise CheckpointNotFoundError(f"{root} has no committed step; it has: {contents(root)}{hint}")
 
 
 def supersede(root: str, after: int) -> None:

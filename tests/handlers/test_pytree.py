@@ -259,14 +259,6 @@ def test_a_path_that_is_not_there_says_what_is(tmp_path: Path) -> None:
         fc.load(tmp_path / "run")
 
 
-def test_partial_save_mode_says_when_it_comes() -> None:
-    with pytest.raises(NotImplementedError, match="next release"):
-        fc.handlers.PyTreeHandler(partial_save_mode=True)
-
-
-# The validator of array metadata.
-
-
 def test_the_validator_sees_every_process_when_saving_and_loading(path: Path) -> None:
     seen: list[Any] = []
 

@@ -267,3 +267,41 @@ def test_a_target_that_exists_is_refused_by_both(tmp_path: Path) -> None:
     for outcome in run_two(program, tmp_path / "ckpt", 10):
         assert (outcome.code, outcome.out) == (0, "CheckpointExistsError\n"), outcome.err[-3000:]
     assert sorted(os.listdir(tmp_path)) == ["ckpt", "ckpt2"]
+
+
+def test_parts_of_one_tree_and_deletions(tmp_path: Path) -> None:
+    program = """
+        with context:
+            full = tree()
+            fc.partial.save(path, {"a": {"rows": full["rows"], "text": "é"}})
+            try:
+                fc.partial.save(path, {"a": {"rows": full["rows"]}})
+            except ValueError as error:
+                print(type(error).__name__, "a/rows is saved already" in str(error))
+            fc.partial.save_async(path, {"a": {"both": full["both"]}, "n": np.arange(3)})
+            fc.partial.finalize(path)
+            loaded = fc.load(path)
+            for name in ("rows", "both"):
+                assert loaded["a"][name].sharding == full[name].sharding
+                for ours, theirs in zip(
+                    loaded["a"][name].addressable_shards, full[name].addressable_shards
+                ):
+                    np.testing.assert_array_equal(ours.data, theirs.data)
+            fc.save_checkpointables(path + "2", {"keep": full, "go": full})
+            assert fc.delete(path + "2", checkpointable_name="go")
+            check(fc.load(path + "2", checkpointable_name="keep"))
+            fc.save(path + "3", full)
+            assert fc.delete(path + "3") and not fc.delete(path + "3", missing_ok=True)
+        print("done", flush=True)
+        leave()
+    """
+    for outcome in run_two(program, tmp_path / "ckpt", 20):
+        assert outcome.out == "DuplicateNameError True\ndone\n", outcome.err[-3000:]
+        assert outcome.code == 0
+    assert sorted(os.listdir(tmp_path)) == ["ckpt", "ckpt2"]
+    assert list(fc.load_checkpointables(tmp_path / "ckpt2")) == ["keep"]
+    loaded = fc.load(tmp_path / "ckpt")
+    values = np.arange(96, dtype=np.float32).reshape(8, 12)
+    np.testing.assert_array_equal(loaded["a"]["rows"], values)
+    np.testing.assert_array_equal(loaded["a"]["both"], values)
+    assert (loaded["a"]["text"], loaded["n"].tolist()) == ("é", [0, 1, 2])

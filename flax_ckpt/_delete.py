@@ -1,0 +1,159 @@
+"""`delete`: a checkpoint, or one of its checkpointables, and nothing else.
+
+fc.delete("/ckpt/100")
+fc.delete("/ckpt/200", checkpointable_name="opt_state")
+"""
+
+import os
+
+from flax_ckpt._async import AsyncResponse
+from flax_ckpt.context import resolve
+from flax_ckpt.errors import CheckpointNotFoundError, DeletionRecoveryError, InvalidLayoutError
+from flax_ckpt.format import jsons, names
+from flax_ckpt.format.checkpoint import DeletionRecord
+from flax_ckpt.storage import commit, deletion, hosts, kinds
+from flax_ckpt.storage.paths import local_path, not_there, require_directory
+from flax_ckpt.storage.record import Record
+
+PathLike = str | os.PathLike[str]
+
+
+def delete(
+    path: PathLike, *, checkpointable_name: str | None = None, missing_ok: bool = False
+) -> bool:
+    """Deletes a checkpoint, or one of its checkpointables.
+
+    A whole checkpoint leaves its name before its first byte goes. While one checkpointable goes,
+    and if that is interrupted, the others can be loaded; it cannot. The same call again finishes
+    an interrupted deletion. All processes call it.
+
+    Args:
+        path: one checkpoint, not the root of a run. What bears no mark of a checkpoint is never
+            deleted.
+        checkpointable_name: which of its checkpointables; None: the whole checkpoint.
+        missing_ok: whether it is no error that there is nothing to delete.
+
+    Returns:
+        Whether something was deleted.
+
+    Raises:
+        CheckpointNotFoundError: there is no such checkpoint or checkpointable.
+        InvalidLayoutError: it is something else; says what.
+        ValueError: the name cannot be one, or is that of the only checkpointable.
+        DeletionRecoveryError: the deletion of another one was interrupted.
+
+    >>> import tempfile, flax_ckpt as fc
+    >>> path = tempfile.mkdtemp() + "/ckpt"
+    >>> fc.save_checkpointables(path, {"params": {"w": 1}, "opt_state": {"m": 2}})
+    >>> fc.delete(path, checkpointable_name="opt_state")
+    True
+    >>> fc.load_checkpointables(path)
+    {'params': {'w': 1}}
+    >>> fc.delete(path), fc.delete(path, missing_ok=True)
+    (True, False)
+    """
+    return delete_async(
+        path, checkpointable_name=checkpointable_name, missing_ok=missing_ok
+    ).result()
+
+
+def delete_async(
+    path: PathLike, *, checkpointable_name: str | None = None, missing_ok: bool = False
+) -> AsyncResponse[bool]:
+    """Deletes in the background; arguments and errors as :func:`delete`.
+
+    What can be refused is refused at once; when it returns, a checkpointable is hidden already.
+    """
+    target, name = local_path(path), checkpointable_name
+    context = resolve()
+    if name is not None:
+        _check_name(name)
+    timeout = context.asynchronous.timeout_secs
+    together = hosts.current(context.multiprocessing, timeout, f"{target} delete")
+    there = _is_there(target, name, missing_ok)
+    record = _record(target, name) if there and name is not None else None
+    together.barrier("looked")
+    if together.is_primary and record and not deletion.read(target):
+        deletion.begin(target, record)
+    together.barrier("published")
+
+    def work() -> bool:
+        if there and together.is_primary:
+            if record is not None:
+                deletion.finish(target, record)
+            elif os.path.lexists(target):
+                commit.remove(target)
+            else:
+                commit.remove_left_over(commit.removed_path(target))
+        together.barrier("deleted")
+        return there
+
+    return AsyncResponse(work, f"checkpoint {target}", verb="deleted")
+
+
+def _check_name(name: str) -> None:
+    reserved = name in names.RESERVED or name in names.MARKS
+    if reserved or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not the name of a checkpointable that can be deleted")
+
+
+def _is_there(target: str, name: str | None, missing_ok: bool) -> bool:
+    """Whether there is something to delete; raises if it is something else."""
+    if not os.path.lexists(target):
+        if name is None and os.path.lexists(commit.removed_path(target)):
+            return True  # an interrupted deletion
+        if missing_ok:
+            return False
+        raise not_there(target)
+    require_directory(target)
+    if os.path.islink(target):
+        raise InvalidLayoutError(
+            f"{target} is a link; delete what it leads to: {os.path.realpath(target)}"
+        )
+    marked = names.MARKS.intersection(os.listdir(target))
+    if not marked or kinds.owner(target) or kinds.unfinished(target):
+        raise InvalidLayoutError(f"{target} {kinds.describe(target)}. Nothing was deleted")
+    if name is None or deletion.read(target) or os.path.lexists(os.path.join(target, name)):
+        return True
+    if missing_ok:
+        return False
+    raise CheckpointNotFoundError(
+        f"{target} has no checkpointable {name!r}; it has: {', '.join(_items(target))}"
+    )
+
+
+def _record(target: str, name: str) -> DeletionRecord:
+    """What is to be published, or was already by a deletion that was interrupted."""
+    if (pending := deletion.read(target)) is not None:
+        if pending.name == name and pending.destination is None:
+            return pending
+        how = "with Orbax" if pending.destination else "with the same call"
+        raise DeletionRecoveryError(
+            f"the deletion of the checkpointable {pending.name!r} of {target} was interrupted:"
+            f" finish it first, {how}"
+        )
+    items = _items(target)
+    if name not in items or os.path.islink(os.path.join(target, name)):
+        raise InvalidLayoutError(
+            f"{os.path.join(target, name)} is no checkpointable of {target}, which has:"
+            f" {', '.join(items) or 'none, being one PyTree'}. Nothing was deleted"
+        )
+    if items == [name]:
+        raise ValueError(
+            f"{name!r} is the only checkpointable of {target}; delete the whole checkpoint:"
+            f" flax_ckpt.delete({target!r})"
+        )
+    data = deletion.read_metadata(Record(target))
+    return DeletionRecord.of(jsons.parse_object(data, names.CHECKPOINT_METADATA), name)
+
+
+def _items(target: str) -> list[str]:
+    """The checkpointables that `_CHECKPOINT_METADATA` names and that are there."""
+    record = Record(target)
+    if not record.lists(names.CHECKPOINT_METADATA):
+        return []
+    raw = jsons.parse_object(deletion.read_metadata(record), names.CHECKPOINT_METADATA)
+    handlers = raw.get("item_handlers")
+    found = handlers if jsons.is_object(handlers) else {}
+    there = [name for name in found if os.path.isdir(os.path.join(target, name))]
+    return sorted(name for name in there if name not in names.RESERVED)

@@ -1,0 +1,93 @@
+"""How one checkpointable leaves a checkpoint while the others stay readable.
+
+A record of the intent is published; the directory goes; `_CHECKPOINT_METADATA` is rewritten, then
+`flax_ckpt.json`; the record goes last. Each step is durable before the next. Records are Orbax's,
+so that each library hides what the other has begun to delete, and can finish it.
+"""
+
+import os
+import shutil
+
+from flax_ckpt.errors import DamagedCheckpointError, DeletionRecoveryError, FormatError
+from flax_ckpt.format import jsons, names
+from flax_ckpt.format.checkpoint import DeletionRecord, Integrity, file_crc, rewritten
+from flax_ckpt.storage import commit, files
+from flax_ckpt.storage.record import Record
+
+
+def read(root: str) -> DeletionRecord | None:
+    """The record of a deletion in a checkpoint that was not finished.
+
+    Raises:
+        DeletionRecoveryError: it makes no sense, or is not of this checkpoint.
+    """
+    path = os.path.join(root, names.DELETION_RECORD)
+    try:
+        record = DeletionRecord.from_bytes(files.read(path), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    described = os.path.join(root, names.CHECKPOINT_METADATA)
+    data = files.read(described) if os.path.isfile(described) else b"{}"
+    try:
+        current = jsons.parse_object(data, described)
+    except FormatError as error:
+        raise DeletionRecoveryError(f"{path}: {error}") from error
+    if current not in (record.original, record.updated):
+        raise DeletionRecoveryError(
+            f"{path}: the record of an unfinished deletion is not of this checkpoint:"
+            f" {names.CHECKPOINT_METADATA} is neither what it was before nor after it"
+        )
+    return record
+
+
+def begin(root: str, record: DeletionRecord) -> None:
+    """Publishes the intent; from here on the checkpointable is hidden."""
+    files.replace(os.path.join(root, names.DELETION_RECORD), record.to_bytes(), exclusive=True)
+
+
+def finish(root: str, record: DeletionRecord) -> None:
+    """Deletes what is left of the checkpointable; can be called again after a crash anywhere."""
+    item = os.path.join(root, record.name)
+    if os.path.lexists(item):
+        shutil.rmtree(item)
+        files.sync_path(root)
+    metadata = rewritten(record.updated)
+    files.replace(os.path.join(root, names.CHECKPOINT_METADATA), metadata)
+    integrity = os.path.join(root, names.INTEGRITY)
+    if os.path.isfile(integrity):
+        old = Integrity.from_bytes(files.read(integrity), integrity)
+        kept = {p: c for p, c in old.crc32c.items() if not p.startswith(f"{record.name}/")}
+        kept[names.CHECKPOINT_METADATA] = file_crc(metadata)
+        files.replace(integrity, Integrity(kept, old.writers).to_bytes())
+    path = os.path.join(root, names.DELETION_RECORD)
+    commit.remove_left_over(path + names.TMP_SUFFIX)  # of a crash while it was published
+    os.unlink(path)
+    files.sync_path(root)
+
+
+def read_metadata(record: Record) -> bytes:
+    """The checked bytes of `_CHECKPOINT_METADATA`, also when a deletion has rewritten them.
+
+    Orbax does not know `flax_ckpt.json`, and a crash may come between the two files.
+    """
+    try:
+        return record.read(names.CHECKPOINT_METADATA)
+    except DamagedCheckpointError:
+        path = os.path.join(record.directory, names.CHECKPOINT_METADATA)
+        if os.path.isfile(path) and _items_were_deleted(record, data := files.read(path)):
+            return data
+        raise
+
+
+def _items_were_deleted(record: Record, data: bytes) -> bool:
+    """Whether the metadata are as a deletion writes them, and the items they lack are gone."""
+    try:
+        metadata = jsons.parse_object(data, names.CHECKPOINT_METADATA)
+    except FormatError:
+        return False
+    handlers = metadata.get("item_handlers")
+    if not jsons.is_object(handlers) or data != rewritten(metadata):
+        return False
+    lacking = {name for name in record.listed() if record.listed(f"{name}/")} - handlers.keys()
+    here = record.directory
+    return bool(lacking) and not any(os.path.lexists(os.path.join(here, n)) for n in lacking)
