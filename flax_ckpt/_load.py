@@ -18,7 +18,7 @@ from etils import epath
 from flax_ckpt import _async
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt._metadata import CheckpointMetadata
-from flax_ckpt.context import Context, resolve
+from flax_ckpt.context import Context, applied, resolve
 from flax_ckpt.errors import (
     CheckpointNotFoundError,
     DeletionInProgressError,
@@ -371,7 +371,7 @@ def open_tree(layout: Layout, name: str, context: Context) -> SavedTree:
 async def _load_items(
     layout: Layout, wanted: Mapping[str, Any], context: Context
 ) -> dict[str, Any]:
-    with context:
+    with applied(context):
         handlers = {name: _handler(layout, name, a, context) for name, a in wanted.items()}
         for name, handler in handlers.items():
             if not isinstance(
@@ -385,7 +385,7 @@ async def _load_items(
 
 
 async def _describe(layout: Layout, wanted: list[str], context: Context) -> dict[str, Any]:
-    with context:
+    with applied(context):
         return {
             name: await _handler(layout, name, None, context).metadata(layout.item(name))
             for name in wanted

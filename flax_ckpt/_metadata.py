@@ -28,6 +28,9 @@ class CheckpointMetadata(Generic[T]):
         custom_metadata: the user's own, as given to `save`.
     """
 
+    path: epath.Path
+    metadata: T
+
     def __init__(
         self,
         path: epath.Path,

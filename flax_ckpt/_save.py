@@ -22,7 +22,7 @@ from etils import epath
 
 from flax_ckpt import _async
 from flax_ckpt._async import AsyncResponse
-from flax_ckpt.context import Context, resolve
+from flax_ckpt.context import Context, applied, resolve
 from flax_ckpt.errors import (
     CheckpointExistsError,
     FormatError,
@@ -179,7 +179,7 @@ def start(
         _in_flight[target] = turn
     after = None if session else context.asynchronous.post_finalization_callback
     try:
-        with context:
+        with applied(context):
             mode = context.file.path_permission_mode
             staging = (
                 session.staging() if session else Staging(target, overwrite=overwrite, mode=mode)

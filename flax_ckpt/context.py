@@ -10,8 +10,10 @@ A context given explicitly always beats the one of an enclosing `with`.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-from typing import final, get_type_hints
+from collections.abc import Generator
+from typing import Any, Final, final, get_type_hints
 
 from flax_ckpt import options
 
@@ -31,8 +33,6 @@ class Context:
 
     Args:
         context: the parent to copy the options of.
-        pytree_options, array_options, async_options, multiprocessing_options, file_options,
-        checkpointables_options, memory_options: groups to copy instead of the parent's.
 
     Attributes:
         array: how arrays are saved.
@@ -63,32 +63,10 @@ class Context:
     checkpointables: options.CheckpointablesOptions
     memory: options.MemoryOptions
 
-    def __init__(
-        self,
-        context: Context | None = None,
-        *,
-        pytree_options: options.PyTreeOptions | None = None,
-        array_options: options.ArrayOptions | None = None,
-        async_options: options.AsyncOptions | None = None,
-        multiprocessing_options: options.MultiprocessingOptions | None = None,
-        file_options: options.FileOptions | None = None,
-        checkpointables_options: options.CheckpointablesOptions | None = None,
-        memory_options: options.MemoryOptions | None = None,
-    ) -> None:
-        given: dict[str, object] = {
-            "array": array_options,
-            "pytree": pytree_options,
-            "asynchronous": async_options,
-            "file": file_options,
-            "multiprocessing": multiprocessing_options,
-            "checkpointables": checkpointables_options,
-            "memory": memory_options,
-        }
-        for name, group in get_type_hints(Context).items():
-            value = given[name] if given[name] is not None else getattr(context, name, None)
-            if value is not None and not isinstance(value, group):
-                raise TypeError(f"the options for {name} must be {group.__name__}, got {value!r}")
-            object.__setattr__(self, name, group() if value is None else options.copy(value))
+    def __init__(self, context: Context | None = None) -> None:
+        for name, group in _GROUPS.items():
+            value = group() if context is None else options.copy(getattr(context, name))
+            object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(
@@ -111,9 +89,23 @@ class Context:
         return f"Context({groups})"
 
 
+_GROUPS: Final[dict[str, Any]] = get_type_hints(Context)
+_DEFAULT: Final = Context()  # nobody gets it to change it
+
+
 def resolve(context: Context | None = None) -> Context:
-    """The context to use: the one given, else the active one, else a new one with the defaults."""
+    """The context to use: the one given, else the active one, else the defaults."""
     if context is not None:
         return context
     active = _ACTIVE.get()
-    return active[-1] if active else Context()
+    return active[-1] if active else _DEFAULT
+
+
+@contextlib.contextmanager
+def applied(context: Context) -> Generator[None]:
+    """Within it `resolve` gives this context; unlike in the user's own `with`, nothing freezes."""
+    before = _ACTIVE.set((*_ACTIVE.get(), context))
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(before)

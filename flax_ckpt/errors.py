@@ -20,13 +20,12 @@
     ├── DeletionInProgressError   (RuntimeError)  what is asked for is being deleted
     ├── DeletionRecoveryError     (RuntimeError)  an unfinished deletion that does not fit this one
     ├── SaveFailedError           (RuntimeError)  a background save failed; cause chained
-    ├── SaveCancelledError        (concurrent.futures.CancelledError)  a save was cancelled
+    ├── SaveCancelledError        (RuntimeError)  a save was cancelled
     └── BarrierTimeoutError       (TimeoutError)  another process did not arrive
 
 Each one also is the builtin that a caller would catch without knowing us.
 """
 
-import concurrent.futures
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,7 +167,7 @@ class SaveFailedError(FlaxCkptError, RuntimeError):
         self.step = step
 
 
-class SaveCancelledError(FlaxCkptError, concurrent.futures.CancelledError):
+class SaveCancelledError(FlaxCkptError, RuntimeError):
     """A save was cancelled before it was committed."""
 
 

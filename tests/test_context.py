@@ -237,32 +237,3 @@ def test_repr_shows_the_options() -> None:
     context = fc.Context()
     context.asynchronous.timeout_secs = 77
     assert "timeout_secs=77" in repr(context)
-
-
-def test_groups_may_be_given_and_are_copied() -> None:
-    parent = partial(True)
-    parent.asynchronous.timeout_secs = 9
-    memory = fc.options.MemoryOptions(deepcopy_host_arrays=False)
-    array = fc.options.ArrayOptions()
-    array.saving.use_compression = True
-    made = fc.Context(parent, memory_options=memory, array_options=array)
-    memory.deepcopy_host_arrays = True
-    array.saving.use_compression = False
-    assert made.memory.deepcopy_host_arrays is False
-    assert made.array.saving.use_compression is True
-    assert (made.asynchronous.timeout_secs, made.pytree.loading.partial_load) == (9, True)
-    groups = {
-        "pytree": fc.options.PyTreeOptions(),
-        "async": fc.options.AsyncOptions(timeout_secs=1),
-        "multiprocessing": fc.options.MultiprocessingOptions(primary_host=2),
-        "file": fc.options.FileOptions(path_permission_mode=0o700),
-        "checkpointables": fc.options.CheckpointablesOptions(),
-    }
-    context = fc.Context(**{f"{name}_options": group for name, group in groups.items()})  # type: ignore[arg-type]
-    assert (context.asynchronous.timeout_secs, context.multiprocessing.primary_host) == (1, 2)
-    assert context.file.path_permission_mode == 0o700
-
-
-def test_a_group_of_another_kind_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="the options for memory must be MemoryOptions, got File"):
-        fc.Context(memory_options=fc.options.FileOptions())  # type: ignore[arg-type]

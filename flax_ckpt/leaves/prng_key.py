@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,7 +31,7 @@ class KeyLeaf:
     def write(self, value: Any, *, copy: bool) -> LeafWrite:
         """See :class:`LeafHandler`."""
         written = _ARRAYS.write(jax.random.key_data(value), copy=copy)
-        return msgspec.structs.replace(written, key_impl=str(jax.random.key_impl(value)))
+        return written.replace(key_impl=str(jax.random.key_impl(value)))
 
     def describe(self, saved: SavedLeaf) -> Any:
         """A `ShapeDtypeStruct` of the key dtype and the logical shape."""

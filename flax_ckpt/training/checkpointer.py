@@ -15,7 +15,7 @@ from etils import epath
 
 from flax_ckpt import _load
 from flax_ckpt._async import AsyncResponse
-from flax_ckpt.context import Context, resolve
+from flax_ckpt.context import Context, applied, resolve
 from flax_ckpt.errors import SaveFailedError, StepNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import files
@@ -244,7 +244,7 @@ class Checkpointer:
             TreeMismatchError, DamagedCheckpointError: as :func:`flax_ckpt.load`.
         """
         path = self._saver.find(step).path
-        with self._context:
+        with applied(self._context):
             return _load.load(path, abstract_state, checkpointable_name=checkpointable_name)
 
     def load_async(
@@ -256,7 +256,7 @@ class Checkpointer:
     ) -> AsyncResponse[Any]:
         """Loads one PyTree in the background; see :meth:`load`."""
         path, name = self._saver.find(step).path, checkpointable_name
-        with self._context:
+        with applied(self._context):
             return _load.load_async(path, abstract_state, checkpointable_name=name)
 
     def load_checkpointables(
@@ -275,7 +275,7 @@ class Checkpointer:
             NoEntryError, TreeMismatchError, DamagedCheckpointError: as there.
         """
         path = self._saver.find(step).path
-        with self._context:
+        with applied(self._context):
             return _load.load_checkpointables(path, abstract_checkpointables)
 
     def load_checkpointables_async(
@@ -285,7 +285,7 @@ class Checkpointer:
     ) -> AsyncResponse[dict[str, Any]]:
         """Loads several checkpointables in the background; see :meth:`load_checkpointables`."""
         path = self._saver.find(step).path
-        with self._context:
+        with applied(self._context):
             return _load.load_checkpointables_async(path, abstract_checkpointables)
 
     def metadata(self, step: Step | None = None) -> CheckpointMetadata[Any]:
@@ -295,7 +295,7 @@ class Checkpointer:
             StepNotFoundError: says which steps there are.
         """
         found = self._saver.find(step)
-        with self._context:
+        with applied(self._context):
             return metadata.of_step(found, _load.metadata(found.path))
 
     def checkpointables_metadata(
@@ -303,7 +303,7 @@ class Checkpointer:
     ) -> CheckpointMetadata[dict[str, Any]]:
         """What all checkpointables of a step look like; see :meth:`metadata`."""
         found = self._saver.find(step)
-        with self._context:
+        with applied(self._context):
             return metadata.of_step(found, _load.checkpointables_metadata(found.path))
 
     def root_metadata(self) -> RootMetadata:

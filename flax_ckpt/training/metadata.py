@@ -48,6 +48,8 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
     (3, {'loss': 0.5})
     """
 
+    step: int
+
     def __init__(
         self,
         step: int,

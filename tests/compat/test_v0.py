@@ -352,7 +352,7 @@ def test_r5_an_item_whose_deletion_began_is_gone(written: Path) -> None:
     assert list(fc.checkpointables_metadata(path).metadata) == ["state"]
     check(path, tree())
     for name in ({"old": None}, {"state": None, "old": None}):
-        with pytest.raises(fc.errors.CheckpointNotFoundError, match="'old' any more: it is being"):
+        with pytest.raises(fc.errors.DeletionInProgressError, match="'old' .* is being deleted"):
             fc.load_checkpointables(path, name)
 
 

@@ -82,10 +82,10 @@ class QuantisedLeaf:
         found = self.arrays.target(saved, wish, rules)
         if isinstance(found, str):
             return f"Quantised, {found}"
-        return dataclasses.replace(found, abstract=(found.abstract, abstract.scale))
+        return found.replace(abstract=(found.abstract, abstract.scale))
 
     def build(self, targets: Any, data: Any) -> list[Any]:
-        plain = [dataclasses.replace(target, abstract=target.abstract[0]) for target in targets]
+        plain = [target.replace(abstract=target.abstract[0]) for target in targets]
         scales = [target.abstract[1] for target in targets]
         return [
             Quantised((array / scale).round().astype(jnp.int8), scale)

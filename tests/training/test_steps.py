@@ -7,6 +7,7 @@ import pytest
 
 from flax_ckpt.errors import InvalidLayoutError
 from flax_ckpt.training import steps
+from flax_ckpt.training.name_formats import matcher, of_run
 
 
 def make(root: Path, *names: str, mark: str = "_CHECKPOINT_METADATA") -> str:
@@ -86,5 +87,5 @@ def test_cleaning_takes_what_a_killed_save_left_of_this_run(tmp_path):
     left = ["ckpt_08.orbax-checkpoint-tmp", "ckpt_04.deleted.orbax-checkpoint-tmp"]
     others = ["8.orbax-checkpoint-tmp", "best_08.orbax-checkpoint-tmp", "x.orbax-checkpoint-tmp"]
     root = make(tmp_path, "ckpt_04", *left, *others)
-    steps.clean(root)
+    steps.clean(root, matcher(of_run(root)))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["ckpt_04", *others])
