@@ -592,7 +592,7 @@ trees = st.recursive(
 
 def joined_names(tree: Any) -> list[str]:
     def key(entry: Any) -> str:
-        return str(next(iter(vars(entry).values())) if hasattr(entry, "__dict__") else entry.key)
+        return str(next(getattr(entry, n) for n in ("key", "idx", "name") if hasattr(entry, n)))
 
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     return [".".join(key(entry) for entry in path) for path in paths]
