@@ -30,7 +30,7 @@ from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.pytree import PyTreeHandler
 from flax_ckpt.handlers.saved_tree import SavedTree
 from flax_ckpt.storage import deletion, kinds
-from flax_ckpt.storage.paths import local_path, require_directory
+from flax_ckpt.storage.files import local_path
 from flax_ckpt.storage.record import Record
 
 PathLike = str | os.PathLike[str]
@@ -237,7 +237,7 @@ class Layout:
             InvalidLayoutError: no finished checkpoint.
         """
         here = local_path(path)
-        require_directory(here)
+        kinds.require_directory(here)
         if kinds.unfinished(here):
             raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
         record = Record(here)
@@ -246,12 +246,12 @@ class Layout:
         if has_metadata:
             data = deletion.read_metadata(record)
             root = checkpoint.RootMetadata.from_bytes(data, names.CHECKPOINT_METADATA)
-        if os.path.isfile(os.path.join(here, names.TREE_METADATA)):
+        if kinds.holds_tree(here):
             parent, name = os.path.split(here)
             _refuse_deleted(parent, name, _being_deleted(parent))
             return cls(here, {"": here}, root)
-        found = {entry.name: entry.path for entry in os.scandir(here) if _is_item(entry)}
-        if not has_metadata and not any(map(is_item_tree, found.values())):
+        found = {entry.name: entry.path for entry in os.scandir(here) if kinds.is_item(entry)}
+        if not has_metadata and not any(map(kinds.is_item_tree, found.values())):
             raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
         damaged = [n for n in root.item_handlers if record.listed(f"{n}/") and n not in found]
         items = found | {name: os.path.join(here, name) for name in damaged}
@@ -262,7 +262,7 @@ class Layout:
     @property
     def trees(self) -> list[str]:
         """The checkpointables that are PyTrees."""
-        return [name for name, path in self.items.items() if _holds_tree(path)]
+        return [name for name, path in self.items.items() if kinds.holds_tree(path)]
 
     @property
     def is_flat(self) -> bool:
@@ -318,7 +318,7 @@ class Layout:
 
 def _being_deleted(path: str) -> str | None:
     record = deletion.read(path)
-    return record.name if record else None
+    return record.checkpointable_name if record else None
 
 
 def _refuse_deleted(path: str, name: str, deleting: str | None) -> None:
@@ -329,20 +329,6 @@ def _refuse_deleted(path: str, name: str, deleting: str | None) -> None:
         )
 
 
-def _is_item(entry: os.DirEntry[str]) -> bool:
-    ignored = entry.name in names.IGNORED_ITEMS or names.is_unfinished(entry.name)
-    return entry.is_dir() and not ignored
-
-
-def _holds_tree(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, names.TREE_METADATA))
-
-
-def is_item_tree(path: str) -> bool:
-    """Whether a directory is a tree within a checkpoint, and none of its own, as v0's can be."""
-    return _holds_tree(path) and not os.path.lexists(os.path.join(path, names.CHECKPOINT_METADATA))
-
-
 def _unwrapped(abstract: Any) -> Any:
     if isinstance(abstract, CheckpointMetadata):
         return cast("CheckpointMetadata[Any]", abstract).metadata
@@ -351,7 +337,7 @@ def _unwrapped(abstract: Any) -> Any:
 
 def _handler(layout: Layout, name: str, abstract: Any, context: Context) -> Any:
     registry = context.checkpointables.registry or handler_registry.global_registry()
-    is_tree = _holds_tree(os.fspath(layout.item(name)))
+    is_tree = kinds.holds_tree(os.fspath(layout.item(name)))
     types = layout.root.item_handlers
     recorded = types if isinstance(types, str) else types.get(name)
     return handler_registry.for_load(registry, name, abstract, recorded, is_tree)

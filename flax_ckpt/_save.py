@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Collection, Coroutine, Iterable, Mapping
 from typing import Any
 
 from etils import epath
@@ -31,12 +31,11 @@ from flax_ckpt.errors import (
 )
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers import registry as handler_registry
+from flax_ckpt.handlers.parts import Session
 from flax_ckpt.handlers.pytree import PyTreeHandler
 from flax_ckpt.handlers.registry import Handler
 from flax_ckpt.storage import files, hosts
 from flax_ckpt.storage.commit import DeferredPath, Staging
-from flax_ckpt.storage.paths import local_path
-from flax_ckpt.storage.session import Session
 
 PathLike = str | os.PathLike[str]
 
@@ -162,15 +161,12 @@ def start(
         cancelled: once it is set, a save of one process is not committed.
         result: what the response will give.
     """
-    target = local_path(path)
+    target = files.local_path(path)
     for name, value in checkpointables.items():
         _check(name, value, internal)
-    try:
-        custom = jsons.parse_object(jsons.dump(custom_metadata or {}), "custom_metadata")
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"custom_metadata must be a dict that JSON can hold: {error}") from error
     if not checkpointables:
         raise ValueError("there is nothing to save: `checkpointables` is empty")
+    custom = _parsed(custom_metadata) if custom_metadata else {}
     turn = threading.Event()  # set when this save has ended
     with _lock:
         before = _in_flight.get(target)
@@ -181,10 +177,8 @@ def start(
     try:
         with applied(context):
             mode = context.file.path_permission_mode
-            staging = (
-                session.staging() if session else Staging(target, overwrite=overwrite, mode=mode)
-            )
-            work = _Save(target, checkpointables, trees, context, staging, custom, session)
+            staging = session or Staging(target, overwrite=overwrite, mode=mode)
+            work = _Save(target, checkpointables, trees, context, staging, custom)
             return AsyncResponse(
                 lambda: work.finish(before, turn, cancelled) or result,
                 f"checkpoint {target}",
@@ -193,6 +187,14 @@ def start(
     except BaseException:
         turn.set()
         raise
+
+
+def _parsed(custom_metadata: dict[str, Any]) -> dict[str, Any]:
+    """The user's metadata as they will be read."""
+    try:
+        return jsons.parse_object(jsons.dump(custom_metadata), "custom_metadata")
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"custom_metadata must be a dict that JSON can hold: {error}") from error
 
 
 def _check(name: Any, value: Any, internal: bool) -> None:
@@ -217,21 +219,17 @@ class _Save:
         context: Context,
         staging: Staging,
         custom_metadata: dict[str, Any],
-        session: Session | None,
     ) -> None:
         self._started = time.time_ns()
         self._target = target
         self._staging = staging
-        self._session = session
-        self._hosts = hosts.current(
-            context.multiprocessing, context.asynchronous.timeout_secs, target
-        )
+        self._hosts = hosts.current(context.multiprocessing, context.asynchronous, target)
         self._custom_metadata = custom_metadata
         self._created: concurrent.futures.Future[None] = concurrent.futures.Future()
         registry = context.checkpointables.registry or handler_registry.global_registry()
         handlers = {
             name: PyTreeHandler(partial_save_mode=True)
-            if session
+            if isinstance(staging, Session)
             else handler_registry.for_save(registry, name, value, tree=name in trees)
             for name, value in checkpointables.items()
         }
@@ -253,9 +251,7 @@ class _Save:
                     )
                 writing.append(rest)
         except BaseException:
-            for rest in writing:
-                if isinstance(rest, Coroutine):
-                    rest.close()
+            _close(writing)
             raise
         return writing
 
@@ -282,14 +278,15 @@ class _Save:
             _async.run(self._write())
             self._hosts.barrier("written")
             if self._hosts.is_primary:
-                self._write_root()
+                metadata = checkpoint.RootMetadata(
+                    self._types, self._started, time.time_ns(), self._custom_metadata
+                )
+                write_root(self._staging.path, metadata, self._target)
             self._staging.sync()
             self._hosts.barrier("synced")
             if cancelled is not None and cancelled.is_set() and not self._hosts.several:
-                raise SaveCancelledError(f"the save of {self._staging.target} was cancelled")
+                raise SaveCancelledError(f"the save of {self._target} was cancelled")
             if self._hosts.is_primary:
-                if self._session is not None:
-                    self._staging.target = self._session.next_part()
                 self._staging.commit()
             self._hosts.barrier("committed")
         except BaseException as error:
@@ -303,15 +300,11 @@ class _Save:
     async def _write(self) -> None:
         try:
             if self._hosts.is_primary:
-                if self._session is not None:
-                    self._session.recover()
                 self._staging.create(self._types)
             self._hosts.barrier("created")
         except BaseException as error:
             self._created.set_exception(error)
-            for rest in self._writing:
-                if isinstance(rest, Coroutine):
-                    rest.close()
+            _close(self._writing)
             raise
         self._created.set_result(None)
         results = await asyncio.gather(*self._writing, return_exceptions=True)
@@ -319,11 +312,11 @@ class _Save:
             if isinstance(result, BaseException):
                 raise result
 
-    def _write_root(self) -> None:
-        metadata = checkpoint.RootMetadata(
-            self._types, self._started, time.time_ns(), self._custom_metadata
-        )
-        write_root(self._staging.path, metadata, self._target)
+
+def _close(writing: Iterable[Awaitable[None]]) -> None:
+    for rest in writing:
+        if isinstance(rest, Coroutine):
+            rest.close()
 
 
 def write_root(root: str, metadata: checkpoint.RootMetadata, target: str) -> None:

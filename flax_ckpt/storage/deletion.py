@@ -32,7 +32,7 @@ def read(root: str) -> DeletionRecord | None:
         current = jsons.parse_object(data, described)
     except FormatError as error:
         raise DeletionRecoveryError(f"{path}: {error}") from error
-    if current not in (record.original, record.updated):
+    if current not in (record.original_metadata, record.updated_metadata):
         raise DeletionRecoveryError(
             f"{path}: the record of an unfinished deletion is not of this checkpoint:"
             f" {names.CHECKPOINT_METADATA} is neither what it was before nor after it"
@@ -47,16 +47,17 @@ def begin(root: str, record: DeletionRecord) -> None:
 
 def finish(root: str, record: DeletionRecord) -> None:
     """Deletes what is left of the checkpointable; can be called again after a crash anywhere."""
-    item = os.path.join(root, record.name)
+    item = os.path.join(root, record.checkpointable_name)
     if os.path.lexists(item):
         shutil.rmtree(item)
         files.sync_path(root)
-    metadata = rewritten(record.updated)
+    metadata = rewritten(record.updated_metadata)
     files.replace(os.path.join(root, names.CHECKPOINT_METADATA), metadata)
     integrity = os.path.join(root, names.INTEGRITY)
     if os.path.isfile(integrity):
         old = Integrity.from_bytes(files.read(integrity), integrity)
-        kept = {p: c for p, c in old.crc32c.items() if not p.startswith(f"{record.name}/")}
+        gone = f"{record.checkpointable_name}/"
+        kept = {p: c for p, c in old.crc32c.items() if not p.startswith(gone)}
         kept[names.CHECKPOINT_METADATA] = file_crc(metadata)
         files.replace(integrity, Integrity(kept, old.writers).to_bytes())
     path = os.path.join(root, names.DELETION_RECORD)

@@ -4,15 +4,16 @@ kinds.is_checkpoint("/run/100")        # True
 kinds.describe("/run")                 # "is the root of a run, not one checkpoint; its ..."
 """
 
+import difflib
 import os
 import re
 from collections.abc import Iterable
 
-from flax_ckpt.errors import InvalidLayoutError
+from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError
 from flax_ckpt.format import names
-from flax_ckpt.storage.paths import contents, is_safetensors
 
-_SHOWN = 12  # steps in a message
+_SHOWN = 12  # names in a message
+_SAFETENSORS = ".safetensors"
 _ROOT_MARKS = names.MARKS - {names.TREE_METADATA}  # of a checkpoint with checkpointables
 
 
@@ -20,7 +21,25 @@ def is_checkpoint(path: str) -> bool:
     """Whether a path is a finished checkpoint, of any layout."""
     if not os.path.isdir(path) or unfinished(path) or owner(path):
         return False
-    return _has(path, names.MARKS) or bool(_trees(path) and not checkpoints_in(path))
+    return _has(path, names.MARKS) or bool(
+        not checkpoints_in(path) and any(holds_tree(entry.path) for entry in os.scandir(path))
+    )
+
+
+def holds_tree(path: str) -> bool:
+    """Whether a directory is that of a PyTree."""
+    return os.path.isfile(os.path.join(path, names.TREE_METADATA))
+
+
+def is_item_tree(path: str) -> bool:
+    """Whether a directory is a tree within a checkpoint, and none of its own, as v0's can be."""
+    return holds_tree(path) and not _has(path, [names.CHECKPOINT_METADATA])
+
+
+def is_item(entry: os.DirEntry[str]) -> bool:
+    """Whether what is in a checkpoint is the directory of a checkpointable."""
+    ignored = entry.name in names.IGNORED_ITEMS or names.is_unfinished(entry.name)
+    return entry.is_dir() and not ignored
 
 
 def owner(path: str) -> str | None:
@@ -78,7 +97,7 @@ def describe(path: str) -> str:
             f"is one checkpointable of the checkpoint {whole}: give that path (to flax_ckpt.load"
             f" or flax_ckpt.delete with checkpointable_name={os.path.basename(path)!r})"
         )
-    if any(map(is_safetensors, os.listdir(path))):
+    if any(name.endswith(_SAFETENSORS) for name in os.listdir(path)):
         return (
             f"holds safetensors files, which are no checkpoint of this format: {contents(path)}."
             " Load them with safetensors.flax.load_file"
@@ -87,6 +106,52 @@ def describe(path: str) -> str:
         f"is no checkpoint: it has neither {names.CHECKPOINT_METADATA} nor a directory with"
         f" {names.TREE_METADATA}; it has: {contents(path)}"
     )
+
+
+def require_directory(path: str) -> None:
+    """Checks that a directory is there.
+
+    Raises:
+        CheckpointNotFoundError: says what lies nearest.
+        InvalidLayoutError: it is a file.
+    """
+    if os.path.isdir(path):
+        return
+    if path.endswith(_SAFETENSORS) and os.path.lexists(path):
+        raise InvalidLayoutError(
+            f"{path} is a safetensors file, no checkpoint: load it with safetensors.flax.load_file"
+        )
+    if os.path.lexists(path):
+        raise InvalidLayoutError(f"{path} is a file; a checkpoint is a directory")
+    raise not_there(path)
+
+
+def not_there(path: str) -> CheckpointNotFoundError:
+    """The error for a path at which there is nothing: it says what lies nearest."""
+    missing, nearest = path, os.path.dirname(path)
+    while not os.path.isdir(nearest):
+        missing, nearest = nearest, os.path.dirname(nearest)
+    name, there = os.path.basename(missing), os.listdir(nearest)
+    hint = ""
+    known = [n for n in there if names.TMP_SUFFIX not in n and names.PARTIAL_SUFFIX not in n]
+    if missing == path and f"{name}{names.SESSION_SUFFIX}" in there:
+        hint = f"; a partial save of it is unfinished: flax_ckpt.partial.finalize({path!r})"
+    elif missing == path and f"{name}{names.PARTIAL_SUFFIX}" in there:
+        hint = "; a partial save of it by Orbax is unfinished: finalize it there"
+    elif missing == path and f"{name}{names.TMP_SUFFIX}" in there:
+        hint = "; a save of it has begun and not committed"
+    elif similar := difflib.get_close_matches(name, known, 1):
+        hint = f"; did you mean {os.path.join(nearest, similar[0])}?"
+    return CheckpointNotFoundError(
+        f"{path} does not exist; {nearest} has: {contents(nearest)}{hint}"
+    )
+
+
+def contents(path: str) -> str:
+    """What is in a directory, as error messages print it."""
+    there = sorted(os.listdir(path))
+    shown = there[:_SHOWN] + ["…"] * (len(there) > _SHOWN)
+    return ", ".join(shown) or "nothing"
 
 
 def require_root(path: str) -> None:
@@ -110,7 +175,3 @@ def require_root(path: str) -> None:
 
 def _has(path: str, files: Iterable[str]) -> bool:
     return any(os.path.lexists(os.path.join(path, name)) for name in files)
-
-
-def _trees(path: str) -> list[str]:
-    return [e.name for e in os.scandir(path) if _has(e.path, [names.TREE_METADATA])]
