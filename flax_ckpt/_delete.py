@@ -137,10 +137,8 @@ def _record(target: str, name: str) -> DeletionRecord:
 
 
 def _metadata(target: str) -> dict[str, Any]:
-    record = Record(target)
-    if not record.lists(names.CHECKPOINT_METADATA):
-        return {}
-    return jsons.parse_object(deletion.read_metadata(record), names.CHECKPOINT_METADATA)
+    data = deletion.read_metadata(Record(target))
+    return {} if data is None else jsons.parse_object(data, names.CHECKPOINT_METADATA)
 
 
 def _items(target: str, metadata: dict[str, Any]) -> list[str]:

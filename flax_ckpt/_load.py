@@ -8,6 +8,7 @@ fc.metadata("/ckpt/params").metadata["w"].shape
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -39,10 +40,7 @@ T = TypeVar("T")
 
 
 def load(
-    path: PathLike,
-    abstract_state: Any = None,
-    *,
-    checkpointable_name: str | None = names.AUTO,
+    path: PathLike, abstract_state: Any = None, *, checkpointable_name: str | None = names.AUTO
 ) -> Any:
     """Loads one PyTree.
 
@@ -84,14 +82,12 @@ def load(
 
 
 def load_async(
-    path: PathLike,
-    abstract_state: Any = None,
-    *,
-    checkpointable_name: str | None = names.AUTO,
+    path: PathLike, abstract_state: Any = None, *, checkpointable_name: str | None = names.AUTO
 ) -> AsyncResponse[Any]:
     """Loads one PyTree in the background; see :func:`load`."""
     name, here = checkpointable_name, local_path(path)
-    return _in_background(here, lambda: load(here, abstract_state, checkpointable_name=name))
+    read = functools.partial(load, here, abstract_state, checkpointable_name=name)
+    return AsyncResponse(read, f"load of {here}", reported=False)
 
 
 def load_checkpointables(
@@ -123,11 +119,8 @@ def load_checkpointables_async(
 ) -> AsyncResponse[dict[str, Any]]:
     """Loads several checkpointables in the background; see :func:`load_checkpointables`."""
     here = local_path(path)
-    return _in_background(here, lambda: load_checkpointables(here, abstract_checkpointables))
-
-
-def _in_background(path: str, read: Callable[[], T]) -> AsyncResponse[T]:
-    return AsyncResponse(read, f"load of {path}", reported=False)
+    read = functools.partial(load_checkpointables, here, abstract_checkpointables)
+    return AsyncResponse(read, f"load of {here}", reported=False)
 
 
 def metadata(
@@ -241,17 +234,14 @@ class Layout:
         if kinds.unfinished(here):
             raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
         record = Record(here)
-        root = checkpoint.RootMetadata()
-        has_metadata = record.lists(names.CHECKPOINT_METADATA)
-        if has_metadata:
-            data = deletion.read_metadata(record)
-            root = checkpoint.RootMetadata.from_bytes(data, names.CHECKPOINT_METADATA)
+        data = deletion.read_metadata(record)
+        root = checkpoint.RootMetadata.from_bytes(data or b"", names.CHECKPOINT_METADATA)
         if kinds.holds_tree(here):
             parent, name = os.path.split(here)
             _refuse_deleted(parent, name, _being_deleted(parent))
             return cls(here, {"": here}, root)
         found = {entry.name: entry.path for entry in os.scandir(here) if kinds.is_item(entry)}
-        if not has_metadata and not any(map(kinds.is_item_tree, found.values())):
+        if data is None and not any(map(kinds.is_item_tree, found.values())):
             raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
         damaged = [n for n in root.item_handlers if record.listed(f"{n}/") and n not in found]
         items = found | {name: os.path.join(here, name) for name in damaged}
@@ -360,9 +350,7 @@ async def _load_items(
     with applied(context):
         handlers = {name: _handler(layout, name, a, context) for name, a in wanted.items()}
         for name, handler in handlers.items():
-            if not isinstance(
-                handler, PyTreeHandler
-            ):  # which reads part of a tree, and checks that
+            if not isinstance(handler, PyTreeHandler):  # reads part of a tree, and checks that
                 Record(os.fspath(layout.item(name))).check_all()
         return {
             name: await (await handler.load(layout.item(name), wanted[name]))

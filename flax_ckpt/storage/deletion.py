@@ -66,11 +66,13 @@ def finish(root: str, record: DeletionRecord) -> None:
     files.sync_path(root)
 
 
-def read_metadata(record: Record) -> bytes:
+def read_metadata(record: Record) -> bytes | None:
     """The checked bytes of `_CHECKPOINT_METADATA`, also when a deletion has rewritten them.
 
     Orbax does not know `flax_ckpt.json`, and a crash may come between the two files.
     """
+    if not record.lists(names.CHECKPOINT_METADATA):
+        return None
     try:
         return record.read(names.CHECKPOINT_METADATA)
     except DamagedCheckpointError:

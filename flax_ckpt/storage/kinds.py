@@ -21,9 +21,10 @@ def is_checkpoint(path: str) -> bool:
     """Whether a path is a finished checkpoint, of any layout."""
     if not os.path.isdir(path) or unfinished(path) or owner(path):
         return False
-    return _has(path, names.MARKS) or bool(
-        not checkpoints_in(path) and any(holds_tree(entry.path) for entry in os.scandir(path))
-    )
+    if _has(path, names.MARKS):
+        return True
+    inside = [os.path.join(path, name) for name in os.listdir(path)]
+    return any(map(holds_tree, inside)) and not checkpoints_in(path)
 
 
 def holds_tree(path: str) -> bool:
@@ -52,13 +53,13 @@ def unfinished(path: str) -> str | None:
     """Says of which operation a directory is left over; None if its name says nothing."""
     for place in (path, os.path.dirname(path)):
         session, _, _ = place.partition(names.TMP_SUFFIX)
-        if session.endswith(names.SESSION_SUFFIX):
-            call = f"flax_ckpt.partial.finalize({session.removesuffix(names.SESSION_SUFFIX)!r})"
-            return f"an unfinished partial save: {call} completes it"
-        if session.endswith(names.PARTIAL_SUFFIX):
-            final = session.removesuffix(names.PARTIAL_SUFFIX)
-            call = f"orbax.checkpoint.v1.partial.finalize({final!r})"
-            return f"an unfinished partial save of Orbax: {call} completes it"
+        for suffix, whose, module in (
+            (names.SESSION_SUFFIX, "", "flax_ckpt"),
+            (names.PARTIAL_SUFFIX, " of Orbax", "orbax.checkpoint.v1"),
+        ):
+            if session.endswith(suffix):
+                call = f"{module}.partial.finalize({session.removesuffix(suffix)!r})"
+                return f"an unfinished partial save{whose}: {call} completes it"
     final, mark, _ = os.path.basename(path).partition(names.TMP_SUFFIX)
     if not mark or os.path.islink(path):
         return None
@@ -115,15 +116,14 @@ def require_directory(path: str) -> None:
         CheckpointNotFoundError: says what lies nearest.
         InvalidLayoutError: it is a file.
     """
-    if os.path.isdir(path):
-        return
-    if path.endswith(_SAFETENSORS) and os.path.lexists(path):
+    if not os.path.lexists(path):
+        raise not_there(path)
+    if path.endswith(_SAFETENSORS) and os.path.isfile(path):
         raise InvalidLayoutError(
             f"{path} is a safetensors file, no checkpoint: load it with safetensors.flax.load_file"
         )
-    if os.path.lexists(path):
+    if not os.path.isdir(path):
         raise InvalidLayoutError(f"{path} is a file; a checkpoint is a directory")
-    raise not_there(path)
 
 
 def not_there(path: str) -> CheckpointNotFoundError:
@@ -132,19 +132,18 @@ def not_there(path: str) -> CheckpointNotFoundError:
     while not os.path.isdir(nearest):
         missing, nearest = nearest, os.path.dirname(nearest)
     name, there = os.path.basename(missing), os.listdir(nearest)
-    hint = ""
-    known = [n for n in there if names.TMP_SUFFIX not in n and names.PARTIAL_SUFFIX not in n]
-    if missing == path and f"{name}{names.SESSION_SUFFIX}" in there:
-        hint = f"; a partial save of it is unfinished: flax_ckpt.partial.finalize({path!r})"
-    elif missing == path and f"{name}{names.PARTIAL_SUFFIX}" in there:
-        hint = "; a partial save of it by Orbax is unfinished: finalize it there"
-    elif missing == path and f"{name}{names.TMP_SUFFIX}" in there:
-        hint = "; a save of it has begun and not committed"
-    elif similar := difflib.get_close_matches(name, known, 1):
-        hint = f"; did you mean {os.path.join(nearest, similar[0])}?"
-    return CheckpointNotFoundError(
-        f"{path} does not exist; {nearest} has: {contents(nearest)}{hint}"
-    )
+    finalize = f"flax_ckpt.partial.finalize({path!r})"
+    begun = {
+        names.SESSION_SUFFIX: f"a partial save of it is unfinished: {finalize}",
+        names.PARTIAL_SUFFIX: "a partial save of it by Orbax is unfinished: finalize it there",
+        names.TMP_SUFFIX: "a save of it has begun and not committed",
+    }
+    known = [other for other in there if not names.is_unfinished(other)]
+    similar = difflib.get_close_matches(name, known, 1)
+    hints = [hint for suffix, hint in begun.items() if missing == path and name + suffix in there]
+    hints += [f"did you mean {os.path.join(nearest, other)}?" for other in similar]
+    text = f"{path} does not exist; {nearest} has: {contents(nearest)}"
+    return CheckpointNotFoundError("; ".join([text, *hints[:1]]))
 
 
 def contents(path: str) -> str:
@@ -164,12 +163,12 @@ def require_root(path: str) -> None:
         raise InvalidLayoutError(f"{path} is a file; the root of a run is a directory")
     if left := unfinished(path):
         raise InvalidLayoutError(f"{path} is {left}: it cannot be the root of a run")
-    step = owner(path) or (path if _has(path, names.MARKS) else None)
-    if step is not None:
+    whole = owner(path)
+    if whole or _has(path, names.MARKS):
         raise InvalidLayoutError(
-            f"{path} is {'one checkpoint' if step == path else f'in the checkpoint {step}'}, not"
-            f" the root of a run, in which each step gets a directory of its own: give"
-            f" {os.path.dirname(step)}. Nothing was written"
+            f"{path} is {f'in the checkpoint {whole}' if whole else 'one checkpoint'}, not the root"
+            " of a run, in which each step gets a directory of its own: give"
+            f" {os.path.dirname(whole or path)}. Nothing was written"
         )
 
 
