@@ -86,11 +86,9 @@ def _items_were_deleted(record: Record, data: bytes) -> bool:
     """Whether the metadata are as a deletion writes them, and the items they lack are gone."""
     try:
         metadata = jsons.parse_object(data, names.CHECKPOINT_METADATA)
-    except FormatError:
+        kept = metadata["item_handlers"].keys()
+    except (FormatError, KeyError, AttributeError):
         return False
-    handlers = metadata.get("item_handlers")
-    if not jsons.is_object(handlers) or data != rewritten(metadata):
-        return False
-    lacking = {name for name in record.listed() if record.listed(f"{name}/")} - handlers.keys()
-    here = record.directory
-    return bool(lacking) and not any(os.path.lexists(os.path.join(here, n)) for n in lacking)
+    lacking = {name for name in record.listed() if record.listed(f"{name}/")} - kept
+    there = lacking.intersection(os.listdir(record.directory))
+    return bool(lacking) and not there and data == rewritten(metadata)
