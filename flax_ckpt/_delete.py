@@ -5,14 +5,14 @@ fc.delete("/ckpt/200", checkpointable_name="opt_state")
 """
 
 import os
+from typing import Any
 
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt.context import resolve
 from flax_ckpt.errors import CheckpointNotFoundError, DeletionRecoveryError, InvalidLayoutError
 from flax_ckpt.format import jsons, names
 from flax_ckpt.format.checkpoint import DeletionRecord
-from flax_ckpt.storage import commit, deletion, hosts, kinds
-from flax_ckpt.storage.paths import local_path, not_there, require_directory
+from flax_ckpt.storage import commit, deletion, files, hosts, kinds
 from flax_ckpt.storage.record import Record
 
 PathLike = str | os.PathLike[str]
@@ -64,12 +64,8 @@ def delete_async(
 
     What can be refused is refused at once; when it returns, a checkpointable is hidden already.
     """
-    target, name = local_path(path), checkpointable_name
-    context = resolve()
-    if name is not None:
-        _check_name(name)
-    timeout = context.asynchronous.timeout_secs
-    together = hosts.current(context.multiprocessing, timeout, f"{target} delete")
+    target, name, context = files.local_path(path), checkpointable_name, resolve()
+    together = hosts.current(context.multiprocessing, context.asynchronous, f"{target} delete")
     there = _is_there(target, name, missing_ok)
     record = _record(target, name) if there and name is not None else None
     together.barrier("looked")
@@ -78,34 +74,28 @@ def delete_async(
     together.barrier("published")
 
     def work() -> bool:
-        if there and together.is_primary:
-            if record is not None:
-                deletion.finish(target, record)
-            elif os.path.lexists(target):
-                commit.remove(target)
-            else:
-                commit.remove_left_over(commit.removed_path(target))
+        if together.is_primary and record is not None:
+            deletion.finish(target, record)
+        elif together.is_primary and there:
+            commit.remove(target)
         together.barrier("deleted")
         return there
 
     return AsyncResponse(work, f"checkpoint {target}", verb="deleted")
 
 
-def _check_name(name: str) -> None:
-    reserved = name in names.RESERVED or name in names.MARKS
-    if reserved or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise ValueError(f"{name!r} is not the name of a checkpointable that can be deleted")
-
-
 def _is_there(target: str, name: str | None, missing_ok: bool) -> bool:
     """Whether there is something to delete; raises if it is something else."""
+    refused = (".", "..", *names.RESERVED, *names.MARKS)
+    if name is not None and (name in refused or name != os.path.basename(name)):
+        raise ValueError(f"{name!r} is not the name of a checkpointable that can be deleted")
     if not os.path.lexists(target):
         if name is None and os.path.lexists(commit.removed_path(target)):
             return True  # an interrupted deletion
         if missing_ok:
             return False
-        raise not_there(target)
-    require_directory(target)
+        raise kinds.not_there(target)
+    kinds.require_directory(target)
     if os.path.islink(target):
         raise InvalidLayoutError(
             f"{target} is a link; delete what it leads to: {os.path.realpath(target)}"
@@ -117,22 +107,22 @@ def _is_there(target: str, name: str | None, missing_ok: bool) -> bool:
         return True
     if missing_ok:
         return False
-    raise CheckpointNotFoundError(
-        f"{target} has no checkpointable {name!r}; it has: {', '.join(_items(target))}"
-    )
+    there = ", ".join(_items(target, _metadata(target)))
+    raise CheckpointNotFoundError(f"{target} has no checkpointable {name!r}; it has: {there}")
 
 
 def _record(target: str, name: str) -> DeletionRecord:
     """What is to be published, or was already by a deletion that was interrupted."""
     if (pending := deletion.read(target)) is not None:
-        if pending.name == name and pending.destination is None:
+        if pending.checkpointable_name == name and pending.destination is None:
             return pending
         how = "with Orbax" if pending.destination else "with the same call"
         raise DeletionRecoveryError(
-            f"the deletion of the checkpointable {pending.name!r} of {target} was interrupted:"
-            f" finish it first, {how}"
+            f"the deletion of the checkpointable {pending.checkpointable_name!r} of {target} was"
+            f" interrupted: finish it first, {how}"
         )
-    items = _items(target)
+    metadata = _metadata(target)
+    items = _items(target, metadata)
     if name not in items or os.path.islink(os.path.join(target, name)):
         raise InvalidLayoutError(
             f"{os.path.join(target, name)} is no checkpointable of {target}, which has:"
@@ -143,17 +133,16 @@ def _record(target: str, name: str) -> DeletionRecord:
             f"{name!r} is the only checkpointable of {target}; delete the whole checkpoint:"
             f" flax_ckpt.delete({target!r})"
         )
+    return DeletionRecord.of(metadata, name)
+
+
+def _metadata(target: str) -> dict[str, Any]:
     data = deletion.read_metadata(Record(target))
-    return DeletionRecord.of(jsons.parse_object(data, names.CHECKPOINT_METADATA), name)
+    return {} if data is None else jsons.parse_object(data, names.CHECKPOINT_METADATA)
 
 
-def _items(target: str) -> list[str]:
+def _items(target: str, metadata: dict[str, Any]) -> list[str]:
     """The checkpointables that `_CHECKPOINT_METADATA` names and that are there."""
-    record = Record(target)
-    if not record.lists(names.CHECKPOINT_METADATA):
-        return []
-    raw = jsons.parse_object(deletion.read_metadata(record), names.CHECKPOINT_METADATA)
-    handlers = raw.get("item_handlers")
-    found = handlers if jsons.is_object(handlers) else {}
-    there = [name for name in found if os.path.isdir(os.path.join(target, name))]
-    return sorted(name for name in there if name not in names.RESERVED)
+    handlers = metadata.get("item_handlers")
+    found = handlers.keys() - names.RESERVED if jsons.is_object(handlers) else ()
+    return sorted(name for name in found if os.path.isdir(os.path.join(target, name)))

@@ -8,6 +8,7 @@ fc.metadata("/ckpt/params").metadata["w"].shape
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.pytree import PyTreeHandler
 from flax_ckpt.handlers.saved_tree import SavedTree
 from flax_ckpt.storage import deletion, kinds
-from flax_ckpt.storage.paths import local_path, require_directory
+from flax_ckpt.storage.files import local_path
 from flax_ckpt.storage.record import Record
 
 PathLike = str | os.PathLike[str]
@@ -39,10 +40,7 @@ T = TypeVar("T")
 
 
 def load(
-    path: PathLike,
-    abstract_state: Any = None,
-    *,
-    checkpointable_name: str | None = names.AUTO,
+    path: PathLike, abstract_state: Any = None, *, checkpointable_name: str | None = names.AUTO
 ) -> Any:
     """Loads one PyTree.
 
@@ -84,14 +82,12 @@ def load(
 
 
 def load_async(
-    path: PathLike,
-    abstract_state: Any = None,
-    *,
-    checkpointable_name: str | None = names.AUTO,
+    path: PathLike, abstract_state: Any = None, *, checkpointable_name: str | None = names.AUTO
 ) -> AsyncResponse[Any]:
     """Loads one PyTree in the background; see :func:`load`."""
     name, here = checkpointable_name, local_path(path)
-    return _in_background(here, lambda: load(here, abstract_state, checkpointable_name=name))
+    read = functools.partial(load, here, abstract_state, checkpointable_name=name)
+    return AsyncResponse(read, f"load of {here}", reported=False)
 
 
 def load_checkpointables(
@@ -123,11 +119,8 @@ def load_checkpointables_async(
 ) -> AsyncResponse[dict[str, Any]]:
     """Loads several checkpointables in the background; see :func:`load_checkpointables`."""
     here = local_path(path)
-    return _in_background(here, lambda: load_checkpointables(here, abstract_checkpointables))
-
-
-def _in_background(path: str, read: Callable[[], T]) -> AsyncResponse[T]:
-    return AsyncResponse(read, f"load of {path}", reported=False)
+    read = functools.partial(load_checkpointables, here, abstract_checkpointables)
+    return AsyncResponse(read, f"load of {here}", reported=False)
 
 
 def metadata(
@@ -237,21 +230,18 @@ class Layout:
             InvalidLayoutError: no finished checkpoint.
         """
         here = local_path(path)
-        require_directory(here)
+        kinds.require_directory(here)
         if kinds.unfinished(here):
             raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
         record = Record(here)
-        root = checkpoint.RootMetadata()
-        has_metadata = record.lists(names.CHECKPOINT_METADATA)
-        if has_metadata:
-            data = deletion.read_metadata(record)
-            root = checkpoint.RootMetadata.from_bytes(data, names.CHECKPOINT_METADATA)
-        if os.path.isfile(os.path.join(here, names.TREE_METADATA)):
+        data = deletion.read_metadata(record)
+        root = checkpoint.RootMetadata.from_bytes(data or b"", names.CHECKPOINT_METADATA)
+        if kinds.holds_tree(here):
             parent, name = os.path.split(here)
             _refuse_deleted(parent, name, _being_deleted(parent))
             return cls(here, {"": here}, root)
-        found = {entry.name: entry.path for entry in os.scandir(here) if _is_item(entry)}
-        if not has_metadata and not any(map(is_item_tree, found.values())):
+        found = {entry.name: entry.path for entry in os.scandir(here) if kinds.is_item(entry)}
+        if data is None and not any(map(kinds.is_item_tree, found.values())):
             raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
         damaged = [n for n in root.item_handlers if record.listed(f"{n}/") and n not in found]
         items = found | {name: os.path.join(here, name) for name in damaged}
@@ -262,7 +252,7 @@ class Layout:
     @property
     def trees(self) -> list[str]:
         """The checkpointables that are PyTrees."""
-        return [name for name, path in self.items.items() if _holds_tree(path)]
+        return [name for name, path in self.items.items() if kinds.holds_tree(path)]
 
     @property
     def is_flat(self) -> bool:
@@ -318,7 +308,7 @@ class Layout:
 
 def _being_deleted(path: str) -> str | None:
     record = deletion.read(path)
-    return record.name if record else None
+    return record.checkpointable_name if record else None
 
 
 def _refuse_deleted(path: str, name: str, deleting: str | None) -> None:
@@ -329,20 +319,6 @@ def _refuse_deleted(path: str, name: str, deleting: str | None) -> None:
         )
 
 
-def _is_item(entry: os.DirEntry[str]) -> bool:
-    ignored = entry.name in names.IGNORED_ITEMS or names.is_unfinished(entry.name)
-    return entry.is_dir() and not ignored
-
-
-def _holds_tree(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, names.TREE_METADATA))
-
-
-def is_item_tree(path: str) -> bool:
-    """Whether a directory is a tree within a checkpoint, and none of its own, as v0's can be."""
-    return _holds_tree(path) and not os.path.lexists(os.path.join(path, names.CHECKPOINT_METADATA))
-
-
 def _unwrapped(abstract: Any) -> Any:
     if isinstance(abstract, CheckpointMetadata):
         return cast("CheckpointMetadata[Any]", abstract).metadata
@@ -351,7 +327,7 @@ def _unwrapped(abstract: Any) -> Any:
 
 def _handler(layout: Layout, name: str, abstract: Any, context: Context) -> Any:
     registry = context.checkpointables.registry or handler_registry.global_registry()
-    is_tree = _holds_tree(os.fspath(layout.item(name)))
+    is_tree = kinds.holds_tree(os.fspath(layout.item(name)))
     types = layout.root.item_handlers
     recorded = types if isinstance(types, str) else types.get(name)
     return handler_registry.for_load(registry, name, abstract, recorded, is_tree)
@@ -374,9 +350,7 @@ async def _load_items(
     with applied(context):
         handlers = {name: _handler(layout, name, a, context) for name, a in wanted.items()}
         for name, handler in handlers.items():
-            if not isinstance(
-                handler, PyTreeHandler
-            ):  # which reads part of a tree, and checks that
+            if not isinstance(handler, PyTreeHandler):  # reads part of a tree, and checks that
                 Record(os.fspath(layout.item(name))).check_all()
         return {
             name: await (await handler.load(layout.item(name), wanted[name]))

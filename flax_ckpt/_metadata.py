@@ -49,7 +49,12 @@ class CheckpointMetadata(Generic[T]):
     @functools.cached_property
     def _root(self) -> RootMetadata:
         """The checkpoint's own file, read when something in it is first asked for."""
-        return read_root(os.fspath(self.path))
+        try:
+            data = files.read(os.path.join(self.path, names.CHECKPOINT_METADATA))
+        except FileNotFoundError:
+            os.stat(self.path)  # is there a checkpoint at all?
+            return RootMetadata()
+        return RootMetadata.from_bytes(data, os.fspath(self.path))
 
     @property
     def init_timestamp_nsecs(self) -> int | None:
@@ -81,20 +86,6 @@ class CheckpointMetadata(Generic[T]):
             f"CheckpointMetadata(path={self.path}, metadata={self.metadata},"
             f" commit_timestamp={self.commit_timestamp}, custom_metadata={self.custom_metadata})"
         )
-
-
-def read_root(path: str) -> RootMetadata:
-    """`_CHECKPOINT_METADATA` of a checkpoint, empty if there is none.
-
-    Raises:
-        FileNotFoundError: there is no directory any more.
-    """
-    try:
-        data = files.read(os.path.join(path, names.CHECKPOINT_METADATA))
-    except FileNotFoundError:
-        os.stat(path)
-        return RootMetadata()
-    return RootMetadata.from_bytes(data, path)
 
 
 def _datetime(nsecs: int | None) -> datetime.datetime | None:

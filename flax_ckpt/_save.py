@@ -4,18 +4,20 @@
     response = fc.save_checkpointables_async("/ckpt/100", {"params": params, "config": message})
     response.result()
 
-The synchronous functions are `.result()` on the asynchronous ones.
+The synchronous functions wait for the `result()` of what the asynchronous ones return.
 """
 
 import asyncio
-import concurrent.futures
+import dataclasses
+import functools
 import importlib.metadata
 import inspect
 import os
-import threading
 import time
 import weakref
 from collections.abc import Awaitable, Collection, Coroutine, Mapping
+from concurrent.futures import Future
+from threading import Event, Lock
 from typing import Any
 
 from etils import epath
@@ -31,18 +33,17 @@ from flax_ckpt.errors import (
 )
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers import registry as handler_registry
+from flax_ckpt.handlers.parts import Session
 from flax_ckpt.handlers.pytree import PyTreeHandler
 from flax_ckpt.handlers.registry import Handler
 from flax_ckpt.storage import files, hosts
 from flax_ckpt.storage.commit import DeferredPath, Staging
-from flax_ckpt.storage.paths import local_path
-from flax_ckpt.storage.session import Session
 
 PathLike = str | os.PathLike[str]
 
 # Two saves to one path must not share a staging directory: the later waits for the earlier.
-_in_flight: weakref.WeakValueDictionary[str, threading.Event] = weakref.WeakValueDictionary()
-_lock = threading.Lock()
+_in_flight: weakref.WeakValueDictionary[str, Event] = weakref.WeakValueDictionary()
+_lock = Lock()
 
 
 def save(
@@ -74,13 +75,8 @@ def save(
     >>> fc.load(path)
     {'step': 7, 'w': array([1., 1., 1.])}
     """
-    save_async(
-        path,
-        state,
-        checkpointable_name=checkpointable_name,
-        overwrite=overwrite,
-        custom_metadata=custom_metadata,
-    ).result()
+    tree = {checkpointable_name: state}
+    start(path, tree, resolve(), overwrite, custom_metadata, trees=tree).result()
 
 
 def save_async(
@@ -119,9 +115,7 @@ def save_checkpointables(
         NoEntryError: no handler accepts a value.
         CheckpointExistsError, UnsupportedLeafError, DuplicateNameError, OSError: as :func:`save`.
     """
-    save_checkpointables_async(
-        path, checkpointables, overwrite=overwrite, custom_metadata=custom_metadata
-    ).result()
+    start(path, checkpointables, resolve(), overwrite, custom_metadata).result()
 
 
 def save_checkpointables_async(
@@ -145,7 +139,7 @@ def start(
     trees: Collection[str] = (),
     internal: bool = False,
     session: Session | None = None,
-    cancelled: threading.Event | None = None,
+    cancelled: Event | None = None,
     result: Any = None,
 ) -> AsyncResponse[Any]:
     """Begins a save within a context given explicitly.
@@ -162,16 +156,14 @@ def start(
         cancelled: once it is set, a save of one process is not committed.
         result: what the response will give.
     """
-    target = local_path(path)
+    target = files.local_path(path)
     for name, value in checkpointables.items():
         _check(name, value, internal)
-    try:
-        custom = jsons.parse_object(jsons.dump(custom_metadata or {}), "custom_metadata")
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"custom_metadata must be a dict that JSON can hold: {error}") from error
     if not checkpointables:
         raise ValueError("there is nothing to save: `checkpointables` is empty")
-    turn = threading.Event()  # set when this save has ended
+    custom = _parsed(custom_metadata) if custom_metadata else {}
+    started = time.time_ns()
+    turn = Event()  # set when this save has ended
     with _lock:
         before = _in_flight.get(target)
         if before is not None and not before.is_set() and not (overwrite or session):
@@ -181,10 +173,19 @@ def start(
     try:
         with applied(context):
             mode = context.file.path_permission_mode
-            staging = (
-                session.staging() if session else Staging(target, overwrite=overwrite, mode=mode)
-            )
-            work = _Save(target, checkpointables, trees, context, staging, custom, session)
+            staging = session or Staging(target, overwrite=overwrite, mode=mode)
+            together = hosts.current(context.multiprocessing, context.asynchronous, target)
+            registry = context.checkpointables.registry or handler_registry.global_registry()
+            handlers = {
+                name: PyTreeHandler(partial_save_mode=True)
+                if session
+                else handler_registry.for_save(registry, name, value, tree=name in trees)
+                for name, value in checkpointables.items()
+            }
+            types = {name: handler_registry.typestr(type(h)) for name, h in handlers.items()}
+            root = checkpoint.RootMetadata(types, started, custom_metadata=custom)
+            work = _Save(target, staging, together, root)
+            _async.run(work.take(handlers, checkpointables))
             return AsyncResponse(
                 lambda: work.finish(before, turn, cancelled) or result,
                 f"checkpoint {target}",
@@ -193,6 +194,14 @@ def start(
     except BaseException:
         turn.set()
         raise
+
+
+def _parsed(custom_metadata: dict[str, Any]) -> dict[str, Any]:
+    """The user's metadata as they will be read."""
+    try:
+        return jsons.parse_object(jsons.dump(custom_metadata), "custom_metadata")
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"custom_metadata must be a dict that JSON can hold: {error}") from error
 
 
 def _check(name: Any, value: Any, internal: bool) -> None:
@@ -206,43 +215,19 @@ def _check(name: Any, value: Any, internal: bool) -> None:
         raise ValueError(f"checkpointable {name!r} is None: leave it out instead")
 
 
+@dataclasses.dataclass
 class _Save:
-    """One save: the snapshots are taken when it is made, the rest is `finish`."""
+    """One save: `take` takes the snapshots, `finish` does the rest."""
 
-    def __init__(
-        self,
-        target: str,
-        checkpointables: Mapping[str, Any],
-        trees: Collection[str],
-        context: Context,
-        staging: Staging,
-        custom_metadata: dict[str, Any],
-        session: Session | None,
-    ) -> None:
-        self._started = time.time_ns()
-        self._target = target
-        self._staging = staging
-        self._session = session
-        self._hosts = hosts.current(
-            context.multiprocessing, context.asynchronous.timeout_secs, target
-        )
-        self._custom_metadata = custom_metadata
-        self._created: concurrent.futures.Future[None] = concurrent.futures.Future()
-        registry = context.checkpointables.registry or handler_registry.global_registry()
-        handlers = {
-            name: PyTreeHandler(partial_save_mode=True)
-            if session
-            else handler_registry.for_save(registry, name, value, tree=name in trees)
-            for name, value in checkpointables.items()
-        }
-        self._types = {name: handler_registry.typestr(type(h)) for name, h in handlers.items()}
-        self._writing = _async.run(self._snapshot(handlers, checkpointables))
+    target: str
+    staging: Staging
+    together: hosts.Hosts
+    root: checkpoint.RootMetadata
+    created: Future[None] = dataclasses.field(default_factory=Future[None])
+    writing: list[Awaitable[None]] = dataclasses.field(default_factory=list[Awaitable[None]])
 
-    async def _snapshot(
-        self, handlers: Mapping[str, Handler], values: Mapping[str, Any]
-    ) -> list[Awaitable[None]]:
-        writing: list[Awaitable[None]] = []
-        root = DeferredPath(epath.Path(self._staging.path), self._created)
+    async def take(self, handlers: Mapping[str, Handler], values: Mapping[str, Any]) -> None:
+        root = DeferredPath(epath.Path(self.staging.path), self.created)
         try:
             for name, handler in handlers.items():
                 rest = await handler.save(root / name, values[name])
@@ -251,20 +236,12 @@ class _Save:
                         f"checkpointable {name!r}: {type(handler).__name__}.save returned"
                         f" {rest!r}, not an awaitable that writes it"
                     )
-                writing.append(rest)
+                self.writing.append(rest)
         except BaseException:
-            for rest in writing:
-                if isinstance(rest, Coroutine):
-                    rest.close()
+            self._close()
             raise
-        return writing
 
-    def finish(
-        self,
-        before: threading.Event | None,
-        turn: threading.Event,
-        cancelled: threading.Event | None,
-    ) -> None:
+    def finish(self, before: Event | None, turn: Event, cancelled: Event | None) -> None:
         """Writes, syncs and commits; on failure the target is what it was.
 
         Args:
@@ -280,50 +257,44 @@ class _Save:
             before.wait()
         try:
             _async.run(self._write())
-            self._hosts.barrier("written")
-            if self._hosts.is_primary:
-                self._write_root()
-            self._staging.sync()
-            self._hosts.barrier("synced")
-            if cancelled is not None and cancelled.is_set() and not self._hosts.several:
-                raise SaveCancelledError(f"the save of {self._staging.target} was cancelled")
-            if self._hosts.is_primary:
-                if self._session is not None:
-                    self._staging.target = self._session.next_part()
-                self._staging.commit()
-            self._hosts.barrier("committed")
+            self.together.barrier("written")
+            if self.together.is_primary:
+                root = dataclasses.replace(self.root, commit_timestamp_nsecs=time.time_ns())
+                write_root(self.staging.path, root, self.target)
+            self.staging.sync()
+            self.together.barrier("synced")
+            if cancelled is not None and cancelled.is_set() and not self.together.several:
+                raise SaveCancelledError(f"the save of {self.target} was cancelled")
+            if self.together.is_primary:
+                self.staging.commit()
+            self.together.barrier("committed")
         except BaseException as error:
-            error.add_note(f"while saving the checkpoint {self._target}")
-            if self._hosts.is_primary:
-                self._staging.discard()
+            error.add_note(f"while saving the checkpoint {self.target}")
+            if self.together.is_primary:
+                self.staging.discard()
             raise
         finally:
             turn.set()
 
     async def _write(self) -> None:
         try:
-            if self._hosts.is_primary:
-                if self._session is not None:
-                    self._session.recover()
-                self._staging.create(self._types)
-            self._hosts.barrier("created")
+            if self.together.is_primary:
+                self.staging.create(self.root.item_handlers)
+            self.together.barrier("created")
         except BaseException as error:
-            self._created.set_exception(error)
-            for rest in self._writing:
-                if isinstance(rest, Coroutine):
-                    rest.close()
+            self.created.set_exception(error)
+            self._close()
             raise
-        self._created.set_result(None)
-        results = await asyncio.gather(*self._writing, return_exceptions=True)
+        self.created.set_result(None)
+        results = await asyncio.gather(*self.writing, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
 
-    def _write_root(self) -> None:
-        metadata = checkpoint.RootMetadata(
-            self._types, self._started, time.time_ns(), self._custom_metadata
-        )
-        write_root(self._staging.path, metadata, self._target)
+    def _close(self) -> None:
+        for rest in self.writing:
+            if isinstance(rest, Coroutine):
+                rest.close()
 
 
 def write_root(root: str, metadata: checkpoint.RootMetadata, target: str) -> None:
@@ -334,13 +305,10 @@ def write_root(root: str, metadata: checkpoint.RootMetadata, target: str) -> Non
         metadata: what the checkpoint says of itself.
         target: the path that it will have.
     """
-    contents = {
-        names.INDICATOR: b"",
-        names.CHECKPOINT_METADATA: metadata.to_bytes(),
-        names.COMMIT_SUCCESS: f"Checkpoint committed to {target}\n".encode(),
-    }
-    for name, data in contents.items():
-        files.write(os.path.join(root, name), data)
+    committed = f"Checkpoint committed to {target}\n".encode()
+    files.write(os.path.join(root, names.INDICATOR), b"")
+    files.write(os.path.join(root, names.CHECKPOINT_METADATA), metadata.to_bytes())
+    files.write(os.path.join(root, names.COMMIT_SUCCESS), committed)
     crcs = {
         path: checkpoint.file_crc(files.read(os.path.join(root, path)))
         for path in files.walk(root)
@@ -357,6 +325,7 @@ def _is_array_data(root: str, path: str) -> bool:
     return in_data and os.path.isfile(os.path.join(root, item, names.CHUNK_TABLE))
 
 
+@functools.cache
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

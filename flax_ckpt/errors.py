@@ -44,7 +44,9 @@ class CheckpointExistsError(FlaxCkptError, FileExistsError, ValueError):
 
 
 class _StepError(FlaxCkptError):
-    def __init__(self, message: str, *, step: int | None, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, message: str, *, path: str | os.PathLike[str], step: int | None = None
+    ) -> None:
         super().__init__(message)
         self.step = step
         self.path = os.fspath(path)
@@ -153,18 +155,13 @@ class DeletionRecoveryError(FlaxCkptError, RuntimeError):
     """The record of an unfinished deletion makes no sense, or is that of another one."""
 
 
-class SaveFailedError(FlaxCkptError, RuntimeError):
+class SaveFailedError(_StepError, RuntimeError):
     """A save that ran in the background failed; `__cause__` says why.
 
     Attributes:
         path: the checkpoint that was not written.
         step: the training step, if there is one.
     """
-
-    def __init__(self, message: str, *, path: str, step: int | None = None) -> None:
-        super().__init__(message)
-        self.path = path
-        self.step = step
 
 
 class SaveCancelledError(FlaxCkptError, RuntimeError):

@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, dataclass_transform
 
 from etils import epath
 
 from flax_ckpt.errors import ContextFrozenError
 
 
+@dataclass_transform(kw_only_default=True)
 class _Options:
-    """Base: refuses unknown names, and any change while a Context that holds it is active."""
+    """Base: a dataclass that refuses unknown names, and changes while its Context is active."""
 
-    _active: int = 0
+    _active: ClassVar[int] = 0  # an instance that is frozen has one of its own
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(kw_only=True)(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
@@ -55,7 +59,6 @@ def copy(options: Any) -> Any:
     return type(options)(**values)
 
 
-@dataclasses.dataclass(kw_only=True)
 class AsyncOptions(_Options):
     """How saves run in the background.
 
@@ -69,7 +72,6 @@ class AsyncOptions(_Options):
     post_finalization_callback: Callable[[], None] | None = None
 
 
-@dataclasses.dataclass(kw_only=True)
 class MultiprocessingOptions(_Options):
     """Which processes take part.
 
@@ -84,7 +86,6 @@ class MultiprocessingOptions(_Options):
     barrier_sync_key_prefix: str | None = None
 
 
-@dataclasses.dataclass(kw_only=True)
 class FileOptions(_Options):
     """How directories and files are made.
 
@@ -97,11 +98,9 @@ class FileOptions(_Options):
     path_class: type[epath.Path] = epath.Path
 
 
-@dataclasses.dataclass(kw_only=True)
 class PyTreeOptions(_Options):
     """How the structure of trees is saved and loaded."""
 
-    @dataclasses.dataclass(kw_only=True)
     class Loading(_Options):
         """Options for loading.
 
@@ -116,11 +115,9 @@ class PyTreeOptions(_Options):
     loading: Loading = dataclasses.field(default_factory=Loading)
 
 
-@dataclasses.dataclass(kw_only=True)
 class ArrayOptions(_Options):
     """How arrays are saved and loaded."""
 
-    @dataclasses.dataclass(kw_only=True)
     class Saving(_Options):
         """Options for saving.
 
@@ -147,7 +144,6 @@ class ArrayOptions(_Options):
                 """The options of the leaf at a key path; None: those of the tree."""
                 ...
 
-        @dataclasses.dataclass(kw_only=True)
         class StorageOptions(_Options):
             """How one array is stored.
 
@@ -172,7 +168,6 @@ class ArrayOptions(_Options):
         ocdbt_target_data_file_size: int | None = None
         scoped_storage_options_creator: ScopedStorageOptionsCreator | None = None
 
-    @dataclasses.dataclass(kw_only=True)
     class Loading(_Options):
         """Options for loading.
 
@@ -190,7 +185,6 @@ class ArrayOptions(_Options):
     loading: Loading = dataclasses.field(default_factory=Loading)
 
 
-@dataclasses.dataclass(kw_only=True)
 class CheckpointablesOptions(_Options):
     """Which handlers are used.
 
@@ -202,7 +196,6 @@ class CheckpointablesOptions(_Options):
     registry: Any = None
 
 
-@dataclasses.dataclass(kw_only=True)
 class MemoryOptions(_Options):
     """How host memory is used.
 

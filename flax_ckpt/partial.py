@@ -7,6 +7,7 @@
 Until then the leaves are safe in a directory beside it, also from one process to the next.
 """
 
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -16,12 +17,11 @@ from flax_ckpt import _save
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt.context import resolve
 from flax_ckpt.errors import CheckpointNotFoundError
-from flax_ckpt.format import checkpoint, names, union
-from flax_ckpt.handlers.parts import merge
+from flax_ckpt.format import checkpoint, jsons, names
+from flax_ckpt.handlers.parts import Session, merge
 from flax_ckpt.storage import hosts
-from flax_ckpt.storage.paths import local_path
+from flax_ckpt.storage.files import local_path
 from flax_ckpt.storage.record import Record
-from flax_ckpt.storage.session import Session
 
 __all__ = ["finalize", "save", "save_async"]
 
@@ -101,8 +101,7 @@ def finalize(path: PathLike) -> None:
             response.result()
     context = resolve()
     session = Session(target, context.file.path_permission_mode)
-    timeout = context.asynchronous.timeout_secs
-    together = hosts.current(context.multiprocessing, timeout, f"{target} finalize")
+    together = hosts.current(context.multiprocessing, context.asynchronous, f"{target} finalize")
     together.barrier("called")
     if together.is_primary:
         session.recover()
@@ -111,40 +110,35 @@ def finalize(path: PathLike) -> None:
     parts = session.parts()
     if not parts:
         raise CheckpointNotFoundError(
-            f"{target} has no partial save to finalize: {session.path} "
-            + ("has no finished part" if os.path.isdir(session.path) else "does not exist")
+            f"{target} has no partial save to finalize: {session.directory} "
+            + ("has no finished part" if os.path.isdir(session.directory) else "does not exist")
             + "; call flax_ckpt.partial.save first"
         )
     together.barrier("looked")
     if together.is_primary:
-        _put_together(session, parts)
+        session.finalize(lambda root: _put_together(root, parts, target))
     together.barrier("committed")
     if context.asynchronous.post_finalization_callback is not None:
         context.asynchronous.post_finalization_callback()
 
 
-def _put_together(session: Session, parts: Sequence[str]) -> None:
-    whole = session.whole()
-    try:
-        whole.create([names.STATE])
-        trees = [os.path.join(part, names.STATE) for part in parts]
-        merge(os.path.join(whole.path, names.STATE), trees, session.target)
-        _save.write_root(whole.path, _root_metadata(parts), session.target)
-        whole.sync()
-        session.finish(whole)
-    except BaseException as error:
-        error.add_note(f"while finalizing {session.target}; the parts are as they were")
-        session.abandon(whole)
-        raise
-
-
-def _root_metadata(parts: Sequence[str]) -> checkpoint.RootMetadata:
-    started: list[int] = []
-    custom: dict[str, Any] = {}
-    for part in parts:
-        data = Record(part).read(names.CHECKPOINT_METADATA)
-        root = checkpoint.RootMetadata.from_bytes(data, part)
-        started.append(root.init_timestamp_nsecs or 0)
-        custom = union.merge_custom(custom, root.custom_metadata)
+def _put_together(root: str, parts: Sequence[str], target: str) -> None:
+    trees = [os.path.join(part, names.STATE) for part in parts]
+    merge(os.path.join(root, names.STATE), trees, target)
+    read = [Record(part).read(names.CHECKPOINT_METADATA) for part in parts]
+    saved = [checkpoint.RootMetadata.from_bytes(data, target) for data in read]
+    started = min(metadata.init_timestamp_nsecs or 0 for metadata in saved)
+    custom = functools.reduce(_merged, [metadata.custom_metadata for metadata in saved])
     types = {names.STATE: names.TYPE_PYTREE}
-    return checkpoint.RootMetadata(types, min(started), time.time_ns(), custom)
+    metadata = checkpoint.RootMetadata(types, started, time.time_ns(), custom)
+    _save.write_root(root, metadata, target)
+
+
+def _merged(first: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts merged; where both have a value, that of `then`."""
+    merged = dict(first)
+    for key, value in then.items():
+        before: Any = first.get(key)
+        both = jsons.is_object(before) and jsons.is_object(value)
+        merged[key] = _merged(before, value) if both else value
+    return merged

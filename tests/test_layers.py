@@ -299,7 +299,7 @@ def test_modules_and_the_package_stay_small() -> None:
 # The rules themselves, on packages made up for the purpose.
 
 
-EMPTY_ROOMS = dict.fromkeys([*RANK, ADAPTERS, "format__names", "storage__paths"], "")
+EMPTY_ROOMS = dict.fromkeys([*RANK, ADAPTERS, "format__names", "storage__files"], "")
 
 
 def check(rule: Callable[[Mapping[str, str]], list[str]], **modules: str) -> list[str]:
@@ -337,10 +337,10 @@ def test_downward_imports_are_allowed(module: str, source: str) -> None:
         ("errors", "from flax_ckpt import options", "errors.py:1: errors imports options"),
         (
             "format",
-            "from flax_ckpt.storage import paths",
+            "from flax_ckpt.storage import files",
             "format/__init__.py:1: format imports storage",
         ),
-        ("format__tree", "from ..storage import paths", "format/tree.py:1: format imports storage"),
+        ("format__tree", "from ..storage import files", "format/tree.py:1: format imports storage"),
         ("_async", "from flax_ckpt import storage", "_async.py:1: _async imports storage"),
         ("handlers", "from flax_ckpt import _save", "handlers.py:1: handlers imports _save"),
         ("leaves", "import flax_ckpt.handlers", "leaves.py:1: leaves imports handlers"),

@@ -13,11 +13,12 @@ import uuid
 from typing import Any
 
 import crc32c
+import msgspec
 
 from flax_ckpt.errors import DamagedCheckpointError, DeletionRecoveryError, FormatError
 from flax_ckpt.format import jsons
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of `flax_ckpt.json` and of what it vouches for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +40,9 @@ class RootMetadata:
 
     def to_bytes(self) -> bytes:
         """The file."""
-        return jsons.dump(
-            {
-                "item_handlers": self.item_handlers,
-                "metrics": {},
-                "performance_metrics": {},
-                "init_timestamp_nsecs": self.init_timestamp_nsecs,
-                "commit_timestamp_nsecs": self.commit_timestamp_nsecs,
-                "custom_metadata": self.custom_metadata,
-            }
-        )
+        fixed = {"item_handlers": self.item_handlers, "metrics": {}, "performance_metrics": {}}
+        encode = jsons.dump if self.custom_metadata else msgspec.json.encode
+        return encode(fixed | vars(self))
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str) -> RootMetadata:
@@ -59,7 +53,7 @@ class RootMetadata:
             return cls()
         handlers: Any = raw.get("item_handlers")
         if jsons.is_object(handlers):
-            handlers = {str(k): str(v) for k, v in handlers.items() if v is not None}
+            handlers = {k: str(v) for k, v in handlers.items() if v is not None}
         elif not isinstance(handlers, str):
             handlers = {}
         custom: Any = raw.get("custom_metadata")
@@ -76,40 +70,32 @@ def rewritten(metadata: dict[str, Any]) -> bytes:
     return json.dumps(metadata, sort_keys=True).encode()
 
 
-@dataclasses.dataclass(frozen=True)
-class DeletionRecord:
+class DeletionRecord(msgspec.Struct, frozen=True):
     """`_CHECKPOINT_DELETION`: a checkpointable is being deleted; in Orbax's words.
 
     Attributes:
-        name: of the checkpointable.
-        original: `_CHECKPOINT_METADATA` before the deletion.
-        updated: and after it.
-        destination: where Orbax moves it, on some object stores; None: it is removed.
+        checkpointable_name: which one.
+        original_metadata: `_CHECKPOINT_METADATA` before the deletion.
+        updated_metadata: and after it.
         operation_id: 32 hex digits.
+        destination: where Orbax moves it, on some object stores; None: it is removed.
     """
 
-    name: str
-    original: dict[str, Any]
-    updated: dict[str, Any]
+    checkpointable_name: str
+    original_metadata: dict[str, Any]
+    updated_metadata: dict[str, Any]
+    operation_id: str
     destination: str | None = None
-    operation_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     @classmethod
     def of(cls, original: dict[str, Any], name: str) -> DeletionRecord:
         """The record for the deletion of `name`, one of the metadata's `item_handlers`."""
         handlers = {key: value for key, value in original["item_handlers"].items() if key != name}
-        return cls(name, original, original | {"item_handlers": handlers})
+        return cls(name, original, original | {"item_handlers": handlers}, uuid.uuid4().hex)
 
     def to_bytes(self) -> bytes:
         """The file."""
-        raw = {
-            "operation_id": self.operation_id,
-            "checkpointable_name": self.name,
-            "destination": self.destination,
-            "original_metadata": self.original,
-            "updated_metadata": self.updated,
-        }
-        return json.dumps(raw, sort_keys=True).encode()
+        return rewritten(msgspec.structs.asdict(self))
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str) -> DeletionRecord:
@@ -119,17 +105,17 @@ class DeletionRecord:
             DeletionRecoveryError: it makes no sense.
         """
         try:
-            raw = jsons.parse_object(data, what)
-            name, original = raw["checkpointable_name"], raw["original_metadata"]
-            expected = cls.of(original, name)
-            if name not in original["item_handlers"] or expected.updated != raw["updated_metadata"]:
+            record = jsons.decode(data, cls, what)
+            name, original = record.checkpointable_name, record.original_metadata
+            updated = cls.of(original, name).updated_metadata
+            if name not in original["item_handlers"] or updated != record.updated_metadata:
                 raise ValueError(f"its metadata do not differ by {name!r} alone")
-        except (FormatError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DeletionRecoveryError(
                 f"{what}: the record of an unfinished deletion makes no sense: {error!r}. Nothing"
                 " is read from or deleted in this checkpoint but the whole of it"
             ) from error
-        return cls(name, original, expected.updated, raw.get("destination"), raw["operation_id"])
+        return record
 
 
 def _int_or_none(value: Any) -> int | None:
@@ -160,13 +146,9 @@ class Integrity:
 
     def to_bytes(self) -> bytes:
         """The file: one line of JSON, and one with that line's CRC-32C."""
-        body = jsons.dump(
-            {
-                "format_version": FORMAT_VERSION,  # of this file and of what it vouches for
-                "writers": self.writers,
-                "crc32c": {path: f"{crc:08x}" for path, crc in sorted(self.crc32c.items())},
-            }
-        )
+        crcs = {path: f"{crc:08x}" for path, crc in sorted(self.crc32c.items())}
+        raw = {"format_version": FORMAT_VERSION, "writers": self.writers, "crc32c": crcs}
+        body = msgspec.json.encode(raw)
         return body + b"\n" + f'"{crc32c.crc32c(body):08x}"\n'.encode()
 
     @classmethod
@@ -184,15 +166,12 @@ class Integrity:
                 " damaged; restore another step"
             )
         raw = jsons.parse_object(body, what)
-        version, crcs, writers = (raw.get(key) for key in ("format_version", "crc32c", "writers"))
-        if version != FORMAT_VERSION:
+        if (version := raw.get("format_version")) != FORMAT_VERSION:
             raise FormatError(
                 f"{what}: format version {version!r}; this release reads {FORMAT_VERSION}:"
                 " use a newer flax_ckpt"
             )
-        if not jsons.is_object(crcs) or not jsons.is_object(writers):
-            raise DamagedCheckpointError(f"{what}: has no `crc32c` or `writers` object")
         try:
-            return cls({path: int(crc, 16) for path, crc in crcs.items()}, writers)
-        except (TypeError, ValueError) as error:
-            raise DamagedCheckpointError(f"{what}: a checksum is no hex number") from error
+            return cls({path: int(crc, 16) for path, crc in raw["crc32c"].items()}, raw["writers"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamagedCheckpointError(f"{what}: malformed: {error!r}") from error

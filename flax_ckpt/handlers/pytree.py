@@ -110,9 +110,8 @@ class PyTreeHandler:
             DuplicateNameError: lists the leaves that would share a name on disk.
         """
         snapshot = Snapshot(directory.name, checkpointable, self._leaves, self._context)
-        timeout = self._context.asynchronous.timeout_secs
-        where = os.fspath(directory.path)
-        together = hosts.current(self._context.multiprocessing, timeout, where)
+        context, where = self._context, os.fspath(directory.path)
+        together = hosts.current(context.multiprocessing, context.asynchronous, where)
         return self._write(directory, snapshot, together)
 
     async def _write(

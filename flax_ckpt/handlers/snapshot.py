@@ -25,6 +25,8 @@ from flax_ckpt.options import ArrayOptions
 from flax_ckpt.storage import file_write
 from flax_ckpt.storage.store import ArrayLayout, ArrayWrite
 
+_DEFAULT = ArrayOptions.Saving()
+
 
 class Snapshot:
     """What a save writes of one tree.
@@ -91,7 +93,7 @@ class Snapshot:
         self._string_file = tree.encode_strings(strings) if strings else None
         if not self.layout.ocdbt:
             file_write.check_names([write.name for write in self.writes])
-        elif saving != ArrayOptions.Saving():
+        elif saving != _DEFAULT:
             _ = self.writes
 
     @functools.cached_property

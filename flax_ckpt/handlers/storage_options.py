@@ -18,6 +18,7 @@ from flax_ckpt.leaves.base import LeafWrite, show_array
 from flax_ckpt.options import ArrayOptions
 
 StorageOptions = ArrayOptions.Saving.StorageOptions
+_UNSET = StorageOptions()
 _tree_util: Any = jax.tree_util  # jaxlib says nothing about the types of its trees
 
 
@@ -79,7 +80,7 @@ def per_leaf(value: Any, saving: ArrayOptions.Saving) -> Iterator[LeafStorage]:
     """
     create = saving.scoped_storage_options_creator
     if create is None:
-        return itertools.repeat(LeafStorage(saving.storage_options, StorageOptions()))
+        return itertools.repeat(LeafStorage(saving.storage_options, _UNSET))
     found: list[LeafStorage] = []
     for path, leaf in _tree_util.tree_flatten_with_path(value)[0]:
         own: Any = create(path, leaf)
@@ -88,5 +89,5 @@ def per_leaf(value: Any, saving: ArrayOptions.Saving) -> Iterator[LeafStorage]:
                 "scoped_storage_options_creator must return StorageOptions or None, got"
                 f" {own!r} for {_tree_util.keystr(path)}"
             )
-        found.append(LeafStorage(saving.storage_options, own or StorageOptions()))
+        found.append(LeafStorage(saving.storage_options, own or _UNSET))
     return iter(found)

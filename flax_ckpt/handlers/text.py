@@ -21,7 +21,7 @@ from flax_ckpt.storage.record import Record
 
 async def _write(directory: PathAwaitingCreation, filename: str, text: str) -> None:
     path = await directory.await_creation()
-    if hosts.is_primary(resolve().multiprocessing):
+    if hosts.is_primary_host(resolve().multiprocessing.primary_host):
         files.write(os.fspath(path / filename), text.encode())
 
 

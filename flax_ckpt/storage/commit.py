@@ -27,7 +27,7 @@ from etils import epath
 from flax_ckpt.errors import CheckpointExistsError, CheckpointNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import files
-from flax_ckpt.storage.paths import contents
+from flax_ckpt.storage.kinds import contents
 
 logger = logging.getLogger("flax_ckpt")
 
@@ -58,8 +58,8 @@ class Staging:
     ) -> None:
         self.target = target
         self.path = path or target + names.TMP_SUFFIX
+        self.mode = mode
         self._overwrite = overwrite
-        self._mode = mode
         self._check_free()
 
     def _check_free(self) -> None:
@@ -83,16 +83,16 @@ class Staging:
         files.make_directory(os.path.dirname(self.target))
         for path in [self.path, *(os.path.join(self.path, name) for name in directories)]:
             os.mkdir(path)
-        if self._mode is not None:  # for others; the owner goes on writing
-            os.chmod(self.path, self._mode | 0o700)
+        if self.mode is not None:  # for others; the owner goes on writing
+            os.chmod(self.path, self.mode | 0o700)
         owner = f"{socket.gethostname()} {os.getpid()}"
         files.write(os.path.join(self.path, names.OWNER), owner.encode())
 
     def sync(self) -> None:
         """Makes all that is in the staging directory durable, whoever wrote it."""
-        if self._mode is not None:
+        if self.mode is not None:
             for directory, _, _ in os.walk(self.path):
-                os.chmod(directory, self._mode)
+                os.chmod(directory, self.mode)
         files.sync_tree(self.path)
 
     def commit(self) -> None:
@@ -205,17 +205,21 @@ def remove(path: str) -> None:
 
 
 def withdraw(path: str) -> str:
-    """Takes a checkpoint's name away, durably, and returns where it is now: a left-over.
+    """Takes a checkpoint's name away, durably, unless that was done but not all that follows.
+
+    Returns:
+        Where it is now: a left-over.
 
     Raises:
         CheckpointNotFoundError: there is nothing.
     """
-    if not os.path.isdir(path):
-        raise CheckpointNotFoundError(f"{path} is not there, or is no directory: nothing removed")
     doomed = removed_path(path)
-    _clear(doomed)
-    _rename(path, doomed)
-    files.sync_path(os.path.dirname(path))
+    if os.path.isdir(path):
+        _clear(doomed)
+        _rename(path, doomed)
+        files.sync_path(os.path.dirname(path))
+    elif not os.path.lexists(doomed):
+        raise CheckpointNotFoundError(f"{path} is not there, or is no directory: nothing removed")
     return doomed
 
 

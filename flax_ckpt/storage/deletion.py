@@ -32,7 +32,7 @@ def read(root: str) -> DeletionRecord | None:
         current = jsons.parse_object(data, described)
     except FormatError as error:
         raise DeletionRecoveryError(f"{path}: {error}") from error
-    if current not in (record.original, record.updated):
+    if current not in (record.original_metadata, record.updated_metadata):
         raise DeletionRecoveryError(
             f"{path}: the record of an unfinished deletion is not of this checkpoint:"
             f" {names.CHECKPOINT_METADATA} is neither what it was before nor after it"
@@ -47,16 +47,17 @@ def begin(root: str, record: DeletionRecord) -> None:
 
 def finish(root: str, record: DeletionRecord) -> None:
     """Deletes what is left of the checkpointable; can be called again after a crash anywhere."""
-    item = os.path.join(root, record.name)
+    item = os.path.join(root, record.checkpointable_name)
     if os.path.lexists(item):
         shutil.rmtree(item)
         files.sync_path(root)
-    metadata = rewritten(record.updated)
+    metadata = rewritten(record.updated_metadata)
     files.replace(os.path.join(root, names.CHECKPOINT_METADATA), metadata)
     integrity = os.path.join(root, names.INTEGRITY)
     if os.path.isfile(integrity):
         old = Integrity.from_bytes(files.read(integrity), integrity)
-        kept = {p: c for p, c in old.crc32c.items() if not p.startswith(f"{record.name}/")}
+        gone = f"{record.checkpointable_name}/"
+        kept = {p: c for p, c in old.crc32c.items() if not p.startswith(gone)}
         kept[names.CHECKPOINT_METADATA] = file_crc(metadata)
         files.replace(integrity, Integrity(kept, old.writers).to_bytes())
     path = os.path.join(root, names.DELETION_RECORD)
@@ -65,11 +66,13 @@ def finish(root: str, record: DeletionRecord) -> None:
     files.sync_path(root)
 
 
-def read_metadata(record: Record) -> bytes:
+def read_metadata(record: Record) -> bytes | None:
     """The checked bytes of `_CHECKPOINT_METADATA`, also when a deletion has rewritten them.
 
     Orbax does not know `flax_ckpt.json`, and a crash may come between the two files.
     """
+    if not record.lists(names.CHECKPOINT_METADATA):
+        return None
     try:
         return record.read(names.CHECKPOINT_METADATA)
     except DamagedCheckpointError:
@@ -83,11 +86,9 @@ def _items_were_deleted(record: Record, data: bytes) -> bool:
     """Whether the metadata are as a deletion writes them, and the items they lack are gone."""
     try:
         metadata = jsons.parse_object(data, names.CHECKPOINT_METADATA)
-    except FormatError:
+        kept = metadata["item_handlers"].keys()
+    except (FormatError, KeyError, AttributeError):
         return False
-    handlers = metadata.get("item_handlers")
-    if not jsons.is_object(handlers) or data != rewritten(metadata):
-        return False
-    lacking = {name for name in record.listed() if record.listed(f"{name}/")} - handlers.keys()
-    here = record.directory
-    return bool(lacking) and not any(os.path.lexists(os.path.join(here, n)) for n in lacking)
+    lacking = {name for name in record.listed() if record.listed(f"{name}/")} - kept
+    there = lacking.intersection(os.listdir(record.directory))
+    return bool(lacking) and not there and data == rewritten(metadata)

@@ -8,11 +8,29 @@ import stat
 import sys
 from collections.abc import Iterator
 
-from flax_ckpt.errors import FormatError
+from flax_ckpt.errors import FormatError, InvalidLayoutError
 from flax_ckpt.format import names
 
 if sys.platform == "darwin":
     import fcntl
+
+
+def local_path(path: str | os.PathLike[str]) -> str:
+    """The absolute path on a local or mounted file system, without a trailing slash.
+
+    Raises:
+        InvalidLayoutError: a URL; object stores are for a later release.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise InvalidLayoutError("the path is empty")
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme.isalnum():
+        raise InvalidLayoutError(
+            f"{text}: this release saves to and loads from local and mounted file systems, not"
+            f" {scheme}://; mount the bucket, or copy the checkpoint"
+        )
+    return os.path.abspath(os.path.expanduser(text))
 
 
 def sync(fd: int) -> None:

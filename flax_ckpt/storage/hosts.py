@@ -5,10 +5,11 @@ not queue behind the train step, and runs in a thread of its own.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax._src import distributed  # the coordination client has no public name
 from jax.experimental import multihost_utils
 
 from flax_ckpt.errors import BarrierTimeoutError
-from flax_ckpt.options import MultiprocessingOptions
+from flax_ckpt.options import AsyncOptions, MultiprocessingOptions
 
 _operations: Counter[str] = Counter()
 _state: Any = distributed.global_state
@@ -58,17 +59,9 @@ class Hosts:
         """
         if not self.several:
             return
-        key = f"{self.operation}/{point}"
-        try:
-            _state.client.wait_at_barrier(
-                key, timeout_in_ms=int(self.timeout_secs * 1000), process_ids=list(self.active)
-            )
-        except Exception as error:  # the client raises one type for all: XlaRuntimeError
-            raise BarrierTimeoutError(
-                f"process {self.index} waited at {key!r} for processes {list(self.active)};"
-                f" after {self.timeout_secs:g} s not all were there. One of them has failed or"
-                f" makes another sequence of calls. The coordinator says: {error}"
-            ) from error
+        key, milliseconds = f"{self.operation}/{point}", int(self.timeout_secs * 1000)
+        with self._waiting(f"at {key!r} for processes {list(self.active)}; not all were there"):
+            _state.client.wait_at_barrier(key, milliseconds, list(self.active))
 
     def broadcast(self, point: str, value: Any) -> Any:
         """The primary's value in every process.
@@ -82,19 +75,23 @@ class Hosts:
         """
         if not self.several:
             return value
-        key = f"{self.operation}/{point}"
+        key, milliseconds = f"{self.operation}/{point}", int(self.timeout_secs * 1000)
         if self.is_primary:
             _state.client.key_value_set(key, json.dumps(value))
             return value
+        with self._waiting(f"for process {self.primary} to say {key!r}; it did not"):
+            text = _state.client.blocking_key_value_get(key, milliseconds)
+        return json.loads(text)
+
+    @contextlib.contextmanager
+    def _waiting(self, what: str) -> Generator[None]:
         try:
-            text = _state.client.blocking_key_value_get(key, int(self.timeout_secs * 1000))
+            yield
         except Exception as error:  # the client raises one type for all: XlaRuntimeError
             raise BarrierTimeoutError(
-                f"process {self.index} waited for process {self.primary} to say {key!r};"
-                f" after {self.timeout_secs:g} s it had not. It has failed or makes another"
-                f" sequence of calls. The coordinator says: {error}"
+                f"process {self.index} waited {what} within {self.timeout_secs:g} s. Another"
+                f" process has failed or makes another sequence of calls. The coordinator: {error}"
             ) from error
-        return json.loads(text)
 
     def forget(self, points: str) -> None:
         """Frees what was broadcast under `points`, a common beginning, once all have read it."""
@@ -113,17 +110,12 @@ def reached_preemption(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-def is_primary(options: MultiprocessingOptions) -> bool:
-    """Whether this process writes what is written once."""
-    return jax.process_index() == options.primary_host
-
-
-def current(options: MultiprocessingOptions, timeout_secs: float, what: str) -> Hosts:
+def current(options: MultiprocessingOptions, waiting: AsyncOptions, what: str) -> Hosts:
     """The hosts of a new operation, seen from this process.
 
     Args:
         options: who takes part.
-        timeout_secs: seconds that a barrier waits.
+        waiting: how long a barrier waits.
         what: the path that is saved. It names the barriers, so that a save that fails on one
             process alone does not put later ones out of step.
     """
@@ -136,7 +128,9 @@ def current(options: MultiprocessingOptions, timeout_secs: float, what: str) -> 
     _operations[what] += len(everyone) > 1
     operation = f"{options.barrier_sync_key_prefix or ''}flax_ckpt/{what}/{_operations[what]}"
     index = jax.process_index()
-    return Hosts(index, tuple(sorted(everyone)), options.primary_host, operation, timeout_secs)
+    return Hosts(
+        index, tuple(sorted(everyone)), options.primary_host, operation, waiting.timeout_secs
+    )
 
 
 def process_count() -> int:

@@ -4,15 +4,16 @@ kinds.is_checkpoint("/run/100")        # True
 kinds.describe("/run")                 # "is the root of a run, not one checkpoint; its ..."
 """
 
+import difflib
 import os
 import re
 from collections.abc import Iterable
 
-from flax_ckpt.errors import InvalidLayoutError
+from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError
 from flax_ckpt.format import names
-from flax_ckpt.storage.paths import contents, is_safetensors
 
-_SHOWN = 12  # steps in a message
+_SHOWN = 12  # names in a message
+_SAFETENSORS = ".safetensors"
 _ROOT_MARKS = names.MARKS - {names.TREE_METADATA}  # of a checkpoint with checkpointables
 
 
@@ -20,7 +21,26 @@ def is_checkpoint(path: str) -> bool:
     """Whether a path is a finished checkpoint, of any layout."""
     if not os.path.isdir(path) or unfinished(path) or owner(path):
         return False
-    return _has(path, names.MARKS) or bool(_trees(path) and not checkpoints_in(path))
+    if _has(path, names.MARKS):
+        return True
+    inside = [os.path.join(path, name) for name in os.listdir(path)]
+    return any(map(holds_tree, inside)) and not checkpoints_in(path)
+
+
+def holds_tree(path: str) -> bool:
+    """Whether a directory is that of a PyTree."""
+    return os.path.isfile(os.path.join(path, names.TREE_METADATA))
+
+
+def is_item_tree(path: str) -> bool:
+    """Whether a directory is a tree within a checkpoint, and none of its own, as v0's can be."""
+    return holds_tree(path) and not _has(path, [names.CHECKPOINT_METADATA])
+
+
+def is_item(entry: os.DirEntry[str]) -> bool:
+    """Whether what is in a checkpoint is the directory of a checkpointable."""
+    ignored = entry.name in names.IGNORED_ITEMS or names.is_unfinished(entry.name)
+    return entry.is_dir() and not ignored
 
 
 def owner(path: str) -> str | None:
@@ -33,13 +53,13 @@ def unfinished(path: str) -> str | None:
     """Says of which operation a directory is left over; None if its name says nothing."""
     for place in (path, os.path.dirname(path)):
         session, _, _ = place.partition(names.TMP_SUFFIX)
-        if session.endswith(names.SESSION_SUFFIX):
-            call = f"flax_ckpt.partial.finalize({session.removesuffix(names.SESSION_SUFFIX)!r})"
-            return f"an unfinished partial save: {call} completes it"
-        if session.endswith(names.PARTIAL_SUFFIX):
-            final = session.removesuffix(names.PARTIAL_SUFFIX)
-            call = f"orbax.checkpoint.v1.partial.finalize({final!r})"
-            return f"an unfinished partial save of Orbax: {call} completes it"
+        for suffix, whose, module in (
+            (names.SESSION_SUFFIX, "", "flax_ckpt"),
+            (names.PARTIAL_SUFFIX, " of Orbax", "orbax.checkpoint.v1"),
+        ):
+            if session.endswith(suffix):
+                call = f"{module}.partial.finalize({session.removesuffix(suffix)!r})"
+                return f"an unfinished partial save{whose}: {call} completes it"
     final, mark, _ = os.path.basename(path).partition(names.TMP_SUFFIX)
     if not mark or os.path.islink(path):
         return None
@@ -78,7 +98,7 @@ def describe(path: str) -> str:
             f"is one checkpointable of the checkpoint {whole}: give that path (to flax_ckpt.load"
             f" or flax_ckpt.delete with checkpointable_name={os.path.basename(path)!r})"
         )
-    if any(map(is_safetensors, os.listdir(path))):
+    if any(name.endswith(_SAFETENSORS) for name in os.listdir(path)):
         return (
             f"holds safetensors files, which are no checkpoint of this format: {contents(path)}."
             " Load them with safetensors.flax.load_file"
@@ -87,6 +107,50 @@ def describe(path: str) -> str:
         f"is no checkpoint: it has neither {names.CHECKPOINT_METADATA} nor a directory with"
         f" {names.TREE_METADATA}; it has: {contents(path)}"
     )
+
+
+def require_directory(path: str) -> None:
+    """Checks that a directory is there.
+
+    Raises:
+        CheckpointNotFoundError: says what lies nearest.
+        InvalidLayoutError: it is a file.
+    """
+    if not os.path.lexists(path):
+        raise not_there(path)
+    if path.endswith(_SAFETENSORS) and os.path.isfile(path):
+        raise InvalidLayoutError(
+            f"{path} is a safetensors file, no checkpoint: load it with safetensors.flax.load_file"
+        )
+    if not os.path.isdir(path):
+        raise InvalidLayoutError(f"{path} is a file; a checkpoint is a directory")
+
+
+def not_there(path: str) -> CheckpointNotFoundError:
+    """The error for a path at which there is nothing: it says what lies nearest."""
+    missing, nearest = path, os.path.dirname(path)
+    while not os.path.isdir(nearest):
+        missing, nearest = nearest, os.path.dirname(nearest)
+    name, there = os.path.basename(missing), os.listdir(nearest)
+    finalize = f"flax_ckpt.partial.finalize({path!r})"
+    begun = {
+        names.SESSION_SUFFIX: f"a partial save of it is unfinished: {finalize}",
+        names.PARTIAL_SUFFIX: "a partial save of it by Orbax is unfinished: finalize it there",
+        names.TMP_SUFFIX: "a save of it has begun and not committed",
+    }
+    known = [other for other in there if not names.is_unfinished(other)]
+    similar = difflib.get_close_matches(name, known, 1)
+    hints = [hint for suffix, hint in begun.items() if missing == path and name + suffix in there]
+    hints += [f"did you mean {os.path.join(nearest, other)}?" for other in similar]
+    text = f"{path} does not exist; {nearest} has: {contents(nearest)}"
+    return CheckpointNotFoundError("; ".join([text, *hints[:1]]))
+
+
+def contents(path: str) -> str:
+    """What is in a directory, as error messages print it."""
+    there = sorted(os.listdir(path))
+    shown = there[:_SHOWN] + ["…"] * (len(there) > _SHOWN)
+    return ", ".join(shown) or "nothing"
 
 
 def require_root(path: str) -> None:
@@ -99,18 +163,14 @@ def require_root(path: str) -> None:
         raise InvalidLayoutError(f"{path} is a file; the root of a run is a directory")
     if left := unfinished(path):
         raise InvalidLayoutError(f"{path} is {left}: it cannot be the root of a run")
-    step = owner(path) or (path if _has(path, names.MARKS) else None)
-    if step is not None:
+    whole = owner(path)
+    if whole or _has(path, names.MARKS):
         raise InvalidLayoutError(
-            f"{path} is {'one checkpoint' if step == path else f'in the checkpoint {step}'}, not"
-            f" the root of a run, in which each step gets a directory of its own: give"
-            f" {os.path.dirname(step)}. Nothing was written"
+            f"{path} is {f'in the checkpoint {whole}' if whole else 'one checkpoint'}, not the root"
+            " of a run, in which each step gets a directory of its own: give"
+            f" {os.path.dirname(whole or path)}. Nothing was written"
         )
 
 
 def _has(path: str, files: Iterable[str]) -> bool:
     return any(os.path.lexists(os.path.join(path, name)) for name in files)
-
-
-def _trees(path: str) -> list[str]:
-    return [e.name for e in os.scandir(path) if _has(e.path, [names.TREE_METADATA])]

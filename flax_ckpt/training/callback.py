@@ -26,7 +26,7 @@ from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import ConfigError, FormatError, SaveFailedError, StateError
 from flax_ckpt.format import protos
 from flax_ckpt.storage import kinds
-from flax_ckpt.storage.paths import local_path
+from flax_ckpt.storage.files import local_path
 from flax_ckpt.training import (
     metadata,
     name_formats,

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from etils import epath
 
 from flax_ckpt.errors import StepNotFoundError
-from flax_ckpt.storage.paths import local_path
+from flax_ckpt.storage.files import local_path
 from flax_ckpt.training import steps
 from flax_ckpt.training.metadata import CheckpointMetadata, listed
 

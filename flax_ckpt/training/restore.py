@@ -36,7 +36,7 @@ from flax_ckpt.handlers.pytree import log_fallbacks
 from flax_ckpt.handlers.saved_tree import SavedTree, mismatch
 from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.storage import kinds
-from flax_ckpt.storage.paths import local_path
+from flax_ckpt.storage.files import local_path
 from flax_ckpt.storage.record import Record
 from flax_ckpt.training import progress, steps
 

@@ -30,7 +30,7 @@ from flax_ckpt.errors import (
 )
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, hosts
-from flax_ckpt.storage.paths import local_path
+from flax_ckpt.storage.files import local_path
 from flax_ckpt.training import progress, steps
 from flax_ckpt.training.metadata import CheckpointMetadata
 from flax_ckpt.training.name_formats import NameFormat, PathLike, matcher
@@ -72,8 +72,8 @@ class Saver:
     ) -> None:
         self.directory = local_path(directory)
         self.context = context
-        timeout = context.asynchronous.timeout_secs
-        self.hosts = hosts.current(context.multiprocessing, timeout, f"steps of {self.directory}")
+        what = f"steps of {self.directory}"
+        self.hosts = hosts.current(context.multiprocessing, context.asynchronous, what)
         self.response: AsyncResponse[bool] | None = None
         self.deletion: AsyncResponse[bool] | None = None
         self._save_policy = save_policy

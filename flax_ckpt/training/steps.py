@@ -10,11 +10,10 @@ import logging
 import os
 from collections.abc import Callable
 
-from flax_ckpt._load import is_item_tree
 from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, files, kinds
-from flax_ckpt.storage.paths import contents, require_directory
+from flax_ckpt.storage.kinds import contents, require_directory
 
 logger = logging.getLogger("flax_ckpt")
 
@@ -92,7 +91,7 @@ def is_checkpoint(path: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     finished = [name for name in items if not names.is_unfinished(name)]
-    return any(is_item_tree(os.path.join(path, name)) for name in finished)
+    return any(kinds.is_item_tree(os.path.join(path, name)) for name in finished)
 
 
 def require_steps(root: str) -> list[int]:
