@@ -6,7 +6,7 @@ import os
 import threading
 
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
-from flax_ckpt.format import chunktable, names, ocdbt
+from flax_ckpt.format import names, ocdbt
 from flax_ckpt.storage.datafile import DataFileReader
 from flax_ckpt.storage.record import Record
 
@@ -44,7 +44,7 @@ class Database:
     def _read_crcs(self, record: Record) -> dict[bytes, int]:
         path = os.path.join(self.directory, names.CHUNK_TABLE)
         keys = list(self.values)
-        crcs = chunktable.decode_table(record.read(names.CHUNK_TABLE), keys, what=path)
+        crcs = ocdbt.decode_table(record.read(names.CHUNK_TABLE), keys, what=path)
         return dict(zip(keys, crcs.tolist(), strict=True))
 
     def _fetch(self, file: str, offset: int, length: int) -> bytes:
