@@ -36,16 +36,15 @@ class Database:
         manifest = ocdbt.decode_manifest(record.read(names.MANIFEST), what=path)
         try:
             self.values = ocdbt.read_tree(manifest, self._fetch)
-            self.crcs = self._read_crcs(record) if checked else {}
+            self.crcs: dict[bytes, int] = {}
+            if checked:
+                path = os.path.join(self.directory, names.CHUNK_TABLE)
+                table = record.read(names.CHUNK_TABLE)
+                crcs = ocdbt.decode_table(table, list(self.values), what=path)
+                self.crcs = dict(zip(self.values, crcs.tolist(), strict=True))
         except BaseException:
             self.close()
             raise
-
-    def _read_crcs(self, record: Record) -> dict[bytes, int]:
-        path = os.path.join(self.directory, names.CHUNK_TABLE)
-        keys = list(self.values)
-        crcs = ocdbt.decode_table(record.read(names.CHUNK_TABLE), keys, what=path)
-        return dict(zip(keys, crcs.tolist(), strict=True))
 
     def _fetch(self, file: str, offset: int, length: int) -> bytes:
         return self.reader(file).read(offset, length)

@@ -92,17 +92,18 @@ class NativeStore:
         if name not in self._stored:
             key = Encoding(self._zarr3).metadata_key(name)
             data = self._value(key)
-            what = f"{self._directory}: the description of the array {name!r}"
-            if crc32c.crc32c(data) != self._crcs.get(key, crc32c.crc32c(data)):
+            crc = crc32c.crc32c(data)
+            if crc != self._crcs.get(key, crc):
                 raise DamagedCheckpointError(
-                    f"{what} is not the one that was saved; restore another step"
+                    f"{self._directory}: the description of the array {name!r} is not the one that"
+                    " was saved; restore another step"
                 )
             try:
-                found = self._stored[name] = parse(data, zarr3=self._zarr3)
+                self._stored[name] = parse(data, zarr3=self._zarr3)
             except FormatError as error:
-                raise FormatError(f"{what}: {error}") from error
-            if found.encoding is None and self._other is None:
-                raise FormatError(f"{what}: these codecs are not those we write")
+                raise FormatError(f"{self._directory}: the array {name!r}: {error}") from error
+            if self._stored[name].encoding is None and self._other is None:
+                raise FormatError(f"{self._named(key)}: these codecs are not those we write")
         return self._stored[name]
 
     def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
@@ -158,8 +159,8 @@ class NativeStore:
             ref = self._find(read.leaf, key, nbytes + trailer if plain else None)
             copy, into = _destination(array, region, chunk_shape, index)
             if not plain:
-                into = None
-                copy = _decoded(copy, encoding, nbytes, f"{read.leaf}: {self._named(key)}")
+                what = f"{read.leaf}: {self._named(key)}"
+                copy, into = _decoded(copy, encoding, nbytes, what), None
             yield _Chunk(read.leaf, key, ref, trailer, parts, position, stored, copy, into)
 
     def _named(self, key: bytes) -> str:
@@ -179,14 +180,9 @@ class NativeStore:
         return ref
 
     def _read_chunks(self, chunks: list[_Chunk]) -> None:
-        placed: list[_Chunk] = []
-        alone: list[list[_Chunk]] = []
-        for chunk in chunks:
-            if isinstance(chunk.ref, ValueRef):
-                placed.append(chunk)
-            else:
-                alone.append([chunk])
+        placed = [chunk for chunk in chunks if isinstance(chunk.ref, ValueRef)]
         placed.sort(key=operator.attrgetter("ref"))
+        alone = [[chunk] for chunk in chunks if not isinstance(chunk.ref, ValueRef)]
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(self._read_group, itertools.chain(alone, _groups(placed))))
 

@@ -40,15 +40,12 @@ def write_arrays(
         hosts: the processes that write together.
         layout: how the arrays are encoded, and the size of data files.
     """
-    if not hosts.several:
-        _write_database(directory, arrays, layout, primary=True)
-        return
-    own = os.path.join(directory, _process_dir(hosts.index))
-    os.makedirs(own)
+    own = os.path.join(directory, _process_dir(hosts.index)) if hosts.several else directory
     _write_database(own, arrays, layout, primary=hosts.is_primary)
-    hosts.barrier(f"{os.path.basename(directory)} written")
-    if hosts.is_primary:
-        _merge(directory, hosts.active)
+    if hosts.several:
+        hosts.barrier(f"{os.path.basename(directory)} written")
+        if hosts.is_primary:
+            _merge(directory, hosts.active)
 
 
 def _process_dir(index: int) -> str:
@@ -85,17 +82,13 @@ def _write_index(directory: str, out: DataFileWriter, rows: list[_Row]) -> None:
 
 def _rows(directory: str, folder: str = "") -> list[_Row]:
     """All of a finished database, which lies in this folder of another."""
+    rows: list[_Row] = []
     with Database(Record(directory), checked=True) as database:
-        return [
-            (
-                key,
-                value
-                if isinstance(value, bytes)
-                else msgspec.structs.replace(value, file=folder + value.file),
-                database.crcs[key],
-            )
-            for key, value in database.values.items()
-        ]
+        for key, value in database.values.items():
+            if not isinstance(value, bytes):
+                value = msgspec.structs.replace(value, file=folder + value.file)
+            rows.append((key, value, database.crcs[key]))
+    return rows
 
 
 def _merge(directory: str, processes: Iterable[int]) -> None:

@@ -5,15 +5,14 @@ box of an array, one `(start, stop)` per axis; bytes are C-ordered and little-en
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
+import numpy as np
 from numpy.typing import NDArray
 
 from flax_ckpt.format.arrays import ArraySpec, Encoding, StoredArray
-from flax_ckpt.storage.datafile import aligned_empty
 
 Region = tuple[tuple[int, int], ...]
 
@@ -114,7 +113,6 @@ def _filled(part: NDArray[Any], region: Region) -> NDArray[Any]:
     shape = tuple([stop - start for start, stop in region])
     if part.shape == shape:
         return part
-    array = aligned_empty(math.prod(shape) * part.dtype.itemsize).view(part.dtype).reshape(shape)
-    array.fill(0)
+    array = np.zeros(shape, part.dtype)
     array[tuple(map(slice, part.shape))] = part
     return array
