@@ -287,7 +287,8 @@ def _parse_zarr2(document: dict[str, Any]) -> StoredArray:
         raise _error("dtype", name, "the name of one") from error
     compressed = jsons.is_object(compressor) and compressor.get("id") == "zstd"
     usual = all(document.get(key, value) == value for key, value in _ZARR2.items())
-    encoding = Encoding(False, compressed) if usual and compressed == bool(compressor) else None
+    usual = usual and (compressed or compressor is None)
+    encoding = Encoding(False, compressed) if usual else None
     _check_shapes(shape, chunk_shape)
     return StoredArray(shape, numpy_dtype(dtype), chunk_shape, encoding)
 

@@ -31,6 +31,7 @@ _SMALL: Final = 1 << 20  # chunks up to here are read together and share memory
 _GROUP: Final = 4 << 20  # how much at most
 _GAP: Final = 4096  # bytes of no interest that are read to save a call
 _THREADS: Final = min(4, os.cpu_count() or 1)
+_SHARES: Final = 4 * _THREADS
 _PENDING: Final[NDArray[Any]] = np.empty(0)
 
 
@@ -182,19 +183,24 @@ class NativeStore:
     def _read_chunks(self, chunks: list[_Chunk]) -> None:
         placed = [chunk for chunk in chunks if isinstance(chunk.ref, ValueRef)]
         placed.sort(key=operator.attrgetter("ref"))
-        alone = [[chunk] for chunk in chunks if not isinstance(chunk.ref, ValueRef)]
+        others = [chunk for chunk in chunks if not isinstance(chunk.ref, ValueRef)]
+        shares = filter(None, [others[i::_SHARES] for i in range(_SHARES)])
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(self._read_group, itertools.chain(alone, _groups(placed))))
+            list(pool.map(self._read_values, shares))
+            list(pool.map(self._read_group, _groups(placed)))
 
-    def _read_group(self, group: list[_Chunk]) -> None:
-        chunk, first = group[0], group[0].ref
-        if self._database is None or not isinstance(first, ValueRef):
+    def _read_values(self, chunks: list[_Chunk]) -> None:
+        """Reads chunks that lie in an index node, or in files of their own."""
+        for chunk in chunks:
             try:
                 value = self._value(chunk.key)
             except DamagedCheckpointError as error:
                 raise DamagedCheckpointError(f"{chunk.leaf}: {error}") from error
             self._deliver(chunk, np.frombuffer(bytearray(value), np.uint8))
-            return
+
+    def _read_group(self, group: list[_Chunk]) -> None:
+        assert self._database is not None
+        chunk, first = group[0], group[0].span
         reader = self._database.reader(first.file)
         if chunk.into is not None:
             rest = np.empty(first.length - len(chunk.into), np.uint8)
