@@ -592,8 +592,7 @@ trees = st.recursive(
 
 def joined_names(tree: Any) -> list[str]:
     def key(entry: Any) -> str:
-        fields = ("key", "idx", "name")  # of a dict, of a sequence, of an attribute
-        return str(next(getattr(entry, field) for field in fields if hasattr(entry, field)))
+        return str(next(iter(vars(entry).values())) if hasattr(entry, "__dict__") else entry.key)
 
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     return [".".join(key(entry) for entry in path) for path in paths]
