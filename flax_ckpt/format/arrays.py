@@ -1,12 +1,13 @@
-"""Array metadata: the zarr v3 documents that we write and read, and the cutting into chunks.
+"""Array metadata and encodings: what is stored of an array, under which keys, in which bytes.
 
-Source: the zarr v3 specification, and the dtype names that TensorStore adds to it. We write codecs
-`bytes` (little endian) and `crc32c`; arrays stored in any other way are described here with
-`native=False` and read through TensorStore.
+Source: the specifications of zarr 2 and 3, and the dtype names that TensorStore adds. A chunk of
+zarr 3 is the codecs `bytes` (little endian), perhaps `zstd`, and `crc32c`; one of zarr 2 has no
+checksum. Arrays stored in any other way are described with `encoding=None`.
 
     spec = ArraySpec((4, 6), "float32", (2, 6))
-    spec.chunk_nbytes == 48
-    parse_zarr3(spec.to_zarr3_json()).native
+    encoding = Encoding(compressed=True)
+    encoding.chunk_key("w", (0, 1)) == b"w/c/0/1"
+    parse(encoding.metadata(spec)).encoding == encoding
 """
 
 import math
@@ -17,9 +18,13 @@ from typing import Any, Final, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import zstandard
+from numpy.typing import NDArray
 
-from flax_ckpt.errors import FormatError
+from flax_ckpt.errors import DamagedCheckpointError, FormatError
 from flax_ckpt.format import jsons
+
+Bytes = NDArray[np.uint8]
 
 DEFAULT_CHUNK_BYTES: Final = 64 << 20
 _MAX_RANK: Final = 32  # of NumPy 1 and of TensorStore
@@ -37,6 +42,8 @@ _DTYPES: Final[dict[str, np.dtype[Any]]] = {
 }
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 _CODECS: Final[list[tuple[str, dict[str, Any]]]] = [("bytes", {"endian": "little"}), ("crc32c", {})]
+_LEVEL: Final = 1  # of zstd; higher ones are slower and gain little on weights
+_ZARR2: Final[dict[str, Any]] = {"dimension_separator": ".", "filters": None, "order": "C"}
 
 
 def _error(name: str, found: object, expected: str) -> FormatError:
@@ -77,19 +84,15 @@ def prefix(name: str) -> str:
     return "" if name in ("", "/") else name if name.endswith("/") else f"{name}/"
 
 
-def zarr_key(name: str) -> bytes:
-    """The key of the metadata of the array `name`; "" is a tree that is one bare array."""
-    return f"{prefix(name)}zarr.json".encode()
-
-
-def chunk_key(name: str, index: tuple[int, ...]) -> bytes:
-    """The key of one chunk of the array `name`; `index` has one number per axis."""
-    return (prefix(name) + _grid_key(index)).encode()
+@lru_cache(maxsize=4096)
+def origin(rank: int) -> tuple[int, ...]:
+    """The index of an array's first element, and of its first chunk."""
+    return (0,) * rank
 
 
 @lru_cache(maxsize=4096)
-def _grid_key(index: tuple[int, ...]) -> str:
-    return "/".join(("c", *map(str, index)))
+def _grid_key(index: tuple[int, ...], zarr3: bool) -> str:
+    return "/".join(("c", *map(str, index))) if zarr3 else ".".join(map(str, index or (0,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,21 +119,81 @@ class ArraySpec:
         """Size of the payload of each chunk in bytes, without the CRC-32C that follows it."""
         return math.prod(self.chunk_shape) * _DTYPES[self.dtype].itemsize
 
-    def to_zarr3_json(self) -> bytes:
-        """The contents of `zarr.json`."""
-        return _zarr3_json(self)
+
+class Encoding(NamedTuple):
+    """How arrays are encoded.
+
+    Attributes:
+        zarr3: as zarr version 3, else 2.
+        compressed: whether chunks are compressed with zstd.
+        crc32c: whether chunks of zarr 3 end in a CRC-32C; all that we write do.
+    """
+
+    zarr3: bool = True
+    compressed: bool = False
+    crc32c: bool = True
+
+    @property
+    def trailer(self) -> int:
+        """How many bytes of CRC-32C follow each chunk."""
+        return 4 if self.zarr3 and self.crc32c else 0
+
+    def metadata_key(self, name: str) -> bytes:
+        """The key of the description of an array; "" is a tree that is one bare array."""
+        return f"{prefix(name)}{'zarr.json' if self.zarr3 else '.zarray'}".encode()
+
+    def chunk_key(self, name: str, index: tuple[int, ...]) -> bytes:
+        """The key of one chunk; `index` has one number per axis."""
+        return (prefix(name) + _grid_key(index, self.zarr3)).encode()
+
+    def metadata(self, spec: ArraySpec) -> bytes:
+        """The description of an array."""
+        return (
+            _zarr3_json(spec, self.compressed) if self.zarr3 else _zarr2_json(spec, self.compressed)
+        )
+
+    def encode(self, data: Bytes, padding: int) -> tuple[Bytes, int]:
+        """What is stored of a chunk that is `data` and as many zero bytes as `padding`.
+
+        Returns:
+            Bytes, and how many zero bytes follow them. Without compression these are the
+            arguments; the CRC-32C is not among them.
+        """
+        if not self.compressed:
+            return data, padding
+        whole = np.concatenate([data, np.zeros(padding, np.uint8)]) if padding else data
+        frame = zstandard.ZstdCompressor(level=_LEVEL).compress(whole.data)
+        return np.frombuffer(frame, np.uint8), 0
+
+    def decode(self, stored: Bytes, nbytes: int, what: str) -> Bytes:
+        """The chunk of `nbytes` bytes that is stored as this, without its CRC-32C.
+
+        Raises:
+            DamagedCheckpointError: not such a chunk; `what` names it.
+        """
+        body: bytes | memoryview = stored.data
+        if self.compressed:
+            try:  # a frame that says it is larger is not decoded
+                if zstandard.frame_content_size(body) == nbytes:
+                    body = zstandard.ZstdDecompressor().decompress(body, allow_extra_data=False)
+            except zstandard.ZstdError as error:
+                raise DamagedCheckpointError(f"{what}: damaged zstd frame: {error}") from error
+        if len(body) != nbytes:
+            raise DamagedCheckpointError(f"{what}: has {len(body)} bytes, expected {nbytes}")
+        return np.frombuffer(body, np.uint8)
 
 
 @lru_cache(maxsize=4096)
-def _zarr3_json(spec: ArraySpec) -> bytes:
+def _zarr3_json(spec: ArraySpec, compressed: bool) -> bytes:
     dtype = _DTYPES[spec.dtype]
     little = {"configuration": {"endian": "little"}} if dtype.itemsize > 1 else {}
+    zstd = {"configuration": {"checksum": False, "level": _LEVEL}, "name": "zstd"}
     fill = {"b": False, "c": [0.0, 0.0]}.get(dtype.kind, 0 if "int" in spec.dtype else 0.0)
     return jsons.dump(
         {
             "chunk_grid": {"configuration": {"chunk_shape": spec.chunk_shape}, "name": "regular"},
             "chunk_key_encoding": {"name": "default"},
-            "codecs": [{**little, "name": "bytes"}, {"name": "crc32c"}],
+            "codecs": [{**little, "name": "bytes"}, *[zstd] * compressed, {"name": "crc32c"}],
             "data_type": spec.dtype,
             "fill_value": fill,
             "node_type": "array",
@@ -140,48 +203,52 @@ def _zarr3_json(spec: ArraySpec) -> bytes:
     )
 
 
-@lru_cache(maxsize=4096)
-def spec_of(
-    shape: tuple[int, ...], dtype: np.dtype[Any], shard_shape: tuple[int, ...], limit: int
-) -> ArraySpec:
-    """How we store an array of which each writer has shards of one shape.
-
-    Args:
-        shape: extents of the whole array.
-        dtype: in any byte order.
-        shard_shape: extents of a shard.
-        limit: wanted chunk size in bytes.
-    """
-    single = shard_shape == shape
-    chunk = choose_chunks(shard_shape, dtype.itemsize, single_shard=single, limit=limit)
-    return ArraySpec(shape, zarr_dtype(dtype), chunk)
+def _zarr2_json(spec: ArraySpec, compressed: bool) -> bytes:
+    dtype = _DTYPES[spec.dtype]
+    return jsons.dump(
+        {
+            **_ZARR2,
+            "chunks": spec.chunk_shape,
+            "compressor": {"id": "zstd", "level": _LEVEL} if compressed else None,
+            "dtype": dtype.str if dtype.isbuiltin == 1 else spec.dtype,
+            "fill_value": None,
+            "shape": spec.shape,
+            "zarr_format": 2,
+        }
+    )
 
 
-class ZarrInfo(NamedTuple):
-    """What the metadata of a stored array says.
+class StoredArray(NamedTuple):
+    """What is known of a stored array before it is read.
 
     Attributes:
         shape: extents.
-        dtype: zarr v3 name; may be one that `numpy_dtype` refuses.
+        dtype: of its elements.
         chunk_shape: extents of a chunk; of a shard, if the array is sharded.
-        native: whether a chunk is the plain little-endian C-order buffer [and its CRC-32C] under
-            the key that `chunk_key` gives.
-        crc32c: whether a CRC-32C of 4 bytes follows each chunk; False unless `native`.
+        encoding: how its chunks are stored; None if in another way than those of `Encoding`.
     """
 
     shape: tuple[int, ...]
-    dtype: str
-    chunk_shape: tuple[int, ...]
-    native: bool
-    crc32c: bool
+    dtype: np.dtype[Any]
+    chunk_shape: tuple[int, ...] = ()
+    encoding: Encoding | None = None
 
 
 @lru_cache(maxsize=256)
-def parse_zarr3(data: bytes) -> ZarrInfo:
-    """Reads a zarr v3 `zarr.json`. Raises `FormatError` if it is none, or no array's."""
+def parse(data: bytes, *, zarr3: bool = True) -> StoredArray:
+    """The opposite of `Encoding.metadata`.
+
+    Raises:
+        FormatError: it describes no array, or one of a dtype that `numpy_dtype` refuses.
+    """
+    what = "zarr.json" if zarr3 else ".zarray"
     if len(data) > _MAX_JSON:
-        raise FormatError(f"zarr.json: found {len(data)} bytes, expected at most {_MAX_JSON}")
-    document = jsons.parse_object(data, "zarr.json")
+        raise FormatError(f"{what}: found {len(data)} bytes, expected at most {_MAX_JSON}")
+    document = jsons.parse_object(data, what)
+    return _parse_zarr3(document) if zarr3 else _parse_zarr2(document)
+
+
+def _parse_zarr3(document: dict[str, Any]) -> StoredArray:
     for field, value in (("zarr_format", 3), ("node_type", "array")):
         if document.get(field) != value:
             raise _error(field, document.get(field), repr(value))
@@ -189,23 +256,41 @@ def parse_zarr3(data: bytes) -> ZarrInfo:
     if grid != "regular":
         raise _error("chunk_grid", grid, "'regular'")
     shape = _ints(document.get("shape"), "shape")
+    dtype, dtype_config = _named(document.get("data_type"), "data_type")
     chunk_shape = _ints(grid_config.get("chunk_shape"), "chunk_shape")
     _check_shapes(shape, chunk_shape)
-    dtype, dtype_config = _named(document.get("data_type"), "data_type")
     keys, keys_config = _named(document.get("chunk_key_encoding"), "chunk_key_encoding")
     if not jsons.is_list(listed := document.get("codecs")):
         raise _error("codecs", listed, "a list")
     codecs = [_named(codec, "codecs") for codec in listed]
-    if codecs[:1] == [("bytes", {})] and dtype in _DTYPES and _DTYPES[dtype].itemsize == 1:
+    if codecs[:1] == [("bytes", {})] and numpy_dtype(dtype).itemsize == 1:
         codecs[0] = _CODECS[0]  # one byte has no order
-    native = (
-        dtype in _DTYPES
-        and not dtype_config
+    compressed = len(codecs) > 1 and codecs[1][0] == "zstd"
+    if compressed:
+        del codecs[1]
+    usual = (
+        not dtype_config
         and (keys, keys_config.get("separator", "/")) == ("default", "/")
         and not document.get("storage_transformers")
         and codecs in (_CODECS[:1], _CODECS)
     )
-    return ZarrInfo(shape, dtype, chunk_shape, native, native and codecs == _CODECS)
+    encoding = Encoding(True, compressed, codecs == _CODECS) if usual else None
+    return StoredArray(shape, numpy_dtype(dtype), chunk_shape, encoding)
+
+
+def _parse_zarr2(document: dict[str, Any]) -> StoredArray:
+    shape, chunk_shape = (_ints(document.get(key), key) for key in ("shape", "chunks"))
+    name, compressor = document.get("dtype"), document.get("compressor")
+    try:
+        dtype = np.dtype(name).name if str(name)[:1] in "<|" else str(name)
+    except (TypeError, ValueError) as error:
+        raise _error("dtype", name, "the name of one") from error
+    compressed = jsons.is_object(compressor) and compressor.get("id") == "zstd"
+    usual = all(document.get(key, value) == value for key, value in _ZARR2.items())
+    usual = usual and (compressed or compressor is None)
+    encoding = Encoding(False, compressed) if usual else None
+    _check_shapes(shape, chunk_shape)
+    return StoredArray(shape, numpy_dtype(dtype), chunk_shape, encoding)
 
 
 def _named(value: Any, what: str) -> tuple[str, dict[str, Any]]:

@@ -29,15 +29,12 @@ def cut(
     for axis in axes:
         chunk[axis] //= _smallest_factor(chunk[axis])
     while math.prod(chunk) * itemsize > limit and max(chunk, default=1) > 1:
-        wanted = [axis for axis in axes if chunk[axis] > 1]
+        above_1 = [axis for axis, extent in enumerate(chunk) if extent > 1]
         # Without a wish the first axis: what is left then lies together in the shard.
-        axis = max(wanted, key=chunk.__getitem__) if wanted else _first_above_1(chunk)
+        wanted = [axis for axis in axes if axis in above_1] or above_1[:1]
+        axis = max(wanted, key=chunk.__getitem__)
         chunk[axis] //= _smallest_factor(chunk[axis])
     return tuple(chunk)
-
-
-def _first_above_1(chunk: list[int]) -> int:
-    return next(axis for axis, extent in enumerate(chunk) if extent > 1)
 
 
 def _smallest_factor(n: int) -> int:

@@ -337,9 +337,7 @@ class _KeyDocument(msgspec.Struct):
 
 def decode_key_impls(data: bytes, what: str) -> dict[str, str]:
     """Implementation of each typed PRNG key by its name: what a reader needs of the file."""
-    arrays = [
-        item.array_metadata for item in jsons.decode(data, _KeyDocument, what).array_metadatas
-    ]
+    arrays = [i.array_metadata for i in jsons.decode(data, _KeyDocument, what).array_metadatas]
     impls = {a.param_name: a.ext_metadata.random_key_impl for a in arrays if a.ext_metadata}
     return {name: impl for name, impl in impls.items() if impl is not None}
 
@@ -354,11 +352,9 @@ def encode_strings(strings: Mapping[str, str]) -> bytes:
     root: dict[str, Any] = {}
     for name, value in strings.items():
         *parents, last = _pointer(name)
-        node = root
+        node: Any = root
         for parent in parents:
-            node = node.setdefault(parent, {})
-            if not jsons.is_object(node):
-                break
+            node = node.setdefault(parent, {}) if jsons.is_object(node) else None
         if not jsons.is_object(node) or last in node:
             raise DuplicateNameError(
                 f"the string leaf {name!r} and another one share a name up to a '/'; rename a key"

@@ -18,8 +18,7 @@ from flax_ckpt.leaves.base import PLACEHOLDER, LeafHandler, LoadRules, SavedLeaf
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage.open_store import open_store
 from flax_ckpt.storage.record import Record
-from flax_ckpt.storage.resize import ResizingStore
-from flax_ckpt.storage.store import ArrayRead, ArrayStore
+from flax_ckpt.storage.store import ArrayRead, ArrayStore, read_resized
 
 _SHOWN = 40  # differences in a message; all of them are in the exception
 
@@ -210,8 +209,9 @@ class SavedTree(contextlib.ExitStack):
                 if (target := values[i]).regions:
                     saved = target.saved
                     reads.append(ArrayRead(saved.name, target.regions, tree.show(saved.path)))
-        store = ResizingStore(self._store) if rules.resize and self._store else self._store
-        data = iter(store.read_arrays(reads) if store else [])
+        data: Iterator[Sequence[Any]] = iter(())
+        if store := self._store:
+            data = iter(read_resized(store, reads) if rules.resize else store.read_arrays(reads))
         parts = [
             next(data) if handler is not None and value.regions else ()
             for handler, value in zip(matches.handlers, values, strict=True)

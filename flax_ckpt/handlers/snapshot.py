@@ -15,7 +15,6 @@ from jax.core import Tracer
 from flax_ckpt.context import Context
 from flax_ckpt.errors import UnsupportedLeafError
 from flax_ckpt.format import arrays, names, tree
-from flax_ckpt.format.encoding import Encoding
 from flax_ckpt.handlers import keypaths, storage_options
 from flax_ckpt.handlers.storage_options import LeafStorage
 from flax_ckpt.leaves import sharding
@@ -50,7 +49,7 @@ class Snapshot:
         _start_transfers(leaves)
         copy = context.memory.deepcopy_host_arrays
         saving = context.array.saving
-        encoding = Encoding(saving.use_zarr3, saving.use_compression)
+        encoding = arrays.Encoding(saving.use_zarr3, saving.use_compression)
         file_size = saving.ocdbt_target_data_file_size or 0
         self.layout = ArrayLayout(saving.use_ocdbt, encoding, file_size)
         storages = storage_options.per_leaf(value, saving)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flax_ckpt.format import arrays, tree
 from flax_ckpt.leaves import dtypes, sharding, transfer
 from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show_array
-from flax_ckpt.storage.store import Region, Shard, origin, whole
+from flax_ckpt.storage.store import Region, Shard, whole
 
 
 class ArrayLeaf:
@@ -39,7 +39,7 @@ class ArrayLeaf:
         placed, dtype = array.sharding, np.dtype(array.dtype)
         shape = _shared(array.shape)
         if type(placed) is SingleDeviceSharding or placed.num_devices == 1:
-            shards = (Shard(origin(len(shape)), np.asarray(array)),)
+            shards = (Shard(arrays.origin(len(shape)), np.asarray(array)),)
             return LeafWrite(tree.ARRAY, shape, dtype, shape, shards, placed)
         shards = [
             Shard(tuple([s.start or 0 for s in shard.index]), np.asarray(shard.data))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flax_ckpt.format import arrays, tree
 from flax_ckpt.leaves import dtypes, sharding
 from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show_array
-from flax_ckpt.storage.store import Shard, origin, whole
+from flax_ckpt.storage.store import Shard, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class NumpyLeaf:
 
 def host_write(value_type: str, array: NDArray[Any]) -> LeafWrite:
     """A leaf that is one array in host memory."""
-    shards = (Shard(origin(array.ndim), array),)
+    shards = (Shard(arrays.origin(array.ndim), array),)
     return LeafWrite(value_type, array.shape, array.dtype, array.shape, shards, sharding.HOST)
 
 

@@ -6,7 +6,7 @@ import os
 import threading
 
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
-from flax_ckpt.format import chunktable, names, ocdbt
+from flax_ckpt.format import names, ocdbt
 from flax_ckpt.storage.datafile import DataFileReader
 from flax_ckpt.storage.record import Record
 
@@ -36,16 +36,15 @@ class Database:
         manifest = ocdbt.decode_manifest(record.read(names.MANIFEST), what=path)
         try:
             self.values = ocdbt.read_tree(manifest, self._fetch)
-            self.crcs = self._read_crcs(record) if checked else {}
+            self.crcs: dict[bytes, int] = {}
+            if checked:
+                path = os.path.join(self.directory, names.CHUNK_TABLE)
+                table = record.read(names.CHUNK_TABLE)
+                crcs = ocdbt.decode_table(table, list(self.values), what=path)
+                self.crcs = dict(zip(self.values, crcs.tolist(), strict=True))
         except BaseException:
             self.close()
             raise
-
-    def _read_crcs(self, record: Record) -> dict[bytes, int]:
-        path = os.path.join(self.directory, names.CHUNK_TABLE)
-        keys = list(self.values)
-        crcs = chunktable.decode_table(record.read(names.CHUNK_TABLE), keys, what=path)
-        return dict(zip(keys, crcs.tolist(), strict=True))
 
     def _fetch(self, file: str, offset: int, length: int) -> bytes:
         return self.reader(file).read(offset, length)

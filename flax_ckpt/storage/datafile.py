@@ -14,12 +14,10 @@ from typing import Final
 
 import crc32c
 import numpy as np
-from numpy.typing import NDArray
 
 from flax_ckpt.errors import DamagedCheckpointError
 from flax_ckpt.format import names
-
-Bytes = NDArray[np.uint8]
+from flax_ckpt.format.arrays import Bytes
 
 ALIGNMENT: Final = 64
 TRAILER: Final = 4

@@ -15,9 +15,8 @@ import crc32c
 from flax_ckpt.errors import UnsupportedLeafError
 from flax_ckpt.format import arrays as zarr
 from flax_ckpt.format import names
-from flax_ckpt.format.encoding import Encoding
 from flax_ckpt.storage.hosts import Hosts
-from flax_ckpt.storage.native_write import chunks
+from flax_ckpt.storage.native_write import encoded
 from flax_ckpt.storage.store import ArrayLayout, ArrayWrite
 
 # What else may lie in the directory of a tree; `checkpoint` is a file of Orbax's first format.
@@ -40,28 +39,17 @@ def write_arrays(
         hosts: the processes that write together.
         layout: how the arrays are encoded.
     """
-    for array in arrays:
-        _write_files(directory, array, layout.encoding, primary=hosts.is_primary)
-
-
-def _write_files(directory: str, array: ArrayWrite, encoding: Encoding, *, primary: bool) -> None:
-    if primary:
-        _write(directory, encoding.metadata_key(array.name), encoding.metadata(array.spec))
-    for index, data, padding in chunks(array) if primary or array.spread else ():
-        data, padding = encoding.encode(data, padding)
-        parts = [data.data, bytes(padding)]
-        if encoding.trailer:
-            crc = crc32c.crc32c(parts[1], crc32c.crc32c(parts[0]))
-            parts.append(crc.to_bytes(encoding.trailer, "little"))
-        _write(directory, encoding.chunk_key(array.name, index), *parts)
-
-
-def _write(directory: str, key: bytes, *parts: bytes | memoryview) -> None:
-    path = os.path.join(directory, key.decode())
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "xb") as file:
-        for part in parts:
-            file.write(part)
+    trailer = layout.encoding.trailer
+    for key, data, padding in encoded(arrays, layout.encoding, primary=hosts.is_primary):
+        path = os.path.join(directory, key.decode())
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "xb") as file:
+            if isinstance(data, bytes):
+                file.write(data)
+            else:
+                zeros = bytes(padding)
+                crc = crc32c.crc32c(zeros, crc32c.crc32c(data.data))
+                file.writelines((data.data, zeros, crc.to_bytes(4, "little")[:trailer]))
 
 
 def check_names(wanted: Sequence[str]) -> None:

@@ -1,12 +1,12 @@
-"""Reads arrays from an OCDBT database, without TensorStore, where they are stored plainly.
+"""Reads arrays in our encodings without TensorStore, from an OCDBT database or plain files.
 
 Chunks are read into memory that JAX on CPU can adopt: small ones that lie side by side in one
-call, large ones straight into the array they belong to. Each is compared with its own CRC-32C
-and with the table's, so that an old block with its own valid checksum is noticed too.
+call, large ones straight into the array they belong to. Each is compared with its own CRC-32C and
+with the one that was saved beside it, in the database's table or in `flax_ckpt.json`, so that an
+old block with its own valid checksum is noticed too. Only the chunks that a region needs are read.
 """
 
 import concurrent.futures
-import functools
 import itertools
 import math
 import operator
@@ -19,17 +19,19 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from flax_ckpt.errors import DamagedCheckpointError
-from flax_ckpt.format import arrays as zarr
+from flax_ckpt.errors import DamagedCheckpointError, FormatError
+from flax_ckpt.format.arrays import Bytes, Encoding, StoredArray, origin, parse
 from flax_ckpt.format.ocdbt import Value, ValueRef
 from flax_ckpt.storage.database import Database
-from flax_ckpt.storage.datafile import ALIGNMENT, TRAILER, Bytes, aligned_empty
-from flax_ckpt.storage.store import ArrayRead, ArrayStore, Region, StoredArray, origin
+from flax_ckpt.storage.datafile import ALIGNMENT, aligned_empty
+from flax_ckpt.storage.record import Record
+from flax_ckpt.storage.store import ArrayRead, ArrayStore, Region
 
 _SMALL: Final = 1 << 20  # chunks up to here are read together and share memory
 _GROUP: Final = 4 << 20  # how much at most
 _GAP: Final = 4096  # bytes of no interest that are read to save a call
 _THREADS: Final = min(4, os.cpu_count() or 1)
+_SHARES: Final = 4 * _THREADS
 _PENDING: Final[NDArray[Any]] = np.empty(0)
 
 
@@ -37,7 +39,7 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
     """A chunk to read.
 
     Attributes:
-        leaf, key, ref: whose it is, and where.
+        leaf, key, ref: whose it is, and where; a file of its own has no `ref`.
         trailer: bytes of the CRC-32C that follows it, 0 or 4.
         parts: takes the array at `position`, if the chunk is all of one, described by `stored`.
         place: else, what puts the bytes where they belong.
@@ -46,7 +48,7 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
 
     leaf: str
     key: bytes
-    ref: Value
+    ref: Value | None
     trailer: int
     parts: list[NDArray[Any]]
     position: int
@@ -62,34 +64,48 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
 
 
 class NativeStore:
-    """Arrays of one database; implements :class:`ArrayStore`.
+    """Arrays of one directory; implements :class:`ArrayStore`.
 
     Args:
-        database: opened; its owner closes it.
-        other: reads the arrays whose codecs are not ours.
+        source: an opened database, whose owner closes it, or the checked files of a directory.
+        other: reads the arrays in other encodings; None: there must be none.
+        zarr3: whether they are zarr version 3, else 2.
     """
 
-    def __init__(self, database: Database, other: ArrayStore) -> None:
-        self._database = database
+    def __init__(
+        self, source: Database | Record, other: ArrayStore | None = None, *, zarr3: bool = True
+    ) -> None:
+        self._directory = source.directory
+        self._database = source if isinstance(source, Database) else None
+        self._crcs = source.crcs if isinstance(source, Database) else {}
+        self._value: Callable[[bytes], bytes] = (
+            source.read if isinstance(source, Database) else lambda key: source.read(key.decode())
+        )
         self._other = other
-        self._infos: dict[str, zarr.ZarrInfo] = {}
-
-    def _info(self, name: str) -> zarr.ZarrInfo:
-        if name not in self._infos:
-            key = zarr.zarr_key(name)
-            data = self._database.read(key)
-            expected = self._database.crcs.get(key)
-            if expected is not None and crc32c.crc32c(data) != expected:
-                raise DamagedCheckpointError(
-                    f"{self._database.directory}: the description of the array {name!r} is not the"
-                    " one that was saved; restore another step"
-                )
-            self._infos[name] = zarr.parse_zarr3(data)
-        return self._infos[name]
+        self._zarr3 = zarr3
+        self._stored: dict[str, StoredArray] = {}
 
     def describe(self, names: Sequence[str]) -> dict[str, StoredArray]:
         """See :class:`ArrayStore`."""
-        return {name: _stored(self._info(name)) for name in names}
+        return {name: self._described(name) for name in names}
+
+    def _described(self, name: str) -> StoredArray:
+        if name not in self._stored:
+            key = Encoding(self._zarr3).metadata_key(name)
+            data = self._value(key)
+            crc = crc32c.crc32c(data)
+            if crc != self._crcs.get(key, crc):
+                raise DamagedCheckpointError(
+                    f"{self._directory}: the description of the array {name!r} is not the one that"
+                    " was saved; restore another step"
+                )
+            try:
+                self._stored[name] = parse(data, zarr3=self._zarr3)
+            except FormatError as error:
+                raise FormatError(f"{self._directory}: the array {name!r}: {error}") from error
+            if self._stored[name].encoding is None and self._other is None:
+                raise FormatError(f"{self._named(key)}: these codecs are not those we write")
+        return self._stored[name]
 
     def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
         """See :class:`ArrayStore`."""
@@ -97,14 +113,15 @@ class NativeStore:
         chunks: list[_Chunk] = []
         foreign: list[int] = []
         for number, read in enumerate(reads):
-            info = self._info(read.name)
-            if not info.native:
+            stored = self._described(read.name)
+            encoding = stored.encoding
+            if encoding is None or (encoding.compressed and self._other):
                 foreign.append(number)
                 continue
             for region in read.regions:
-                chunks += self._plan(read, info, region, results[number])
+                chunks += self._plan(read, stored, encoding, region, results[number])
         self._read_chunks(chunks)
-        if foreign:
+        if foreign and self._database and self._other:
             self._database.check_files()
             others = self._other.read_arrays([reads[number] for number in foreign])
             for number, parts in zip(foreign, others, strict=True):
@@ -112,55 +129,77 @@ class NativeStore:
         return results
 
     def _plan(
-        self, read: ArrayRead, info: zarr.ZarrInfo, region: Region, parts: list[NDArray[Any]]
+        self,
+        read: ArrayRead,
+        stored: StoredArray,
+        encoding: Encoding,
+        region: Region,
+        parts: list[NDArray[Any]],
     ) -> Iterator[_Chunk]:
         """The chunks that a region needs; the region's array is added to `parts`."""
-        stored = _stored(info)
-        dtype, shape = stored.dtype, tuple([stop - start for start, stop in region])
-        trailer = TRAILER if info.crc32c else 0
-        nbytes = math.prod(info.chunk_shape) * dtype.itemsize
+        shape, dtype, chunk_shape, _ = stored
+        wanted = tuple([stop - start for start, stop in region])
+        trailer = encoding.trailer
+        nbytes = math.prod(chunk_shape) * dtype.itemsize
+        plain = self._database is not None and not encoding.compressed
         position = len(parts)
-        if info.chunk_shape == info.shape == shape and nbytes <= _SMALL:
+        if plain and chunk_shape == shape == wanted and nbytes <= _SMALL:
             parts.append(_PENDING)
-            found = self._find(read, origin(len(shape)), nbytes + trailer)
-            yield _Chunk(read.leaf, *found, trailer, parts, position, stored)
+            key = encoding.chunk_key(read.name, origin(len(shape)))
+            ref = self._find(read.leaf, key, nbytes + trailer)
+            yield _Chunk(read.leaf, key, ref, trailer, parts, position, stored)
             return
-        array = aligned_empty(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+        array = aligned_empty(math.prod(wanted) * dtype.itemsize).view(dtype).reshape(wanted)
         parts.append(array)
         grid = [
-            range(start // step, -(-stop // step))
-            for (start, stop), step in zip(region, info.chunk_shape, strict=True)
+            range(start // step, -(-stop // step) if stop > start else 0)
+            for (start, stop), step in zip(region, chunk_shape, strict=True)
         ]
         for index in itertools.product(*grid):
-            found = self._find(read, index, nbytes + trailer)
-            copy, into = _destination(array, region, info.chunk_shape, index)
-            yield _Chunk(read.leaf, *found, trailer, parts, position, stored, copy, into)
+            key = encoding.chunk_key(read.name, index)
+            ref = self._find(read.leaf, key, nbytes + trailer if plain else None)
+            copy, into = _destination(array, region, chunk_shape, index)
+            if not plain:
+                what = f"{read.leaf}: {self._named(key)}"
+                copy, into = _decoded(copy, encoding, nbytes, what), None
+            yield _Chunk(read.leaf, key, ref, trailer, parts, position, stored, copy, into)
 
-    def _find(self, read: ArrayRead, index: tuple[int, ...], expected: int) -> tuple[bytes, Value]:
-        """The key of a chunk, and where it is; checks that it has as many bytes as expected."""
-        key = zarr.chunk_key(read.name, index)
+    def _named(self, key: bytes) -> str:
+        return f"{key.decode()!r} in {self._directory}"
+
+    def _find(self, leaf: str, key: bytes, expected: int | None) -> Value | None:
+        """Where a chunk is; checks that it has as many bytes as expected."""
+        if self._database is None:
+            return None
         ref = self._database.values.get(key)
         length = len(ref) if isinstance(ref, bytes) else ref.length if ref else 0
-        if ref is None or length != expected:
-            found = "is missing" if ref is None else f"has {length} bytes"
+        if ref is None or (expected is not None and length != expected):
+            found = "is missing" if ref is None else f"has {length} bytes, expected {expected}"
             raise DamagedCheckpointError(
-                f"{read.leaf}: its chunk {list(index)} in {self._database.directory} {found},"
-                f" expected {expected} bytes; restore another step"
+                f"{leaf}: its chunk {self._named(key)} {found}; restore another step"
             )
-        return key, ref
+        return ref
 
     def _read_chunks(self, chunks: list[_Chunk]) -> None:
-        placed: list[_Chunk] = []
-        for chunk in chunks:
-            if isinstance(chunk.ref, bytes):
-                self._deliver(chunk, np.frombuffer(bytearray(chunk.ref), np.uint8))
-            else:
-                placed.append(chunk)
+        placed = [chunk for chunk in chunks if isinstance(chunk.ref, ValueRef)]
         placed.sort(key=operator.attrgetter("ref"))
+        others = [chunk for chunk in chunks if not isinstance(chunk.ref, ValueRef)]
+        shares = filter(None, [others[i::_SHARES] for i in range(_SHARES)])
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(self._read_values, shares))
             list(pool.map(self._read_group, _groups(placed)))
 
+    def _read_values(self, chunks: list[_Chunk]) -> None:
+        """Reads chunks that lie in an index node, or in files of their own."""
+        for chunk in chunks:
+            try:
+                value = self._value(chunk.key)
+            except DamagedCheckpointError as error:
+                raise DamagedCheckpointError(f"{chunk.leaf}: {error}") from error
+            self._deliver(chunk, np.frombuffer(bytearray(value), np.uint8))
+
     def _read_group(self, group: list[_Chunk]) -> None:
+        assert self._database is not None
         chunk, first = group[0], group[0].span
         reader = self._database.reader(first.file)
         if chunk.into is not None:
@@ -194,12 +233,12 @@ class NativeStore:
         if padding:
             crc = crc32c.crc32c(rest[:padding].data, crc)
         own = int.from_bytes(rest[padding:].tobytes(), "little") if chunk.trailer else crc
-        table = self._database.crcs.get(chunk.key, own)
+        table = self._crcs.get(chunk.key, own)
         if crc == own == table:
             return
-        where = f"an index node in {self._database.directory}"
-        if not isinstance(ref := chunk.ref, bytes):
-            path = self._database.reader(ref.file).path
+        where = self._named(chunk.key)
+        if isinstance(ref := chunk.ref, ValueRef):
+            path = os.path.join(self._directory, ref.file)
             where = f"bytes {ref.offset} to {ref.offset + ref.length} of {path}"
         expected = f"{table:08x}" if table == own else f"{table:08x} (its own trailer: {own:08x})"
         raise DamagedCheckpointError(
@@ -208,9 +247,11 @@ class NativeStore:
         )
 
 
-@functools.lru_cache(maxsize=4096)
-def _stored(info: zarr.ZarrInfo) -> StoredArray:
-    return StoredArray(info.shape, zarr.numpy_dtype(info.dtype))
+def _decoded(
+    place: Callable[[Bytes], None], encoding: Encoding, nbytes: int, what: str
+) -> Callable[[Bytes], None]:
+    """What decodes a chunk and then puts it into its place."""
+    return lambda data: place(encoding.decode(data, nbytes, what))
 
 
 def _destination(

@@ -6,6 +6,7 @@ own in `ocdbt.process_<n>/` and the primary merges their indices; the data stays
 """
 
 import itertools
+import operator
 import os
 import time
 import uuid
@@ -16,10 +17,10 @@ import msgspec
 import numpy as np
 
 from flax_ckpt.format import arrays as zarr
-from flax_ckpt.format import chunktable, names, ocdbt
+from flax_ckpt.format import names, ocdbt
 from flax_ckpt.storage import files
 from flax_ckpt.storage.database import Database
-from flax_ckpt.storage.datafile import Bytes, DataFileWriter
+from flax_ckpt.storage.datafile import DataFileWriter
 from flax_ckpt.storage.hosts import Hosts
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayLayout, ArrayWrite
@@ -29,10 +30,7 @@ _Row = tuple[bytes, ocdbt.Value, int]
 
 
 def write_arrays(
-    directory: str,
-    arrays: Sequence[ArrayWrite],
-    hosts: Hosts,
-    layout: ArrayLayout,
+    directory: str, arrays: Sequence[ArrayWrite], hosts: Hosts, layout: ArrayLayout
 ) -> None:
     """Writes arrays as one database; nothing is synced, the commit does that.
 
@@ -42,15 +40,12 @@ def write_arrays(
         hosts: the processes that write together.
         layout: how the arrays are encoded, and the size of data files.
     """
-    if not hosts.several:
-        _write_database(directory, arrays, layout, primary=True)
-        return
-    own = os.path.join(directory, _process_dir(hosts.index))
-    os.makedirs(own)
+    own = os.path.join(directory, _process_dir(hosts.index)) if hosts.several else directory
     _write_database(own, arrays, layout, primary=hosts.is_primary)
-    hosts.barrier(f"{os.path.basename(directory)} written")
-    if hosts.is_primary:
-        _merge(directory, hosts.active)
+    if hosts.several:
+        hosts.barrier(f"{os.path.basename(directory)} written")
+        if hosts.is_primary:
+            _merge(directory, hosts.active)
 
 
 def _process_dir(index: int) -> str:
@@ -58,51 +53,51 @@ def _process_dir(index: int) -> str:
 
 
 def _write_database(
-    directory: str,
-    arrays: Sequence[ArrayWrite],
-    layout: ArrayLayout,
-    *,
-    primary: bool,
+    directory: str, arrays: Sequence[ArrayWrite], layout: ArrayLayout, *, primary: bool
 ) -> None:
-    encoding = layout.encoding
     rows: list[_Row] = []
+    by_name = sorted(arrays, key=operator.attrgetter("name"))
     with DataFileWriter(directory, layout.file_size) as out:
-        for array in sorted(arrays, key=lambda array: array.name):
-            if primary:
-                spec = encoding.metadata(array.spec)
-                rows.append((encoding.metadata_key(array.name), spec, crc32c.crc32c(spec)))
-            for index, data, padding in chunks(array) if primary or array.spread else ():
-                data, padding = encoding.encode(data, padding)
-                offset, crc = out.append_chunk(data, padding)
-                length = len(data) + padding + encoding.trailer
-                ref = ocdbt.ValueRef(out.file, offset, length)
-                rows.append((encoding.chunk_key(array.name, index), ref, crc))
+        for key, data, padding in encoded(by_name, layout.encoding, primary=primary):
+            if isinstance(data, bytes):
+                rows.append((key, data, crc32c.crc32c(data)))
+                continue
+            offset, crc = out.append_chunk(data, padding)
+            length = len(data) + padding + layout.encoding.trailer
+            rows.append((key, ocdbt.ValueRef(out.file, offset, length), crc))
         _write_index(directory, out, rows)
 
 
 def _write_index(directory: str, out: DataFileWriter, rows: list[_Row]) -> None:
-    rows.sort(key=lambda row: row[0])
-    entries = [(key, value) for key, value, _ in rows]
+    rows.sort(key=operator.itemgetter(0))
+    entries = [row[:2] for row in rows]
     blobs, root = ocdbt.encode_nodes(entries, file=out.file, offset=out.offset)
     for blob in blobs:
         out.append(blob)
     manifest = ocdbt.encode_manifest(root, uuid=uuid.uuid4().bytes, commit_time_ns=time.time_ns())
     files.write(os.path.join(directory, names.MANIFEST), manifest)
-    table = chunktable.encode_table([key for key, _ in entries], [crc for *_, crc in rows])
+    table = ocdbt.encode_table([key for key, _ in entries], [crc for *_, crc in rows])
     files.write(os.path.join(directory, names.CHUNK_TABLE), table)
+
+
+def _rows(directory: str, folder: str = "") -> list[_Row]:
+    """All of a finished database, which lies in this folder of another."""
+    rows: list[_Row] = []
+    with Database(Record(directory), checked=True) as database:
+        for key, value in database.values.items():
+            if not isinstance(value, bytes):
+                value = msgspec.structs.replace(value, file=folder + value.file)
+            rows.append((key, value, database.crcs[key]))
+    return rows
 
 
 def _merge(directory: str, processes: Iterable[int]) -> None:
     rows: list[_Row] = []
-    for process in processes:
-        name = _process_dir(process)
-        with Database(Record(os.path.join(directory, name)), checked=True) as database:
-            for key, value in database.values.items():
-                if not isinstance(value, bytes):
-                    value = msgspec.structs.replace(value, file=f"{name}/{value.file}")
-                rows.append((key, value, database.crcs[key]))
+    for name in map(_process_dir, processes):
+        own = os.path.join(directory, name)
+        rows += _rows(own, f"{name}/")
         for index in (names.MANIFEST, names.CHUNK_TABLE):  # only the data is needed from now on
-            os.unlink(os.path.join(directory, name, index))
+            os.unlink(os.path.join(own, index))
     with DataFileWriter(directory) as out:
         _write_index(directory, out, rows)
 
@@ -116,10 +111,9 @@ def unite(directory: str, sources: Iterable[str]) -> None:
     """
     rows: list[_Row] = []
     for source in sources:
-        with Database(Record(source), checked=True) as database:
-            values = database.values
-            rows += [(key, value, database.crcs[key]) for key, value in values.items()]
-        for file in {value.file for value in values.values() if not isinstance(value, bytes)}:
+        own = _rows(source)
+        rows += own
+        for file in {value.file for _, value, _ in own if not isinstance(value, bytes)}:
             link = os.path.join(directory, file)
             os.makedirs(os.path.dirname(link), exist_ok=True)
             os.link(os.path.join(source, file), link)
@@ -127,7 +121,22 @@ def unite(directory: str, sources: Iterable[str]) -> None:
         _write_index(directory, out, rows)
 
 
-def chunks(array: ArrayWrite) -> Iterator[tuple[tuple[int, ...], Bytes, int]]:
+def encoded(
+    arrays: Iterable[ArrayWrite], encoding: zarr.Encoding, *, primary: bool
+) -> Iterator[tuple[bytes, bytes | zarr.Bytes, int]]:
+    """Key and value of all that this process writes.
+
+    A value is the description of an array, or a chunk without its CRC-32C and how many zero bytes
+    follow it.
+    """
+    for array in arrays:
+        if primary:
+            yield encoding.metadata_key(array.name), encoding.metadata(array.spec), 0
+        for index, data, padding in _chunks(array) if primary or array.spread else ():
+            yield encoding.chunk_key(array.name, index), *encoding.encode(data, padding)
+
+
+def _chunks(array: ArrayWrite) -> Iterator[tuple[tuple[int, ...], zarr.Bytes, int]]:
     """Index, bytes and padding of each chunk that this process writes.
 
     A chunk mostly is contiguous in its shard: leading axes of 1, one axis that is split, whole
@@ -148,6 +157,6 @@ def chunks(array: ArrayWrite) -> Iterator[tuple[tuple[int, ...], Bytes, int]]:
         counts = [-(-extent // step) for extent, step in zip(shard.shape, chunk, strict=True)]
         for place in itertools.product(*map(range, counts)):
             box = [slice(i * step, (i + 1) * step) for i, step in zip(place, chunk, strict=True)]
-            piece: Bytes = np.ascontiguousarray(shard[..., *box]).reshape(-1).view(np.uint8)
+            piece: zarr.Bytes = np.ascontiguousarray(shard[..., *box]).reshape(-1).view(np.uint8)
             index = tuple(low + i for low, i in zip(corner, place, strict=True))
             yield index, piece, array.spec.chunk_nbytes - len(piece)

@@ -8,7 +8,6 @@ from flax_ckpt.format import names
 from flax_ckpt.format.ocdbt import NumberedManifestError
 from flax_ckpt.storage import files
 from flax_ckpt.storage.database import Database
-from flax_ckpt.storage.encoded_read import EncodedStore, from_database, from_files
 from flax_ckpt.storage.native_read import NativeStore
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayStore
@@ -33,9 +32,7 @@ def open_store(
     if ocdbt is None:
         ocdbt = os.path.isfile(os.path.join(record.directory, names.MANIFEST))
     where = record.directory
-    general: ArrayStore = TensorStoreStore(
-        where, ocdbt=ocdbt, zarr3=zarr3, fill_missing=fill_missing
-    )
+    general = TensorStoreStore(where, ocdbt=ocdbt, zarr3=zarr3, fill_missing=fill_missing)
     database: Database | None = None
     checked = record.native and record.lists(names.CHUNK_TABLE)
     if ocdbt:
@@ -43,13 +40,11 @@ def open_store(
             database = Database(record, checked=checked)
     if database is None:
         files.refuse_links(where)
-        ours = record.native and not ocdbt
-        yield EncodedStore(where, from_files(record), zarr3=zarr3) if ours else general
-    else:
-        with database:
-            if checked:
-                general = EncodedStore(where, from_database(database), zarr3=zarr3)
-            native = zarr3 and (checked or not fill_missing)
-            if not native:
-                database.check_files()
-            yield NativeStore(database, general) if native else general
+        yield NativeStore(record, zarr3=zarr3) if record.native and not ocdbt else general
+        return
+    with database:
+        if checked or (zarr3 and not fill_missing):
+            yield NativeStore(database, None if checked else general, zarr3=zarr3)
+        else:
+            database.check_files()
+            yield general

@@ -12,8 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from flax_ckpt.format.arrays import ArraySpec
-from flax_ckpt.format.encoding import DEFAULT, Encoding
+from flax_ckpt.format.arrays import ArraySpec, Encoding, StoredArray
 
 Region = tuple[tuple[int, int], ...]
 
@@ -40,7 +39,7 @@ class ArrayLayout(NamedTuple):
     """
 
     ocdbt: bool = True
-    encoding: Encoding = DEFAULT
+    encoding: Encoding = Encoding()
     file_size: int = 0
 
 
@@ -74,13 +73,6 @@ class ArrayRead(msgspec.Struct, frozen=True, gc=False):
     leaf: str
 
 
-class StoredArray(NamedTuple):
-    """What a store knows of an array before reading it."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-
 class ArrayStore(Protocol):
     """Reads arrays of one PyTree directory."""
 
@@ -94,12 +86,33 @@ class ArrayStore(Protocol):
 
 
 @functools.lru_cache(maxsize=4096)
-def origin(rank: int) -> tuple[int, ...]:
-    """The index of an array's first element."""
-    return (0,) * rank
-
-
-@functools.lru_cache(maxsize=4096)
 def whole(shape: tuple[int, ...]) -> Region:
     """The region that is all of an array."""
     return tuple((0, size) for size in shape)
+
+
+def read_resized(store: ArrayStore, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
+    """Like `read_arrays`, of regions that may reach beyond the stored arrays: zeros are there."""
+    stored = store.describe([read.name for read in reads])
+    inside: list[ArrayRead] = []
+    for read in reads:
+        limits = stored[read.name].shape
+        clipped = [
+            tuple((min(a, n), min(b, n)) for (a, b), n in zip(region, limits, strict=True))
+            for region in read.regions
+        ]
+        inside.append(ArrayRead(read.name, tuple(clipped), read.leaf))
+    return [
+        [_filled(part, region) for part, region in zip(parts, read.regions, strict=True)]
+        for parts, read in zip(store.read_arrays(inside), reads, strict=True)
+    ]
+
+
+def _filled(part: NDArray[Any], region: Region) -> NDArray[Any]:
+    """The region, its beginning being the part that was read and the rest zeros."""
+    shape = tuple([stop - start for start, stop in region])
+    if part.shape == shape:
+        return part
+    array = np.zeros(shape, part.dtype)
+    array[tuple(map(slice, part.shape))] = part
+    return array

@@ -8,8 +8,8 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
-from flax_ckpt.format.arrays import prefix
-from flax_ckpt.storage.store import ArrayRead, StoredArray
+from flax_ckpt.format.arrays import StoredArray, prefix
+from flax_ckpt.storage.store import ArrayRead
 
 _BATCH = 256  # arrays that are open at one time
 

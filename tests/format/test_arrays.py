@@ -19,14 +19,13 @@ from hypothesis import strategies as st
 from flax_ckpt.errors import FormatError
 from flax_ckpt.format.arrays import (
     ArraySpec,
-    ZarrInfo,
+    Encoding,
+    StoredArray,
     choose_chunks,
-    chunk_key,
     is_storable,
     numpy_dtype,
-    parse_zarr3,
+    parse,
     zarr_dtype,
-    zarr_key,
 )
 
 NUMPY = (
@@ -38,6 +37,10 @@ EXTENSIONS = (
     *("float8_e5m2fnuz", "float8_e3m4", "float8_e8m0fnu", "float4_e2m1fn", "int2", "int4"),
 )
 MIB = 1 << 20
+
+
+def zarr_json(spec: ArraySpec) -> bytes:
+    return Encoding().metadata(spec)
 
 
 def chunk_grid(spec: ArraySpec) -> list[int]:
@@ -65,7 +68,7 @@ def store(path: Path, name: str, spec: ArraySpec, value: np.ndarray[Any, Any]) -
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
 
-    put(zarr_key(name), spec.to_zarr3_json())
+    put(Encoding().metadata_key(name), zarr_json(spec))
     for index in itertools.product(*map(range, chunk_grid(spec))):
         chunk = np.zeros(spec.chunk_shape, value.dtype)
         at = tuple(slice(i * c, i * c + c) for i, c in zip(index, spec.chunk_shape, strict=True))
@@ -73,7 +76,10 @@ def store(path: Path, name: str, spec: ArraySpec, value: np.ndarray[Any, Any]) -
         chunk[tuple(map(slice, part.shape))] = part
         payload = chunk.tobytes()
         assert len(payload) == spec.chunk_nbytes
-        put(chunk_key(name, index), payload + crc32c.crc32c(payload).to_bytes(4, "little"))
+        put(
+            Encoding().chunk_key(name, index),
+            payload + crc32c.crc32c(payload).to_bytes(4, "little"),
+        )
 
 
 # What we write.
@@ -87,8 +93,8 @@ def test_tensorstore_reads_every_dtype(name: str, tmp_path: Path) -> None:
     found = open_zarr(tmp_path / "a.b", "zarr3", dtype=name).read().result()
     assert found.dtype == numpy_dtype(name)
     assert found.tobytes() == value.tobytes()
-    info = parse_zarr3(spec.to_zarr3_json())
-    assert info == ZarrInfo((5, 3), name, (2, 3), native=True, crc32c=True)
+    info = parse(zarr_json(spec))
+    assert info == StoredArray((5, 3), numpy_dtype(name), (2, 3), Encoding())
 
 
 @pytest.mark.parametrize(
@@ -128,7 +134,7 @@ def test_tensorstore_checks_our_checksum(tmp_path: Path) -> None:
 
 
 def test_the_document_is_compact_and_complete() -> None:
-    document = ArraySpec((0, 4), "bfloat16", (1, 4)).to_zarr3_json()
+    document = zarr_json(ArraySpec((0, 4), "bfloat16", (1, 4)))
     assert b" " not in document
     assert json.loads(document) == {
         "zarr_format": 3,
@@ -140,14 +146,12 @@ def test_the_document_is_compact_and_complete() -> None:
         "fill_value": 0.0,
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
     }
-    fills = {
-        name: json.loads(ArraySpec((), name, ()).to_zarr3_json())["fill_value"] for name in NUMPY
-    }
+    fills = {name: json.loads(zarr_json(ArraySpec((), name, ())))["fill_value"] for name in NUMPY}
     assert fills["bool"] is False
     assert fills["complex64"] == [0.0, 0.0]
     assert (fills["uint8"], fills["float16"]) == (0, 0.0)
     for name in ("bool", "int4", "float8_e5m2"):
-        assert b"endian" not in ArraySpec((), name, ()).to_zarr3_json()
+        assert b"endian" not in zarr_json(ArraySpec((), name, ()))
 
 
 def test_chunk_sizes() -> None:
@@ -225,77 +229,70 @@ SHARDED = {
 
 
 @pytest.mark.parametrize(
-    ("metadata", "native", "crc"),
+    ("metadata", "encoding"),
     [
-        ({}, True, False),
-        ({"codecs": [BYTES]}, True, False),
-        ({"codecs": [BYTES, CRC]}, True, True),
-        ({"codecs": [BYTES, ZSTD]}, False, False),
-        ({"codecs": [BYTES, ZSTD, CRC]}, False, False),
-        ({"codecs": [BYTES, CRC, ZSTD]}, False, False),
-        ({"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, CRC]}, False, False),
+        ({}, Encoding(crc32c=False)),
+        ({"codecs": [BYTES]}, Encoding(crc32c=False)),
+        ({"codecs": [BYTES, CRC]}, Encoding()),
+        ({"codecs": [BYTES, ZSTD]}, Encoding(compressed=True, crc32c=False)),
+        ({"codecs": [BYTES, ZSTD, CRC]}, Encoding(compressed=True)),
+        ({"codecs": [BYTES, CRC, ZSTD]}, None),
+        ({"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, CRC]}, None),
         (
             {"codecs": [{"name": "transpose", "configuration": {"order": [1, 0]}}, BYTES]},
-            False,
-            False,
+            None,
         ),
-        ({"codecs": [SHARDED]}, False, False),
-        ({"chunk_key_encoding": {"name": "v2"}}, False, False),
+        ({"codecs": [SHARDED]}, None),
+        ({"chunk_key_encoding": {"name": "v2"}}, None),
         (
             {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}}},
-            False,
-            False,
+            None,
         ),
         (
             {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}}},
-            True,
-            False,
+            Encoding(crc32c=False),
         ),
-        ({"fill_value": "NaN"}, True, False),
-        ({"attributes": {"units": "m"}, "dimension_names": ["x", None]}, True, False),
+        ({"fill_value": "NaN"}, Encoding(crc32c=False)),
+        ({"attributes": {"units": "m"}, "dimension_names": ["x", None]}, Encoding(crc32c=False)),
     ],
 )
 def test_zarr3_documents_of_tensorstore(
-    metadata: dict[str, Any], native: bool, crc: bool, tmp_path: Path
+    metadata: dict[str, Any], encoding: Encoding | None, tmp_path: Path
 ) -> None:
     grid = {"name": "regular", "configuration": {"chunk_shape": [2, 4]}}
     full = {"shape": [3, 4], "data_type": "float32", "chunk_grid": grid, **metadata}
     array = open_zarr(tmp_path, "zarr3", metadata=full, create=True)
-    info = parse_zarr3((tmp_path / "zarr.json").read_bytes())
-    assert info == ZarrInfo((3, 4), "float32", (2, 4), native=native, crc32c=crc)
-    if native:  # then the chunks are where and what we say
+    info = parse((tmp_path / "zarr.json").read_bytes())
+    assert info == StoredArray((3, 4), np.dtype("float32"), (2, 4), encoding)
+    if encoding and not encoding.compressed:  # then the chunks are where and what we say
         value = np.arange(12, dtype=np.float32).reshape(3, 4) + 1
         array.write(value).result()
-        data = (tmp_path / chunk_key("", (0, 0)).decode()).read_bytes()
-        assert data[: len(data) - 4 * crc] == value[:2].tobytes()
+        data = (tmp_path / Encoding().chunk_key("", (0, 0)).decode()).read_bytes()
+        assert data[: len(data) - encoding.trailer] == value[:2].tobytes()
 
 
 def test_zarr3_documents_of_one_byte_dtypes_need_no_byte_order() -> None:
     spec = ArraySpec((3,), "int4", (3,))
-    document = json.loads(spec.to_zarr3_json())
+    document = json.loads(zarr_json(spec))
     document["codecs"] = ["bytes"]  # the short form of a codec without a configuration
-    assert parse_zarr3(json.dumps(document).encode()).native
+    assert parse(json.dumps(document).encode()).encoding
     document["data_type"] = "int16"
-    assert not parse_zarr3(json.dumps(document).encode()).native
+    assert not parse(json.dumps(document).encode()).encoding
 
 
 def test_zarr3_documents_of_others_are_described_but_not_native() -> None:
-    document = json.loads(ArraySpec((3,), "int8", (3,)).to_zarr3_json())
-    for change in (
-        {"data_type": {"name": "numpy.datetime64", "configuration": {"unit": "s"}}},
-        {"data_type": "r24"},
-        {"storage_transformers": [{"name": "indirection"}]},
-    ):
-        info = parse_zarr3(json.dumps(document | change).encode())
-        assert not info.native
-        assert not info.crc32c
-    assert info.shape == (3,)
-    with pytest.raises(FormatError, match="dtype: found 'r24'"):
-        numpy_dtype(parse_zarr3(json.dumps(document | {"data_type": "r24"}).encode()).dtype)
+    document = json.loads(zarr_json(ArraySpec((3,), "int8", (3,))))
+    info = parse(
+        json.dumps(document | {"storage_transformers": [{"name": "indirection"}]}).encode()
+    )
+    assert info == StoredArray((3,), np.dtype("int8"), (3,))
+    for dtype in ({"name": "numpy.datetime64", "configuration": {"unit": "s"}}, "r24"):
+        with pytest.raises(FormatError, match=r"dtype: found '(numpy.datetime64|r24)', expected"):
+            parse(json.dumps(document | {"data_type": dtype}).encode())
 
 
 def changed(**fields: Any) -> bytes:
-    document = json.loads(ArraySpec((3, 4), "int32", (3, 4)).to_zarr3_json())
+    document = json.loads(zarr_json(ArraySpec((3, 4), "int32", (3, 4))))
     return json.dumps({**document, **fields}).encode()
 
 
@@ -343,7 +340,7 @@ def grid(*chunk_shape: Any) -> dict[str, Any]:
 )
 def test_hostile_zarr3_documents(data: bytes, message: str) -> None:
     with pytest.raises(FormatError, match=message):
-        parse_zarr3(data)
+        parse(data)
 
 
 def test_a_value_nested_almost_too_deeply_is_a_format_error() -> None:
@@ -351,7 +348,7 @@ def test_a_value_nested_almost_too_deeply_is_a_format_error() -> None:
     for depth in range(800, 1000):
         nested = b"[" * depth + b"]" * depth
         with pytest.raises(FormatError, match=r"zarr_format: found \[\[|not valid JSON \(max"):
-            parse_zarr3(b'{"zarr_format":' + nested + b"}")
+            parse(b'{"zarr_format":' + nested + b"}")
 
 
 json_values = st.recursive(
@@ -362,14 +359,14 @@ json_values = st.recursive(
     ),
     max_leaves=8,
 )
-FIELDS = sorted(json.loads(ArraySpec((), "int8", ()).to_zarr3_json()))
+FIELDS = sorted(json.loads(zarr_json(ArraySpec((), "int8", ()))))
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1, max_size=3))
 def test_fuzzed_documents_raise_format_errors_only(fields: dict[str, Any]) -> None:
     try:
-        info = parse_zarr3(changed(**fields))
+        info = parse(changed(**fields))
     except FormatError as e:
         message = str(e)
     else:
@@ -384,18 +381,18 @@ def test_edited_documents_raise_format_errors_only(at: int, cut: int, new: bytes
     data = changed()
     edited = data[:at] + new + data[at + cut :]
     try:
-        info = parse_zarr3(edited)
+        info = parse(edited)
     except FormatError as e:
         message = str(e)
     else:
         message = ""
-        assert isinstance(info, ZarrInfo)
+        assert isinstance(info, StoredArray)
     assert not message or "not valid JSON (" in message or "found " in message
 
 
 def test_equal_documents_are_parsed_once() -> None:
-    first = parse_zarr3(changed(shape=[3, 5]))
-    assert parse_zarr3(changed(shape=[3, 5])) is first
+    first = parse(changed(shape=[3, 5]))
+    assert parse(changed(shape=[3, 5])) is first
 
 
 # Chunks.
@@ -458,6 +455,6 @@ def test_every_chunk_is_contiguous(
 
 def test_dtypes_and_templates_agree() -> None:
     """Each dtype of the table has its own fixed bytes, whatever was asked before."""
-    documents = {name: ArraySpec((1,), name, (1,)).to_zarr3_json() for name in NUMPY + EXTENSIONS}
+    documents = {name: zarr_json(ArraySpec((1,), name, (1,))) for name in NUMPY + EXTENSIONS}
     assert len(set(documents.values())) == len(NUMPY + EXTENSIONS)
-    assert all(parse_zarr3(data).dtype == name for name, data in documents.items())
+    assert all(parse(data).dtype == numpy_dtype(name) for name, data in documents.items())

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
-from flax_ckpt.format.chunktable import decode_table, encode_table
+from flax_ckpt.format.ocdbt import decode_table, encode_table
 
 KEYS = [b"", b"a/c/0", b"a/zarr.json", b"b/c"]
 CRCS = [0, 1, 2**32 - 1, 77]

