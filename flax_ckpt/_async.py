@@ -123,21 +123,19 @@ class AsyncResponse(Generic[T]):
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to its end, in this thread, or beside a loop that runs here already."""
-    if asyncio._get_running_loop() is None:
-        return _drive(coroutine)
-    context = contextvars.copy_context()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(context.run, _drive, coroutine).result()
+    """Runs a coroutine to its end, in this thread, also within a loop that runs here already.
 
-
-def _drive(coroutine: Coroutine[Any, Any, T]) -> T:
-    """As `asyncio.run`, but the event loop that the caller has set stays the one that is set."""
+    Not in a thread of its own, which would not have JAX's settings of this one: its default
+    device, mesh and `enable_x64`.
+    """
+    running = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
     loop = asyncio.new_event_loop()
     try:
         return loop.run_until_complete(coroutine)
     finally:
         loop.close()
+        asyncio._set_running_loop(running)
 
 
 class _ExitCode:
@@ -184,5 +182,6 @@ def _finish_pending() -> None:
 # after ours. Once more among the exit handlers, for a save that began later. Tried on CPython 3.11
 # and 3.13.
 concurrent.futures.ThreadPoolExecutor  # noqa: B018
+os.register_at_fork(after_in_child=_unsurfaced.clear)  # the threads are the parent's
 threading._register_atexit(_finish_pending)  # type: ignore[attr-defined]
 atexit.register(_finish_pending)

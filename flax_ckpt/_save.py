@@ -7,6 +7,8 @@
 The synchronous functions wait for the `result()` of what the asynchronous ones return.
 """
 
+from __future__ import annotations
+
 import asyncio
 import dataclasses
 import functools
@@ -41,8 +43,24 @@ from flax_ckpt.storage.commit import DeferredPath, Staging
 
 PathLike = str | os.PathLike[str]
 
+
+class _Turn:
+    """The place of a save among those to one path, which come one after another."""
+
+    def __init__(self, before: _Turn | None) -> None:
+        self.ended = Event()
+        self._before = before
+
+    def wait(self) -> None:
+        """Waits for those before. One that was refused has ended, but not those before it."""
+        before, self._before = self._before, None
+        while before is not None:
+            before.ended.wait()
+            before = before._before
+
+
 # Two saves to one path must not share a staging directory: the later waits for the earlier.
-_in_flight: weakref.WeakValueDictionary[str, Event] = weakref.WeakValueDictionary()
+_in_flight: weakref.WeakValueDictionary[str, _Turn] = weakref.WeakValueDictionary()
 _lock = Lock()
 
 
@@ -163,12 +181,12 @@ def start(
         raise ValueError("there is nothing to save: `checkpointables` is empty")
     custom = _parsed(custom_metadata) if custom_metadata else {}
     started = time.time_ns()
-    turn = Event()  # set when this save has ended
+    place = os.path.realpath(target)
     with _lock:
-        before = _in_flight.get(target)
-        if before is not None and not before.is_set() and not (overwrite or session):
+        before = _in_flight.get(place)
+        if before is not None and not before.ended.is_set() and not (overwrite or session):
             raise CheckpointExistsError(f"{target} is being saved right now; save to another path")
-        _in_flight[target] = turn
+        turn = _in_flight[place] = _Turn(before)
     after = None if session else context.asynchronous.post_finalization_callback
     try:
         with applied(context):
@@ -187,12 +205,15 @@ def start(
             work = _Save(target, staging, together, root)
             _async.run(work.take(handlers, checkpointables))
             return AsyncResponse(
-                lambda: work.finish(before, turn, cancelled) or result,
+                lambda: work.finish(turn, cancelled) or result,
                 f"checkpoint {target}",
                 then=[] if after is None else [lambda _: after()],
             )
     except BaseException:
-        turn.set()
+        with _lock:
+            if before is not None and _in_flight.get(place) is turn:
+                _in_flight[place] = before
+        turn.ended.set()
         raise
 
 
@@ -241,20 +262,18 @@ class _Save:
             self._close()
             raise
 
-    def finish(self, before: Event | None, turn: Event, cancelled: Event | None) -> None:
+    def finish(self, turn: _Turn, cancelled: Event | None) -> None:
         """Writes, syncs and commits; on failure the target is what it was.
 
         Args:
-            before: set when the save to the same path that came before has ended.
-            turn: set here at the end.
+            turn: waits for the saves to the same path that came before; ended here.
             cancelled: if it is set, there is no commit; with several processes it is not looked
                 at, since they could not agree.
 
         Raises:
             SaveCancelledError: it was set.
         """
-        if before is not None:
-            before.wait()
+        turn.wait()
         try:
             _async.run(self._write())
             self.together.barrier("written")
@@ -274,7 +293,7 @@ class _Save:
                 self.staging.discard()
             raise
         finally:
-            turn.set()
+            turn.ended.set()
 
     async def _write(self) -> None:
         try:

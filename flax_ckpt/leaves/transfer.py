@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax._src.interpreters import pxla
+from jax.core import Tracer
 from numpy.typing import NDArray
 
 _put: Any = getattr(pxla, "batched_device_put", None)
@@ -25,6 +26,8 @@ def to_device(arrays: Sequence[NDArray[Any]]) -> list[jax.Array]:
         kind = array.shape, array.dtype
         if (like := first.get(kind)) is None:
             made: Any = jax.device_put(array)
+            if isinstance(made, Tracer):  # within `jit`, where it becomes a constant
+                return jax.device_put(list(arrays))
             first[kind] = made.aval, made.sharding, list(made.devices())
         else:
             aval, placed, devices = like

@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Iterable
 
 from etils import epath
@@ -63,13 +64,15 @@ class Staging:
         self._check_free()
 
     def _check_free(self) -> None:
+        if os.path.isfile(self.target):
+            raise CheckpointExistsError(
+                f"{self.target} is a file, which is not overwritten; save to another path"
+            )
         if os.path.lexists(self.target) and not self._overwrite:
             raise CheckpointExistsError(
                 f"{self.target} already exists; pass overwrite=True to replace it, or save to"
                 " another path"
             )
-        if os.path.isfile(self.target):
-            raise CheckpointExistsError(f"{self.target} is a file: it is not overwritten")
         there = os.listdir(self.target) if os.path.isdir(self.target) else []
         if there and not names.MARKS.intersection(there):
             raise CheckpointExistsError(
@@ -78,15 +81,33 @@ class Staging:
             )
 
     def create(self, directories: Iterable[str]) -> None:
-        """Makes the staging directory and those in it, after removing what a crash left there."""
-        _clear(self.path)
+        """Makes the staging directory and those in it, after removing what a crash left there.
+
+        Raises:
+            CheckpointExistsError: another process is saving to the target.
+        """
         files.make_directory(os.path.dirname(self.target))
-        for path in [self.path, *(os.path.join(self.path, name) for name in directories)]:
-            os.mkdir(path)
+        # It gets its name with the owner's in it, so that of two processes one finds the other's.
+        made = f"{self.path}-{uuid.uuid4().hex}"
+        os.mkdir(made)
+        files.write(
+            os.path.join(made, names.OWNER), f"{socket.gethostname()} {os.getpid()}".encode()
+        )
+        try:
+            if (pid := _running_owner(self.path)) not in (None, os.getpid()):
+                raise CheckpointExistsError(
+                    f"{self.target} is being saved by process {pid} of this machine, which still"
+                    " runs: save to another path, or end that process"
+                )
+            _clear(self.path)
+            os.rename(made, self.path)
+        except BaseException:
+            _clear(made)
+            raise
+        for name in directories:
+            os.mkdir(os.path.join(self.path, name))
         if self.mode is not None:  # for others; the owner goes on writing
             os.chmod(self.path, self.mode | 0o700)
-        owner = f"{socket.gethostname()} {os.getpid()}"
-        files.write(os.path.join(self.path, names.OWNER), owner.encode())
 
     def sync(self) -> None:
         """Makes all that is in the staging directory durable, whoever wrote it."""
@@ -150,15 +171,28 @@ def _exchange(source: str, target: str) -> None:
 
 def has_owner(path: str) -> bool:
     """Whether the process that makes a staging directory may still run, here or elsewhere."""
+    host, _ = _owner(path)
+    return host is not None and (host != socket.gethostname() or _running_owner(path) is not None)
+
+
+def _owner(path: str) -> tuple[str | None, int]:
     try:
         host, pid = files.read(os.path.join(path, names.OWNER)).decode().split()
-        if host == socket.gethostname():
-            os.kill(int(pid), 0)
-    except PermissionError:
-        return True  # another user's
+        return host, int(pid)
     except (OSError, ValueError):
-        return False
-    return True
+        return None, 0
+
+
+def _running_owner(path: str) -> int | None:
+    """The process of this machine that makes a staging directory; None: none that runs."""
+    host, pid = _owner(path)
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        pass  # another user's
+    except (OSError, OverflowError):
+        return None
+    return pid if host == socket.gethostname() else None
 
 
 def _clear(path: str) -> None:
