@@ -25,22 +25,10 @@ from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import ConfigError, FormatError, SaveFailedError, StateError
 from flax_ckpt.format import protos
-from flax_ckpt.storage import kinds
-from flax_ckpt.storage.paths import local_path
-from flax_ckpt.training import (
-    metadata,
-    name_formats,
-    preservation_policies,
-    save_decision_policies,
-    steps,
-)
+from flax_ckpt.training import metadata, steps
 from flax_ckpt.training import restore as restoring
-from flax_ckpt.training.save_decision_policies import (
-    DecisionContext,
-    SaveDecisionPolicy,
-    Step,
-    Steps,
-)
+from flax_ckpt.training import save_decision_policies as deciding
+from flax_ckpt.training.preservation_policies import LatestN
 from flax_ckpt.training.saver import Saver, step_number
 
 S = TypeVar("S")
@@ -102,19 +90,12 @@ class CheckpointCallback(Generic[S]):
                 "on_error must be 'raise' or 'warn' and keep_last at least 1 or None, got"
                 f" {on_error!r} and {keep_last!r}"
             )
-        kinds.require_root(local_path(directory))
         self._at_end = at_end
         self._on_error = on_error
         self._context = resolve(context)
         self._config = None if config is None else configs.to_message(config)
         save_policy, self._timer = _schedule(every_n_steps, every_secs)
-        self._saver = Saver(
-            directory,
-            self._context,
-            save_policy,
-            preservation_policies.LatestN(keep_last),
-            name_formats.of_run(directory),
-        )
+        self._saver = Saver(directory, self._context, save_policy, LatestN(keep_last))
         self.directory = self._saver.directory
         self._timer.start(self._saver.now())
         self._decided: tuple[int, bool] | None = None
@@ -126,8 +107,7 @@ class CheckpointCallback(Generic[S]):
     @property
     def latest_step(self) -> int | None:
         """The newest committed step, from what is on disk; None if there is none."""
-        found = steps.committed(self.directory)
-        return found[-1] if found else None
+        return max(steps.committed(self.directory), default=None)
 
     def restore_or_init(
         self,
@@ -154,20 +134,23 @@ class CheckpointCallback(Generic[S]):
         """
         self._saver.clean()
         if not steps.committed(self.directory) and step in ("latest", None):
-            state = like if init is None else init()
-            if init is None:
-                _require_concrete(like, self.directory)
-            return state, 0
+            if init is not None:
+                return init(), 0
+            if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
+                raise StateError(
+                    f"{self.directory} has no step to restore, and the state given is abstract:"
+                    " pass init=, a function that makes the first state"
+                )
+            return like, 0
         out = restoring.restore(self.directory, like, step=step, context=self._context)
         assert out.step is not None
         self._log_config_changes(out.config_text)
-        if (counted := _other_count(out.step, out.state)) is not None:
-            logger.warning(
-                "step %d was restored, but the state counts %d updates: if it was saved under the"
-                " index of its last update, go on from `int(state.step)`",
-                out.step,
-                counted,
-            )
+        _warn_of_other_count(
+            out.step,
+            out.state,
+            "step %d was restored, but the state counts %d updates: if it was saved under the"
+            " index of its last update, go on from `int(state.step)`",
+        )
         self._last_step = out.step
         self._begin(out.step)
         self._timer.start(self._saver.now())
@@ -234,33 +217,23 @@ class CheckpointCallback(Generic[S]):
         step = step_number(step)
         self.wait()
         if not self._superseded:
-            self._supersede()
+            if self._saver.hosts.is_primary:
+                steps.supersede(self.directory, self._after)
+            self._saver.hosts.barrier("superseded")
+            self._superseded = True
         parts = {name: tree for name, tree in states.split(state).items() if tree is not None}
         trees = list(parts)
         if self._config is not None:
             parts[restoring.CONFIG] = self._config
         if metrics is not None:
             metrics = {name: metadata.number(name, value) for name, value in metrics.items()}
-        self._saver.save(step, parts, trees=trees, metrics=metrics)
+        self._saver.save(step, parts, trees, force=True, metrics=metrics)
         self._last_step = step
-        self._warn_of_other_step(step, state)
-
-    def _supersede(self) -> None:
-        if self._saver.hosts.is_primary:
-            steps.supersede(self.directory, self._after)
-        self._saver.hosts.barrier("superseded")
-        self._superseded = True
-
-    def _warn_of_other_step(self, step: int, state: S) -> None:
-        counted = None if self._warned else _other_count(step, state)
-        if counted is None:
-            return
-        self._warned = True
-        logger.warning(
+        self._warned = self._warned or _warn_of_other_count(
+            step,
+            state,
             "step %d is saved, but the state counts %d updates: pass the number of completed"
             " updates, `i + 1` in `for i in range(…)`",
-            step,
-            counted,
         )
 
     def wait(self) -> None:
@@ -335,14 +308,16 @@ class _Timer:
         """The run begins now, in ns since the epoch."""
         self.since = datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
 
-    def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
+    def should_save(
+        self, step: deciding.Step, previous_steps: deciding.Steps, *, context: Any
+    ) -> bool:
         last = previous_steps[-1].time if previous_steps else self.since
         return (step.time - max(last, self.since)).total_seconds() >= self.secs
 
 
 def _schedule(
     every_n_steps: int | None, every_secs: float | None
-) -> tuple[SaveDecisionPolicy, _Timer]:
+) -> tuple[deciding.SaveDecisionPolicy, _Timer]:
     if every_n_steps is not None and every_n_steps < 1:
         raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
     if every_secs is not None and not every_secs > 0:
@@ -350,23 +325,14 @@ def _schedule(
     timer = _Timer(600.0 if every_secs is None else every_secs)
     if every_n_steps is None:
         return timer, timer
-    fixed = save_decision_policies.FixedIntervalPolicy(every_n_steps)
-    if every_secs is None:
-        return fixed, timer
-    return save_decision_policies.AnySavePolicy([fixed, timer]), timer
+    fixed = deciding.FixedIntervalPolicy(every_n_steps)
+    return (fixed if every_secs is None else deciding.AnySavePolicy([fixed, timer])), timer
 
 
-def _require_concrete(like: Any, directory: str) -> None:
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
-        raise StateError(
-            f"{directory} has no step to restore, and the state given is abstract: pass"
-            " init=, a function that makes the first state"
-        )
-
-
-def _other_count(step: int, state: Any) -> int | None:
-    """The number of updates that a state counts, if it is another than its step."""
+def _warn_of_other_count(step: int, state: Any, message: str) -> bool:
+    """Warns if a state counts another number of updates than its step, and says whether."""
     counted = states.step_of(state)
     if counted is None or np.ndim(counted) or int(counted) == step:
-        return None
-    return int(counted)
+        return False
+    logger.warning(message, step, counted)
+    return True

@@ -79,9 +79,9 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
     @functools.cached_property
     def time(self) -> datetime.datetime:
         """When the step was committed, in UTC; if nobody wrote it down, the directory's time."""
-        nsecs = self.commit_timestamp_nsecs
-        seconds = os.stat(self.path).st_mtime if nsecs is None else nsecs / 1e9
-        return datetime.datetime.fromtimestamp(seconds, tz=datetime.UTC)
+        if self.commit_timestamp is not None:
+            return self.commit_timestamp
+        return datetime.datetime.fromtimestamp(os.stat(self.path).st_mtime, tz=datetime.UTC)
 
     def __repr__(self) -> str:
         return (
@@ -101,15 +101,9 @@ def of_step(
     found: CheckpointMetadata[None], described: _metadata.CheckpointMetadata[T]
 ) -> CheckpointMetadata[T]:
     """What a step looks like, with its number and metrics."""
-    return CheckpointMetadata(
-        found.step,
-        described.path,
-        metadata=described.metadata,
-        init_timestamp_nsecs=described.init_timestamp_nsecs,
-        commit_timestamp_nsecs=described.commit_timestamp_nsecs,
-        custom_metadata=described.custom_metadata,
-        metrics=found.metrics,
-    )
+    step: Any = listed(found.step, found.path)
+    vars(step).update(vars(described), metrics=found.metrics)
+    return step
 
 
 def _read_metrics(path: str) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, final, runtime_checkable
@@ -108,11 +109,8 @@ class LatestDuration:
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
-        kept: list[bool] = []
-        for checkpoint in checkpoints:
-            young = checkpoints[-1].time - checkpoint.time <= self.duration
-            kept.append(young or (bool(kept) and kept[-1]))
-        return kept
+        young = (checkpoints[-1].time - step.time <= self.duration for step in checkpoints)
+        return list(itertools.accumulate(young, max))
 
 
 @final

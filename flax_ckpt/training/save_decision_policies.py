@@ -55,13 +55,7 @@ class SaveDecisionPolicy(Protocol):
     True
     """
 
-    def should_save(
-        self,
-        step: Step,
-        previous_steps: Steps,
-        *,
-        context: DecisionContext,
-    ) -> bool:
+    def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
         """Whether to save.
 
         Args:
