@@ -29,6 +29,7 @@ from flax_ckpt.training import metadata, steps
 from flax_ckpt.training import restore as restoring
 from flax_ckpt.training import save_decision_policies as deciding
 from flax_ckpt.training.preservation_policies import LatestN
+from flax_ckpt.training.save_decision_policies import SaveDecisionPolicy, Step, Steps
 from flax_ckpt.training.saver import Saver, step_number
 
 S = TypeVar("S")
@@ -99,7 +100,6 @@ class CheckpointCallback(Generic[S]):
         self.directory = self._saver.directory
         self._timer.start(self._saver.now())
         self._decided: tuple[int, bool] | None = None
-        self._last_step: int | None = None
         self._seen: tuple[int, S, Mapping[str, Any] | None] | None = None
         self._after = -1
         self._begun = self._warned = self._superseded = False
@@ -145,13 +145,7 @@ class CheckpointCallback(Generic[S]):
         out = restoring.restore(self.directory, like, step=step, context=self._context)
         assert out.step is not None
         self._log_config_changes(out.config_text)
-        _warn_of_other_count(
-            out.step,
-            out.state,
-            "step %d was restored, but the state counts %d updates: if it was saved under the"
-            " index of its last update, go on from `int(state.step)`",
-        )
-        self._last_step = out.step
+        _warn_of_other_count(out.step, "was restored", out.state)
         self._begin(out.step)
         self._timer.start(self._saver.now())
         return out.state, out.step
@@ -206,12 +200,15 @@ class CheckpointCallback(Generic[S]):
         """
         self._guard(self._saver.notice)
         self._seen = step, state, metrics
-        if not (self.should_save(step) or force) or step == self._last_step:
+        if not (self.should_save(step) or force) or self._is_saved(step):
             return False
         self._save(step, state, metrics)
         return True
 
     __call__ = on_step_end
+
+    def _is_saved(self, step: int) -> bool:
+        return any(saved.step == step for saved in self._saver.history)
 
     def _save(self, step: int, state: S, metrics: Mapping[str, Any] | None) -> None:
         step = step_number(step)
@@ -228,13 +225,7 @@ class CheckpointCallback(Generic[S]):
         if metrics is not None:
             metrics = {name: metadata.number(name, value) for name, value in metrics.items()}
         self._saver.save(step, parts, trees, force=True, metrics=metrics)
-        self._last_step = step
-        self._warned = self._warned or _warn_of_other_count(
-            step,
-            state,
-            "step %d is saved, but the state counts %d updates: pass the number of completed"
-            " updates, `i + 1` in `for i in range(…)`",
-        )
+        self._warned = self._warned or _warn_of_other_count(step, "is saved", state)
 
     def wait(self) -> None:
         """Returns when the save in flight is durable.
@@ -249,7 +240,6 @@ class CheckpointCallback(Generic[S]):
         try:
             wait()
         except SaveFailedError as failure:
-            self._last_step = self._saver.history[-1].step if self._saver.history else None
             if self._on_error == "raise":
                 raise
             logger.warning("%s", failure, exc_info=failure.__cause__)
@@ -265,7 +255,7 @@ class CheckpointCallback(Generic[S]):
             self.wait()
         except SaveFailedError as error:
             failure = error  # told when the last state is safe
-        if self._seen is not None and self._at_end and self._seen[0] != self._last_step:
+        if self._seen is not None and self._at_end and not self._is_saved(self._seen[0]):
             self._save(*self._seen)
             self.wait()
         self._seen = None
@@ -308,16 +298,14 @@ class _Timer:
         """The run begins now, in ns since the epoch."""
         self.since = datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
 
-    def should_save(
-        self, step: deciding.Step, previous_steps: deciding.Steps, *, context: Any
-    ) -> bool:
+    def should_save(self, step: Step, previous_steps: Steps, *, context: Any) -> bool:
         last = previous_steps[-1].time if previous_steps else self.since
         return (step.time - max(last, self.since)).total_seconds() >= self.secs
 
 
 def _schedule(
     every_n_steps: int | None, every_secs: float | None
-) -> tuple[deciding.SaveDecisionPolicy, _Timer]:
+) -> tuple[SaveDecisionPolicy, _Timer]:
     if every_n_steps is not None and every_n_steps < 1:
         raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
     if every_secs is not None and not every_secs > 0:
@@ -329,10 +317,18 @@ def _schedule(
     return (fixed if every_secs is None else deciding.AnySavePolicy([fixed, timer])), timer
 
 
-def _warn_of_other_count(step: int, state: Any, message: str) -> bool:
+_ADVICE = {
+    "was restored": "if it was saved under the index of its last update, go on from"
+    " `int(state.step)`",
+    "is saved": "pass the number of completed updates, `i + 1` in `for i in range(…)`",
+}
+
+
+def _warn_of_other_count(step: int, event: str, state: Any) -> bool:
     """Warns if a state counts another number of updates than its step, and says whether."""
     counted = states.step_of(state)
     if counted is None or np.ndim(counted) or int(counted) == step:
         return False
-    logger.warning(message, step, counted)
+    text = "step %d %s, but the state counts %d updates: %s"
+    logger.warning(text, step, event, counted, _ADVICE[event])
     return True

@@ -19,12 +19,9 @@ from flax_ckpt.context import Context, applied, resolve
 from flax_ckpt.errors import SaveFailedError, StepNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import files
-from flax_ckpt.training import (
-    metadata,
-    name_formats,
-    preservation_policies,
-    save_decision_policies,
-)
+from flax_ckpt.training import metadata, name_formats
+from flax_ckpt.training import preservation_policies as preserving
+from flax_ckpt.training import save_decision_policies as deciding
 from flax_ckpt.training.metadata import CheckpointMetadata, RootMetadata
 from flax_ckpt.training.name_formats import NameFormat, PathLike
 from flax_ckpt.training.saver import Saver, step_number
@@ -69,8 +66,8 @@ class Checkpointer:
         directory: PathLike,
         *,
         context: Context | None = None,
-        save_decision_policy: save_decision_policies.SaveDecisionPolicy | None = None,
-        preservation_policy: preservation_policies.PreservationPolicy | None = None,
+        save_decision_policy: deciding.SaveDecisionPolicy | None = None,
+        preservation_policy: preserving.PreservationPolicy | None = None,
         step_name_format: NameFormat[CheckpointMetadata[None]] | None = None,
         custom_metadata: dict[str, Any] | None = None,
         cleanup_tmp_directories: bool = False,
@@ -80,8 +77,8 @@ class Checkpointer:
         self._saver = Saver(
             directory,
             self._context,
-            save_decision_policy or save_decision_policies.AS_OFTEN_AS_POSSIBLE,
-            preservation_policy or preservation_policies.PreserveAll(),
+            save_decision_policy or deciding.AS_OFTEN_AS_POSSIBLE,
+            preservation_policy or preserving.PreserveAll(),
             step_name_format or name_formats.standard_name_format(),
         )
         self._root = self._saver.directory

@@ -73,8 +73,18 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any] | None:
-        """What was given to `save`, or None."""
-        return _read_metrics(os.fspath(self.path))
+        """What was given to `save`, or None.
+
+        Those of an old step that is damaged must not stop a run that goes on saving: a warning.
+        """
+        path = os.fspath(self.path)
+        try:
+            record = Record(os.path.join(path, names.METRICS))
+            if record.lists(names.METRICS_FILE):
+                return jsons.parse_object(record.read(names.METRICS_FILE), record.directory)
+        except FormatError as error:
+            logger.warning("the metrics of %s cannot be read: %s", path, error)
+        return None
 
     @functools.cached_property
     def time(self) -> datetime.datetime:
@@ -104,21 +114,6 @@ def of_step(
     step: Any = listed(found.step, found.path)
     vars(step).update(vars(described), metrics=found.metrics)
     return step
-
-
-def _read_metrics(path: str) -> dict[str, Any] | None:
-    """The metrics that were saved with a step, or None.
-
-    Those of an old step that is damaged must not stop a run that goes on saving: a warning.
-    """
-    try:
-        record = Record(os.path.join(path, names.METRICS))
-        if not record.lists(names.METRICS_FILE):
-            return None
-        return jsons.parse_object(record.read(names.METRICS_FILE), record.directory)
-    except FormatError as error:
-        logger.warning("the metrics of %s cannot be read: %s", path, error)
-        return None
 
 
 def to_json(value: Any, name: str = "") -> Any:

@@ -244,10 +244,8 @@ class BestN:
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
-        if self.n is None or len(checkpoints) <= self.n:
-            return [True] * len(checkpoints)
-        if self.n == 0:
-            return [False] * len(checkpoints)
+        if self.n is None or not 0 < self.n < len(checkpoints):
+            return [self.n != 0] * len(checkpoints)
         measured = [i for i, c in enumerate(checkpoints) if c.metrics is not None]
         ranked = sorted(measured, key=lambda i: self._worth(checkpoints[i].metrics))
         best = set(ranked[-self.n :])
@@ -256,9 +254,7 @@ class BestN:
 
     def _worth(self, metrics: Any) -> tuple[bool, float]:
         value = float(self.get_metric_fn(metrics))
-        if math.isnan(value):
-            return False, 0.0
-        return True, -value if self.reverse else value
+        return not math.isnan(value), -value if self.reverse else value
 
 
 @final
