@@ -306,8 +306,7 @@ class _Timer:
 def _schedule(
     every_n_steps: int | None, every_secs: float | None
 ) -> tuple[SaveDecisionPolicy, _Timer]:
-    if every_n_steps is not None and every_n_steps < 1:
-        raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+    steps.require_at_least(1, every_n_steps=every_n_steps)
     if every_secs is not None and not every_secs > 0:
         raise ValueError(f"every_secs must be positive, got {every_secs}")
     timer = _Timer(600.0 if every_secs is None else every_secs)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from flax_ckpt.training.metadata import CheckpointMetadata
-from flax_ckpt.training.steps import PathLike, StandardNameFormat
+from flax_ckpt.training.steps import PathLike, StandardNameFormat, require_at_least
 
 M_co = TypeVar("M_co", covariant=True, bound=CheckpointMetadata[Any])
 
@@ -78,10 +78,7 @@ def standard_name_format(
     """
     if step_prefix is not None and step_prefix != os.path.basename(step_prefix):
         raise ValueError(f"step_prefix is part of a directory's name, got {step_prefix!r}")
-    if step_format_fixed_length is not None and step_format_fixed_length < 1:
-        raise ValueError(
-            f"step_format_fixed_length must be at least 1, got {step_format_fixed_length}"
-        )
+    require_at_least(1, step_format_fixed_length=step_format_fixed_length)
     return StandardNameFormat(step_prefix or "", step_format_fixed_length or 1)
 
 

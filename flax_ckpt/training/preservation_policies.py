@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, final, runtime_checkable
 
 from flax_ckpt.training.metadata import CheckpointMetadata
+from flax_ckpt.training.steps import require_at_least
 
 Checkpoints = Sequence[CheckpointMetadata[Any]]
 
@@ -86,7 +87,7 @@ class LatestN:
     n: int | None = None
 
     def __post_init__(self) -> None:
-        _require_at_least(0, n=self.n)
+        require_at_least(0, n=self.n)
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
@@ -153,7 +154,7 @@ class EveryNSteps:
     max_to_keep: int | None = None
 
     def __post_init__(self) -> None:
-        _require_at_least(1, interval_steps=self.interval_steps, max_to_keep=self.max_to_keep)
+        require_at_least(1, interval_steps=self.interval_steps, max_to_keep=self.max_to_keep)
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
@@ -182,7 +183,7 @@ class EveryNStepsClosest:
     max_to_keep: int | None = None
 
     def __post_init__(self) -> None:
-        _require_at_least(1, interval_steps=self.interval_steps, max_to_keep=self.max_to_keep)
+        require_at_least(1, interval_steps=self.interval_steps, max_to_keep=self.max_to_keep)
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
@@ -240,7 +241,7 @@ class BestN:
     keep_checkpoints_without_metrics: bool = True
 
     def __post_init__(self) -> None:
-        _require_at_least(0, n=self.n)
+        require_at_least(0, n=self.n)
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
@@ -275,12 +276,6 @@ class AnyPreservationPolicy:
         """See :class:`PreservationPolicy`."""
         kept = [policy.should_preserve(checkpoints, context=context) for policy in self.policies]
         return [any(each[i] for each in kept) for i in range(len(checkpoints))]
-
-
-def _require_at_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _latest(kept: list[bool], n: int | None) -> list[bool]:

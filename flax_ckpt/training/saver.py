@@ -201,7 +201,7 @@ class Saver:
         )
         replaced = [other for other in self.history if other.step == step]
         self.history = sorted([*self._without(step), self._current], key=_BY_STEP)
-        blocked = time.perf_counter() - began
+        blocked = f"blocked {progress.duration(time.perf_counter() - began)}"
 
         def finish(_: bool) -> None:
             seconds = time.perf_counter() - began

@@ -155,3 +155,10 @@ def clean(root: str, build_name: Callable[[int], str]) -> None:
         path = os.path.join(root, entry)
         if ours and not commit.has_owner(path):
             commit.remove_left_over(path)
+
+
+def require_at_least(least: int, **values: int | None) -> None:
+    """Checks numbers that are parameters, each under its name; None stands for no limit."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
