@@ -35,8 +35,7 @@ def merge(like: S, parts: Mapping[str, Any]) -> S:
     values |= parts.get(TRAIN_STATE, {})
     state: Any = like
     if isinstance(like, Mapping):
-        mapping = cast("Mapping[str, Any]", like)
-        return cast(S, type(mapping)({**mapping, **values}))  # type: ignore[call-arg]
+        return type(state)({**fields(state), **values})
     if hasattr(state, "_replace"):
         return state._replace(**values)
     return dataclasses.replace(state, **values)

@@ -25,22 +25,11 @@ from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import ConfigError, FormatError, SaveFailedError, StateError
 from flax_ckpt.format import protos
-from flax_ckpt.storage import kinds
-from flax_ckpt.storage.files import local_path
-from flax_ckpt.training import (
-    metadata,
-    name_formats,
-    preservation_policies,
-    save_decision_policies,
-    steps,
-)
+from flax_ckpt.training import metadata, steps
 from flax_ckpt.training import restore as restoring
-from flax_ckpt.training.save_decision_policies import (
-    DecisionContext,
-    SaveDecisionPolicy,
-    Step,
-    Steps,
-)
+from flax_ckpt.training import save_decision_policies as deciding
+from flax_ckpt.training.preservation_policies import LatestN
+from flax_ckpt.training.save_decision_policies import SaveDecisionPolicy, Step, Steps
 from flax_ckpt.training.saver import Saver, step_number
 
 S = TypeVar("S")
@@ -102,23 +91,15 @@ class CheckpointCallback(Generic[S]):
                 "on_error must be 'raise' or 'warn' and keep_last at least 1 or None, got"
                 f" {on_error!r} and {keep_last!r}"
             )
-        kinds.require_root(local_path(directory))
         self._at_end = at_end
         self._on_error = on_error
         self._context = resolve(context)
         self._config = None if config is None else configs.to_message(config)
         save_policy, self._timer = _schedule(every_n_steps, every_secs)
-        self._saver = Saver(
-            directory,
-            self._context,
-            save_policy,
-            preservation_policies.LatestN(keep_last),
-            name_formats.of_run(directory),
-        )
+        self._saver = Saver(directory, self._context, save_policy, LatestN(keep_last))
         self.directory = self._saver.directory
         self._timer.start(self._saver.now())
         self._decided: tuple[int, bool] | None = None
-        self._last_step: int | None = None
         self._seen: tuple[int, S, Mapping[str, Any] | None] | None = None
         self._after = -1
         self._begun = self._warned = self._superseded = False
@@ -126,8 +107,7 @@ class CheckpointCallback(Generic[S]):
     @property
     def latest_step(self) -> int | None:
         """The newest committed step, from what is on disk; None if there is none."""
-        found = steps.committed(self.directory)
-        return found[-1] if found else None
+        return max(steps.committed(self.directory), default=None)
 
     def restore_or_init(
         self,
@@ -154,21 +134,18 @@ class CheckpointCallback(Generic[S]):
         """
         self._saver.clean()
         if not steps.committed(self.directory) and step in ("latest", None):
-            state = like if init is None else init()
-            if init is None:
-                _require_concrete(like, self.directory)
-            return state, 0
+            if init is not None:
+                return init(), 0
+            if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
+                raise StateError(
+                    f"{self.directory} has no step to restore, and the state given is abstract:"
+                    " pass init=, a function that makes the first state"
+                )
+            return like, 0
         out = restoring.restore(self.directory, like, step=step, context=self._context)
         assert out.step is not None
         self._log_config_changes(out.config_text)
-        if (counted := _other_count(out.step, out.state)) is not None:
-            logger.warning(
-                "step %d was restored, but the state counts %d updates: if it was saved under the"
-                " index of its last update, go on from `int(state.step)`",
-                out.step,
-                counted,
-            )
-        self._last_step = out.step
+        _warn_of_other_count(out.step, "was restored", out.state)
         self._begin(out.step)
         self._timer.start(self._saver.now())
         return out.state, out.step
@@ -223,45 +200,32 @@ class CheckpointCallback(Generic[S]):
         """
         self._guard(self._saver.notice)
         self._seen = step, state, metrics
-        if not (self.should_save(step) or force) or step == self._last_step:
+        if not (self.should_save(step) or force) or self._is_saved(step):
             return False
         self._save(step, state, metrics)
         return True
 
     __call__ = on_step_end
 
+    def _is_saved(self, step: int) -> bool:
+        return any(saved.step == step for saved in self._saver.history)
+
     def _save(self, step: int, state: S, metrics: Mapping[str, Any] | None) -> None:
         step = step_number(step)
         self.wait()
         if not self._superseded:
-            self._supersede()
+            if self._saver.hosts.is_primary:
+                steps.supersede(self.directory, self._after)
+            self._saver.hosts.barrier("superseded")
+            self._superseded = True
         parts = {name: tree for name, tree in states.split(state).items() if tree is not None}
         trees = list(parts)
         if self._config is not None:
             parts[restoring.CONFIG] = self._config
         if metrics is not None:
             metrics = {name: metadata.number(name, value) for name, value in metrics.items()}
-        self._saver.save(step, parts, trees=trees, metrics=metrics)
-        self._last_step = step
-        self._warn_of_other_step(step, state)
-
-    def _supersede(self) -> None:
-        if self._saver.hosts.is_primary:
-            steps.supersede(self.directory, self._after)
-        self._saver.hosts.barrier("superseded")
-        self._superseded = True
-
-    def _warn_of_other_step(self, step: int, state: S) -> None:
-        counted = None if self._warned else _other_count(step, state)
-        if counted is None:
-            return
-        self._warned = True
-        logger.warning(
-            "step %d is saved, but the state counts %d updates: pass the number of completed"
-            " updates, `i + 1` in `for i in range(…)`",
-            step,
-            counted,
-        )
+        self._saver.save(step, parts, trees, force=True, metrics=metrics)
+        self._warned = self._warned or _warn_of_other_count(step, "is saved", state)
 
     def wait(self) -> None:
         """Returns when the save in flight is durable.
@@ -276,7 +240,6 @@ class CheckpointCallback(Generic[S]):
         try:
             wait()
         except SaveFailedError as failure:
-            self._last_step = self._saver.history[-1].step if self._saver.history else None
             if self._on_error == "raise":
                 raise
             logger.warning("%s", failure, exc_info=failure.__cause__)
@@ -292,7 +255,7 @@ class CheckpointCallback(Generic[S]):
             self.wait()
         except SaveFailedError as error:
             failure = error  # told when the last state is safe
-        if self._seen is not None and self._at_end and self._seen[0] != self._last_step:
+        if self._seen is not None and self._at_end and not self._is_saved(self._seen[0]):
             self._save(*self._seen)
             self.wait()
         self._seen = None
@@ -335,7 +298,7 @@ class _Timer:
         """The run begins now, in ns since the epoch."""
         self.since = datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
 
-    def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
+    def should_save(self, step: Step, previous_steps: Steps, *, context: Any) -> bool:
         last = previous_steps[-1].time if previous_steps else self.since
         return (step.time - max(last, self.since)).total_seconds() >= self.secs
 
@@ -343,30 +306,28 @@ class _Timer:
 def _schedule(
     every_n_steps: int | None, every_secs: float | None
 ) -> tuple[SaveDecisionPolicy, _Timer]:
-    if every_n_steps is not None and every_n_steps < 1:
-        raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+    steps.require_at_least(1, every_n_steps=every_n_steps)
     if every_secs is not None and not every_secs > 0:
         raise ValueError(f"every_secs must be positive, got {every_secs}")
     timer = _Timer(600.0 if every_secs is None else every_secs)
     if every_n_steps is None:
         return timer, timer
-    fixed = save_decision_policies.FixedIntervalPolicy(every_n_steps)
-    if every_secs is None:
-        return fixed, timer
-    return save_decision_policies.AnySavePolicy([fixed, timer]), timer
+    fixed = deciding.FixedIntervalPolicy(every_n_steps)
+    return (fixed if every_secs is None else deciding.AnySavePolicy([fixed, timer])), timer
 
 
-def _require_concrete(like: Any, directory: str) -> None:
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
-        raise StateError(
-            f"{directory} has no step to restore, and the state given is abstract: pass"
-            " init=, a function that makes the first state"
-        )
+_ADVICE = {
+    "was restored": "if it was saved under the index of its last update, go on from"
+    " `int(state.step)`",
+    "is saved": "pass the number of completed updates, `i + 1` in `for i in range(…)`",
+}
 
 
-def _other_count(step: int, state: Any) -> int | None:
-    """The number of updates that a state counts, if it is another than its step."""
+def _warn_of_other_count(step: int, event: str, state: Any) -> bool:
+    """Warns if a state counts another number of updates than its step, and says whether."""
     counted = states.step_of(state)
     if counted is None or np.ndim(counted) or int(counted) == step:
-        return None
-    return int(counted)
+        return False
+    text = "step %d %s, but the state counts %d updates: %s"
+    logger.warning(text, step, event, counted, _ADVICE[event])
+    return True

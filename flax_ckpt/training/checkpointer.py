@@ -8,7 +8,7 @@ with fc.training.Checkpointer(root, save_decision_policy=every_1000) as checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from etils import epath
@@ -19,12 +19,9 @@ from flax_ckpt.context import Context, applied, resolve
 from flax_ckpt.errors import SaveFailedError, StepNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import files
-from flax_ckpt.training import (
-    metadata,
-    name_formats,
-    preservation_policies,
-    save_decision_policies,
-)
+from flax_ckpt.training import metadata, name_formats
+from flax_ckpt.training import preservation_policies as preserving
+from flax_ckpt.training import save_decision_policies as deciding
 from flax_ckpt.training.metadata import CheckpointMetadata, RootMetadata
 from flax_ckpt.training.name_formats import NameFormat, PathLike
 from flax_ckpt.training.saver import Saver, step_number
@@ -69,21 +66,20 @@ class Checkpointer:
         directory: PathLike,
         *,
         context: Context | None = None,
-        save_decision_policy: save_decision_policies.SaveDecisionPolicy | None = None,
-        preservation_policy: preservation_policies.PreservationPolicy | None = None,
+        save_decision_policy: deciding.SaveDecisionPolicy | None = None,
+        preservation_policy: preserving.PreservationPolicy | None = None,
         step_name_format: NameFormat[CheckpointMetadata[None]] | None = None,
         custom_metadata: dict[str, Any] | None = None,
         cleanup_tmp_directories: bool = False,
         lightweight_initialize: bool = False,
     ) -> None:
         self._context = resolve(context)
-        name_format = step_name_format or name_formats.standard_name_format()
         self._saver = Saver(
             directory,
             self._context,
-            save_decision_policy or save_decision_policies.AS_OFTEN_AS_POSSIBLE,
-            preservation_policy or preservation_policies.PreserveAll(),
-            name_format,
+            save_decision_policy or deciding.AS_OFTEN_AS_POSSIBLE,
+            preservation_policy or preserving.PreserveAll(),
+            step_name_format or name_formats.standard_name_format(),
         )
         self._root = self._saver.directory
         if self._saver.hosts.is_primary:
@@ -101,8 +97,7 @@ class Checkpointer:
     @property
     def latest(self) -> CheckpointMetadata[None] | None:
         """The newest committed step, from what is on disk; None if there is none."""
-        found = self._saver.committed()
-        return found[-1] if found else None
+        return max(self.checkpoints, key=lambda found: found.step, default=None)
 
     @property
     def checkpoints(self) -> Sequence[CheckpointMetadata[None]]:
@@ -150,7 +145,8 @@ class Checkpointer:
             UnsupportedLeafError, DuplicateNameError, OSError: as :func:`flax_ckpt.save`.
         """
         parts = {checkpointable_name: state}
-        response = self._save(step, parts, parts, force, overwrite, metrics, custom_metadata)
+        save = self._saver.save
+        response = save(step, parts, parts, force, overwrite, metrics, custom_metadata)
         return response is not None and response.result()
 
     def save_async(
@@ -166,7 +162,7 @@ class Checkpointer:
     ) -> AsyncResponse[bool] | None:
         """Saves one PyTree in the background; None if the policy says no. See :meth:`save`."""
         parts = {checkpointable_name: state}
-        return self._save(step, parts, parts, force, overwrite, metrics, custom_metadata)
+        return self._saver.save(step, parts, parts, force, overwrite, metrics, custom_metadata)
 
     def save_checkpointables(
         self,
@@ -180,7 +176,7 @@ class Checkpointer:
     ) -> bool:
         """Saves several checkpointables as a step, if the policy says so; see :meth:`save`."""
         parts = checkpointables
-        response = self._save(step, parts, (), force, overwrite, metrics, custom_metadata)
+        response = self._saver.save(step, parts, (), force, overwrite, metrics, custom_metadata)
         return response is not None and response.result()
 
     def save_checkpointables_async(
@@ -194,34 +190,8 @@ class Checkpointer:
         custom_metadata: dict[str, Any] | None = None,
     ) -> AsyncResponse[bool] | None:
         """Saves several checkpointables in the background; None if the policy says no."""
-        return self._save(step, checkpointables, (), force, overwrite, metrics, custom_metadata)
-
-    def _save(
-        self,
-        step: int,
-        parts: Mapping[str, Any],
-        trees: Collection[str],
-        force: bool,
-        overwrite: bool,
-        metrics: dict[str, Any] | None,
-        custom_metadata: dict[str, Any] | None,
-    ) -> AsyncResponse[bool] | None:
-        step = step_number(step)
-        reserved = names.RESERVED.intersection(parts)
-        if reserved:
-            raise ValueError(f"{min(reserved)!r} is a reserved name; call it something else")
-        self._saver.notice()
-        if not overwrite:
-            self._saver.require_new(step)
-        if not force and not self._saver.is_due(step, besides=step if overwrite else None):
-            return None
         return self._saver.save(
-            step,
-            parts,
-            trees=trees,
-            metrics=None if metrics is None else metadata.to_json(metrics),
-            overwrite=overwrite,
-            custom_metadata=custom_metadata,
+            step, checkpointables, (), force, overwrite, metrics, custom_metadata
         )
 
     def load(
@@ -319,14 +289,16 @@ class Checkpointer:
 
         Args:
             step: its number or metadata.
-            checkpointable_name: must be None: the whole step.
-            missing_ok: whether a step that is not there is no error.
+            checkpointable_name: which of its checkpointables; None: the whole step.
+            missing_ok: whether it is no error that there is nothing to delete.
 
         Returns:
-            Whether there was one.
+            Whether there was something.
 
         Raises:
             StepNotFoundError: says which steps there are.
+            CheckpointNotFoundError: the step has no such checkpointable.
+            ValueError: the name cannot be one, or is that of the only checkpointable.
         """
         name = checkpointable_name
         return self.delete_async(step, checkpointable_name=name, missing_ok=missing_ok).result()
@@ -334,11 +306,7 @@ class Checkpointer:
     def delete_async(
         self, step: Step, *, checkpointable_name: str | None = None, missing_ok: bool = False
     ) -> AsyncResponse[bool]:
-        """Deletes a step; it leaves the listing at once, its bytes go in the background."""
-        if checkpointable_name is not None:
-            raise ValueError(
-                f"checkpointable_name={checkpointable_name!r}: a Checkpointer deletes whole steps"
-            )
+        """Deletes in the background; it leaves the listing at once. See :meth:`delete`."""
         self.wait()
         try:
             found = self._saver.find(step)
@@ -346,7 +314,7 @@ class Checkpointer:
             if not missing_ok:
                 raise
             return AsyncResponse(lambda: False, f"deletion of step {step}")
-        return self._saver.delete(found)
+        return self._saver.delete(found, checkpointable_name, missing_ok)
 
     def cancel(self, step: Step | None = None) -> None:
         """Ends the save in flight; it leaves nothing, unless it was committed just before.

@@ -73,15 +73,25 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any] | None:
-        """What was given to `save`, or None."""
-        return _read_metrics(os.fspath(self.path))
+        """What was given to `save`, or None.
+
+        Those of an old step that is damaged must not stop a run that goes on saving: a warning.
+        """
+        path = os.fspath(self.path)
+        try:
+            record = Record(os.path.join(path, names.METRICS))
+            if record.lists(names.METRICS_FILE):
+                return jsons.parse_object(record.read(names.METRICS_FILE), record.directory)
+        except FormatError as error:
+            logger.warning("the metrics of %s cannot be read: %s", path, error)
+        return None
 
     @functools.cached_property
     def time(self) -> datetime.datetime:
         """When the step was committed, in UTC; if nobody wrote it down, the directory's time."""
-        nsecs = self.commit_timestamp_nsecs
-        seconds = os.stat(self.path).st_mtime if nsecs is None else nsecs / 1e9
-        return datetime.datetime.fromtimestamp(seconds, tz=datetime.UTC)
+        if self.commit_timestamp is not None:
+            return self.commit_timestamp
+        return datetime.datetime.fromtimestamp(os.stat(self.path).st_mtime, tz=datetime.UTC)
 
     def __repr__(self) -> str:
         return (
@@ -101,30 +111,9 @@ def of_step(
     found: CheckpointMetadata[None], described: _metadata.CheckpointMetadata[T]
 ) -> CheckpointMetadata[T]:
     """What a step looks like, with its number and metrics."""
-    return CheckpointMetadata(
-        found.step,
-        described.path,
-        metadata=described.metadata,
-        init_timestamp_nsecs=described.init_timestamp_nsecs,
-        commit_timestamp_nsecs=described.commit_timestamp_nsecs,
-        custom_metadata=described.custom_metadata,
-        metrics=found.metrics,
-    )
-
-
-def _read_metrics(path: str) -> dict[str, Any] | None:
-    """The metrics that were saved with a step, or None.
-
-    Those of an old step that is damaged must not stop a run that goes on saving: a warning.
-    """
-    try:
-        record = Record(os.path.join(path, names.METRICS))
-        if not record.lists(names.METRICS_FILE):
-            return None
-        return jsons.parse_object(record.read(names.METRICS_FILE), record.directory)
-    except FormatError as error:
-        logger.warning("the metrics of %s cannot be read: %s", path, error)
-        return None
+    step: Any = listed(found.step, found.path)
+    vars(step).update(vars(described), metrics=found.metrics)
+    return step
 
 
 def to_json(value: Any, name: str = "") -> Any:

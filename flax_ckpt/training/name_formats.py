@@ -8,21 +8,15 @@ fc.training.Checkpointer(root, step_name_format=both)  # reads `23` too, writes 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from etils import epath
+from flax_ckpt.training.metadata import CheckpointMetadata
+from flax_ckpt.training.steps import PathLike, StandardNameFormat, require_at_least
 
-from flax_ckpt.errors import StepNotFoundError
-from flax_ckpt.storage.files import local_path
-from flax_ckpt.training import steps
-from flax_ckpt.training.metadata import CheckpointMetadata, listed
-
-PathLike = str | os.PathLike[str]
-_LAST_NUMBER = re.compile(r"\d+$", re.ASCII)
 M_co = TypeVar("M_co", covariant=True, bound=CheckpointMetadata[Any])
 
 
@@ -48,32 +42,6 @@ class NameFormat(Protocol[M_co]):
 
 
 @dataclasses.dataclass(frozen=True)
-class _StandardNameFormat:
-    naming: steps.Naming
-
-    def build_name(self, step: int) -> str:
-        return self.naming.name(step)
-
-    def find_all(self, base_path: PathLike) -> Iterator[CheckpointMetadata[None]]:
-        root = epath.Path(base_path)
-        try:
-            found = [entry.name for entry in os.scandir(root)]
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        for name in found:
-            digits = _LAST_NUMBER.search(name)
-            step = int(digits[0]) if digits else -1
-            if self.build_name(step) == name and steps.is_checkpoint(f"{root}/{name}"):
-                yield listed(step, root / name)
-
-    def find_step(self, base_path: PathLike, step: int) -> CheckpointMetadata[None]:
-        path = epath.Path(base_path) / self.build_name(step)
-        if not steps.is_checkpoint(os.fspath(path)):
-            raise StepNotFoundError(f"step {step} is not at {path}", step=step, path=path)
-        return listed(step, path)
-
-
-@dataclasses.dataclass(frozen=True)
 class _CompositeNameFormat:
     write_name_format: NameFormat[CheckpointMetadata[None]]
     read_name_formats: Sequence[NameFormat[CheckpointMetadata[None]]]
@@ -83,17 +51,14 @@ class _CompositeNameFormat:
 
     def find_all(self, base_path: PathLike) -> Iterator[CheckpointMetadata[None]]:
         found: dict[int, CheckpointMetadata[None]] = {}
-        for name_format in self.read_name_formats:
-            for metadata in name_format.find_all(base_path):
-                found.setdefault(metadata.step, metadata)
+        for name_format in reversed(self.read_name_formats):
+            found |= {metadata.step: metadata for metadata in name_format.find_all(base_path)}
         yield from found.values()
 
     def find_step(self, base_path: PathLike, step: int) -> CheckpointMetadata[None]:
         for name_format in self.read_name_formats[:-1]:
-            try:
+            with contextlib.suppress(ValueError):  # perhaps it is called as the next format says
                 return name_format.find_step(base_path, step)
-            except ValueError:
-                continue  # perhaps it is called as the next format says
         return self.read_name_formats[-1].find_step(base_path, step)
 
 
@@ -113,21 +78,8 @@ def standard_name_format(
     """
     if step_prefix is not None and step_prefix != os.path.basename(step_prefix):
         raise ValueError(f"step_prefix is part of a directory's name, got {step_prefix!r}")
-    if step_format_fixed_length is not None and step_format_fixed_length < 1:
-        raise ValueError(
-            f"step_format_fixed_length must be at least 1, got {step_format_fixed_length}"
-        )
-    naming = steps.Naming(step_prefix or "", step_format_fixed_length or 1)
-    return _StandardNameFormat(naming)
-
-
-def of_run(directory: PathLike) -> NameFormat[CheckpointMetadata[None]]:
-    """The names that the steps of a run have already; plain numbers for a new run.
-
-    Raises:
-        InvalidLayoutError: they are called in several ways.
-    """
-    return _StandardNameFormat(steps.naming(local_path(directory)))
+    require_at_least(1, step_format_fixed_length=step_format_fixed_length)
+    return StandardNameFormat(step_prefix or "", step_format_fixed_length or 1)
 
 
 def composite_name_format(
@@ -154,13 +106,3 @@ def composite_name_format(
             f" {list(read_name_formats)}: what is written must be found again"
         )
     return _CompositeNameFormat(write_name_format, tuple(read_name_formats))
-
-
-def matcher(name_format: NameFormat[Any]) -> Callable[[str], bool]:
-    """Whether a name is one that the format gives to a step."""
-
-    def is_step(name: str) -> bool:
-        numbers = re.findall(r"\d+", name, re.ASCII)
-        return any(name_format.build_name(int(digits)) == name for digits in numbers)
-
-    return is_step

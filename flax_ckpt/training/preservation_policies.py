@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, final, runtime_checkable
 
 from flax_ckpt.training.metadata import CheckpointMetadata
+from flax_ckpt.training.steps import require_at_least
 
 Checkpoints = Sequence[CheckpointMetadata[Any]]
 
@@ -85,7 +87,7 @@ class LatestN:
     n: int | None = None
 
     def __post_init__(self) -> None:
-        _require_at_least(0, n=self.n)
+        require_at_least(0, n=self.n)
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
@@ -108,11 +110,8 @@ class LatestDuration:
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
-        kept: list[bool] = []
-        for checkpoint in checkpoints:
-            young = checkpoints[-1].time - checkpoint.time <= self.duration
-            kept.append(young or (bool(kept) and kept[-1]))
-        return kept
+        young = (checkpoints[-1].time - step.time <= self.duration for step in checkpoints)
+        return list(itertools.accumulate(young, max))
 
 
 @final
@@ -155,7 +154,7 @@ class EveryNSteps:
     max_to_keep: int | None = None
 
     def __post_init__(self) -> None:
-        _require_at_least(1, interval_steps=self.interval_steps, max_to_keep=self.max_to_keep)
+        require_at_least(1, interval_steps=self.interval_steps, max_to_keep=self.max_to_keep)
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
@@ -184,7 +183,7 @@ class EveryNStepsClosest:
     max_to_keep: int | None = None
 
     def __post_init__(self) -> None:
-        _require_at_least(1, interval_steps=self.interval_steps, max_to_keep=self.max_to_keep)
+        require_at_least(1, interval_steps=self.interval_steps, max_to_keep=self.max_to_keep)
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
@@ -242,14 +241,12 @@ class BestN:
     keep_checkpoints_without_metrics: bool = True
 
     def __post_init__(self) -> None:
-        _require_at_least(0, n=self.n)
+        require_at_least(0, n=self.n)
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
-        if self.n is None or len(checkpoints) <= self.n:
-            return [True] * len(checkpoints)
-        if self.n == 0:
-            return [False] * len(checkpoints)
+        if self.n is None or not 0 < self.n < len(checkpoints):
+            return [self.n != 0] * len(checkpoints)
         measured = [i for i, c in enumerate(checkpoints) if c.metrics is not None]
         ranked = sorted(measured, key=lambda i: self._worth(checkpoints[i].metrics))
         best = set(ranked[-self.n :])
@@ -258,9 +255,7 @@ class BestN:
 
     def _worth(self, metrics: Any) -> tuple[bool, float]:
         value = float(self.get_metric_fn(metrics))
-        if math.isnan(value):
-            return False, 0.0
-        return True, -value if self.reverse else value
+        return not math.isnan(value), -value if self.reverse else value
 
 
 @final
@@ -281,12 +276,6 @@ class AnyPreservationPolicy:
         """See :class:`PreservationPolicy`."""
         kept = [policy.should_preserve(checkpoints, context=context) for policy in self.policies]
         return [any(each[i] for each in kept) for i in range(len(checkpoints))]
-
-
-def _require_at_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _latest(kept: list[bool], n: int | None) -> list[bool]:

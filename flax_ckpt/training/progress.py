@@ -9,9 +9,7 @@ from flax_ckpt.format import tree
 from flax_ckpt.handlers import keypaths
 
 
-def line(
-    path: str, step: int | None, nbytes: int, seconds: float, blocked: float | None = None
-) -> str:
+def line(path: str, step: int | None, nbytes: int, seconds: float, *more: str) -> str:
     """For example `step 1500 · 1.2 GB in 0.9 s (1.3 GB/s) · blocked 3 ms · checkpoints/1500`.
 
     Args:
@@ -19,15 +17,12 @@ def line(
         step: of the run, if it is one.
         nbytes: size, in bytes.
         seconds: from the beginning to the end.
-        blocked: seconds that the training loop stood still.
+        more: what else there is to say.
     """
     rate = f" ({size(nbytes / seconds)}/s)" if seconds > 0 else ""
     what = "checkpoint" if step is None else f"step {step}"
-    parts = [what, f"{size(nbytes)} in {duration(seconds)}{rate}"]
-    if blocked is not None:
-        parts.append(f"blocked {duration(blocked)}")
-    parts.append(os.path.join(os.path.basename(os.path.dirname(path)), os.path.basename(path)))
-    return " · ".join(parts)
+    place = os.path.join(os.path.basename(os.path.dirname(path)), os.path.basename(path))
+    return " · ".join([what, f"{size(nbytes)} in {duration(seconds)}{rate}", *more, place])
 
 
 def size(nbytes: float) -> str:

@@ -16,24 +16,15 @@ from typing import Any, Generic, Literal, TypeVar
 from etils import epath
 from google.protobuf.message import Message
 
+from flax_ckpt import errors
 from flax_ckpt._load import Layout, load_layout, open_tree, steadily
 from flax_ckpt._metadata import CheckpointMetadata
 from flax_ckpt.adapters import config as configs
 from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
-from flax_ckpt.errors import (
-    CheckpointNotFoundError,
-    ConfigError,
-    DamagedCheckpointError,
-    Difference,
-    FormatError,
-    InvalidLayoutError,
-    StateError,
-    TreeMismatchError,
-)
 from flax_ckpt.format import names, protos, tree
 from flax_ckpt.handlers.pytree import log_fallbacks
-from flax_ckpt.handlers.saved_tree import SavedTree, mismatch
+from flax_ckpt.handlers.saved_tree import mismatch
 from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.storage import kinds
 from flax_ckpt.storage.files import local_path
@@ -144,29 +135,28 @@ def restore(
         DamagedCheckpointError: an explicit step is damaged, or every one is.
     """
     here = local_path(path)
-    context = resolve(context)
-    rules = _Rules(cast, unexpected == "ignore", config, context)
+    rules = _Rules(like is None or cast, unexpected == "ignore", config, resolve(context))
     if isinstance(step, CheckpointMetadata):
         here, step = local_path(step.path), None
     if kinds.owner(here):
-        raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
+        raise errors.InvalidLayoutError(f"{here} {kinds.describe(here)}")
     if steps.is_checkpoint(here):
         named = names.step_of(os.path.basename(here))
         number = named[1] if named else None
         if isinstance(step, int) and step != number:
-            raise CheckpointNotFoundError(f"{here} is one checkpoint, not a root with step {step}")
-        return steadily(here, lambda: _restore_one(here, like, number, rules))
-    found = steps.require_steps(here)
-    if isinstance(step, int):
+            message = f"{here} is one checkpoint, not a root with step {step}"
+            raise errors.CheckpointNotFoundError(message)
+    elif isinstance(step, int):
+        found = steps.require_steps(here)
         if step not in found:
-            raise CheckpointNotFoundError(
-                f"{here} has no step {step}; it has: {', '.join(map(str, found))}"
-            )
-        place = steps.path_of(here, step)
-        return steadily(place, lambda: _restore_one(place, like, step, rules))
-    if step not in (None, "latest"):
+            there = ", ".join(map(str, found))
+            raise errors.CheckpointNotFoundError(f"{here} has no step {step}; it has: {there}")
+        here, number = steps.path_of(here, step), step
+    elif step not in (None, "latest"):
         raise ValueError(f"step must be a number or 'latest', got {step!r}")
-    return _restore_newest(here, like, rules)
+    else:
+        return _restore_newest(here, like, rules)
+    return steadily(here, lambda: _restore_one(here, like, number, rules))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,10 +175,10 @@ def _restore_newest(root: str, like: S | None, rules: _Rules) -> Restored[S]:
         number = found[-1]
         try:
             return _restore_one(steps.path_of(root, number), like, number, rules, damaged)
-        except (DamagedCheckpointError, FileNotFoundError) as error:
+        except (errors.DamagedCheckpointError, FileNotFoundError) as error:
             if number not in steps.committed(root):
                 continue  # deleted, or moved aside
-            if not isinstance(error, DamagedCheckpointError):
+            if not isinstance(error, errors.DamagedCheckpointError):
                 raise
             if len(found) == 1:
                 error.add_note(f"none of the steps {steps.committed(root)} of {root} is whole")
@@ -201,8 +191,9 @@ def _restore_one(
     path: str, like: S | None, number: int | None, rules: _Rules, damaged: Damaged = ()
 ) -> Restored[S]:
     started = time.perf_counter()
-    layout = Layout.of(path)
-    state, read = _load_state(layout, like, rules)
+    layout, load_rules = Layout.of(path), LoadRules(strict=not rules.cast)
+    state, read = _load_state(layout, like, rules, load_rules)
+    log_fallbacks(epath.Path(path), load_rules)
     loaded, nbytes = progress.leaf_names(read), progress.nbytes(read)
     report = Report(loaded, nbytes, time.perf_counter() - started, damaged)
     logger.info("restored %s", progress.line(path, number, nbytes, report.seconds))
@@ -213,56 +204,63 @@ def _restore_one(
     return Restored(state, number, metrics, config, config_text, report)
 
 
-def _load_state(layout: Layout, like: Any, rules: _Rules) -> tuple[Any, Any]:
+def _load_state(layout: Layout, like: Any, rules: _Rules, load_rules: LoadRules) -> tuple[Any, Any]:
     """The state, and what was read for it, by the names that a report gives it.
 
     The parts of a state are trees of their own, as we save them, or fields of one tree, as Orbax's
     users do. A wanted tree without a field `params` is itself the params, if there are such.
     """
     if like is None:
-        found = _load_parts(layout, dict.fromkeys(layout.trees), rules, strict=False)
+        found = _load_parts(layout, dict.fromkeys(layout.trees), rules, load_rules)
         return found.get("", found), found
     if not {states.PARAMS, states.OPT_STATE} & layout.items.keys():
-        return _load_whole(layout, like, rules)
+        return _load_whole(layout, like, rules, load_rules)
     wanted = {name: tree for name, tree in states.split(like).items() if tree is not None}
     if states.WHOLE in wanted:
-        found = _load_parts(layout, {states.PARAMS: like}, rules)
+        found = _load_parts(layout, {states.PARAMS: like}, rules, load_rules)
         return found[states.PARAMS], found
-    found = _load_parts(layout, wanted, rules)
+    found = _load_parts(layout, wanted, rules, load_rules)
     return states.merge(like, found), found
 
 
 def _load_parts(
-    layout: Layout, wanted: Mapping[str, Any], rules: _Rules, *, strict: bool = True
+    layout: Layout, wanted: Mapping[str, Any], rules: _Rules, load_rules: LoadRules
 ) -> dict[str, Any]:
-    load_rules = LoadRules(strict=strict and not rules.cast)
-    differences: list[Difference] = []
+    if missing := [name for name in wanted if name not in layout.items]:
+        raise errors.CheckpointNotFoundError(
+            f"{layout.path} has no {missing[0]!r}, which the wanted state has; it has:"
+            f" {', '.join(layout.items)}. {_BY_NAME}"
+        )
+    differences: list[errors.Difference] = []
     reads: dict[str, Callable[[], Any]] = {}
     with contextlib.ExitStack() as opened:
-        saved = {name: opened.enter_context(_open_part(layout, name, rules)) for name in wanted}
-        for name, part in saved.items():
+        for name, part in wanted.items():
+            saved = opened.enter_context(open_tree(layout, name, rules.context))
             try:
-                partial = rules.ignore_unexpected
-                reads[name] = part.prepare(wanted[name], load_rules, partial=partial)
-            except TreeMismatchError as error:
+                reads[name] = saved.prepare(part, load_rules, partial=rules.ignore_unexpected)
+            except errors.TreeMismatchError as error:
                 differences += [
                     dataclasses.replace(d, path=f"{name}/{d.path}") for d in error.differences
                 ]
         if differences:
             raise mismatch(layout.path, differences)
-        parts = {name: read() for name, read in reads.items()}
-    log_fallbacks(epath.Path(layout.path), load_rules)
-    return parts
+        return {name: read() for name, read in reads.items()}
 
 
-def _load_whole(layout: Layout, like: Any, rules: _Rules) -> tuple[Any, Any]:
+def _load_whole(layout: Layout, like: Any, rules: _Rules, load_rules: LoadRules) -> tuple[Any, Any]:
     """As :func:`_load_state`, from one tree; of a state's fields only the wanted ones are read."""
-    load_rules = LoadRules(strict=not rules.cast)
+    try:
+        name = layout.tree_name(names.AUTO)
+    except errors.InvalidLayoutError as error:
+        raise errors.CheckpointNotFoundError(
+            f"{layout.path} has neither a tree 'params' nor one that would hold a whole state; it"
+            f" has: {', '.join(layout.items)}. {_BY_NAME}"
+        ) from error
     fields = {name for name, part in states.fields(like).items() if part is not None}
-    with _open_whole(layout, rules) as saved:
+    with open_tree(layout, name, rules.context) as saved:
         there = {tree.name_of(path[:1]) for path in saved.leaves}
         if states.PARAMS in fields - there:
-            raise StateError(
+            raise errors.StateError(
                 f"{saved.directory} has no field 'params', which the wanted state has; it has:"
                 f" {', '.join(sorted(there))}. Load a tree of this form with flax_ckpt.load, and"
                 " put the state together"
@@ -272,39 +270,17 @@ def _load_whole(layout: Layout, like: Any, rules: _Rules) -> tuple[Any, Any]:
         if states.PARAMS in there:
             saved.narrow({states.PARAMS} if is_params else fields)
         found = saved.prepare(wanted, load_rules, partial=rules.ignore_unexpected)()
-    log_fallbacks(epath.Path(layout.path), load_rules)
     return (found[states.PARAMS] if is_params else found), found
 
 
-def _open_part(layout: Layout, name: str, rules: _Rules) -> SavedTree:
-    if name in layout.items:
-        return open_tree(layout, name, rules.context)
-    raise CheckpointNotFoundError(
-        f"{layout.path} has no {name!r}, which the wanted state has; it has:"
-        f" {', '.join(layout.items)}. {_BY_NAME}"
-    )
-
-
-def _open_whole(layout: Layout, rules: _Rules) -> SavedTree:
-    try:
-        return open_tree(layout, layout.tree_name(names.AUTO), rules.context)
-    except InvalidLayoutError as error:
-        raise CheckpointNotFoundError(
-            f"{layout.path} has neither a tree 'params' nor one that would hold a whole state; it"
-            f" has: {', '.join(layout.items)}. {_BY_NAME}"
-        ) from error
-
-
 def _load_config(layout: Layout, message_type: type[Message] | None) -> tuple[str | None, Any]:
-    if CONFIG not in layout.items:
-        return None, None
-    record = Record(layout.items[CONFIG])
-    if not record.lists(names.PROTO_FILE):
+    record = Record(layout.items[CONFIG]) if CONFIG in layout.items else None
+    if record is None or not record.lists(names.PROTO_FILE):
         return None, None
     text = record.read(names.PROTO_FILE).decode()
     try:
         return text, configs.from_message(protos.text_to_message(text, message_type))
-    except (FormatError, ConfigError) as error:
+    except (errors.FormatError, errors.ConfigError) as error:
         if message_type is not None:
             raise
         logger.debug("%s: the config stays text: %s", layout.path, error)

@@ -19,6 +19,7 @@ from typing import Any, Protocol, final, runtime_checkable
 
 from flax_ckpt.options import MultiprocessingOptions
 from flax_ckpt.training.metadata import CheckpointMetadata
+from flax_ckpt.training.steps import require_at_least
 
 Step = CheckpointMetadata[Any]
 Steps = Sequence[CheckpointMetadata[Any]]
@@ -55,13 +56,7 @@ class SaveDecisionPolicy(Protocol):
     True
     """
 
-    def should_save(
-        self,
-        step: Step,
-        previous_steps: Steps,
-        *,
-        context: DecisionContext,
-    ) -> bool:
+    def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
         """Whether to save.
 
         Args:
@@ -88,8 +83,7 @@ class FixedIntervalPolicy:
     interval: int
 
     def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise ValueError(f"interval must be at least 1, got {self.interval}")
+        require_at_least(1, interval=self.interval)
 
     def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
         """See :class:`SaveDecisionPolicy`."""

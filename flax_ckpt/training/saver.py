@@ -1,13 +1,13 @@
 """One save at a time into the steps of a run: what `CheckpointCallback` and `Checkpointer` share.
 
-saver = Saver("/run", context, save_policy, preservation_policy, standard_name_format())
-if saver.is_due(step):
-    saver.save(step, {"params": params}, metrics={"loss": loss})
+saver = Saver("/run", context, save_policy, preservation_policy)
+saver.save(step, {"params": params}, metrics={"loss": loss})
 saver.wait()
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 import os
@@ -18,32 +18,22 @@ from typing import Any
 
 from etils import epath
 
-from flax_ckpt import _save
+from flax_ckpt import _delete, _save, errors
 from flax_ckpt._async import AsyncResponse
-from flax_ckpt.context import Context
-from flax_ckpt.errors import (
-    SaveCancelledError,
-    SaveFailedError,
-    StateError,
-    StepAlreadyExistsError,
-    StepNotFoundError,
-)
+from flax_ckpt.context import Context, applied
 from flax_ckpt.format import names
-from flax_ckpt.storage import commit, hosts
+from flax_ckpt.storage import commit, hosts, kinds
 from flax_ckpt.storage.files import local_path
 from flax_ckpt.training import progress, steps
-from flax_ckpt.training.metadata import CheckpointMetadata
-from flax_ckpt.training.name_formats import NameFormat, PathLike, matcher
+from flax_ckpt.training import save_decision_policies as deciding
+from flax_ckpt.training.metadata import CheckpointMetadata, to_json
+from flax_ckpt.training.name_formats import NameFormat, PathLike
 from flax_ckpt.training.preservation_policies import PreservationContext, PreservationPolicy
-from flax_ckpt.training.save_decision_policies import (
-    DecisionContext,
-    SaveDecisionPolicy,
-    is_same_everywhere,
-)
 
 logger = logging.getLogger("flax_ckpt")
 
 Step = CheckpointMetadata[None]
+_BY_STEP = operator.attrgetter("step")
 
 
 class Saver:
@@ -54,7 +44,7 @@ class Saver:
         context: options.
         save_policy: decides whether a step is saved.
         preservation_policy: decides which steps stay.
-        name_format: how steps are called.
+        name_format: how steps are called; None: as those that are there.
 
     Attributes:
         hosts: the processes that take part.
@@ -66,11 +56,12 @@ class Saver:
         self,
         directory: PathLike,
         context: Context,
-        save_policy: SaveDecisionPolicy,
+        save_policy: deciding.SaveDecisionPolicy,
         preservation_policy: PreservationPolicy,
-        name_format: NameFormat[Step],
+        name_format: NameFormat[Step] | None = None,
     ) -> None:
         self.directory = local_path(directory)
+        kinds.require_root(self.directory)
         self.context = context
         what = f"steps of {self.directory}"
         self.hosts = hosts.current(context.multiprocessing, context.asynchronous, what)
@@ -78,9 +69,8 @@ class Saver:
         self.deletion: AsyncResponse[bool] | None = None
         self._save_policy = save_policy
         self._preservation_policy = preservation_policy
-        self._name_format = name_format
+        self._name_format = name_format or steps.naming(self.directory)
         self._root = epath.Path(self.directory)
-        self._history: list[Step] | None = None
         self._current: Step | None = None
         self._cancelled = threading.Event()
         self._calls = self._saves = 0
@@ -93,24 +83,24 @@ class Saver:
 
     def committed(self) -> list[Step]:
         """The steps on disk, in order; their files are not read."""
-        return sorted(self._name_format.find_all(self.directory), key=operator.attrgetter("step"))
+        return sorted(self._name_format.find_all(self.directory), key=_BY_STEP)
 
-    @property
+    @functools.cached_property
     def history(self) -> list[Step]:
         """What was saved and what is being saved, in order; from disk when first asked for."""
-        if self._history is None:
-            self._history = self.committed()
-        return self._history
+        return self.committed()
+
+    def _without(self, step: int) -> list[Step]:
+        return [other for other in self.history if other.step != step]
 
     def begin(self, after: int | None = None) -> None:
         """Takes the history from disk again, up to the step `after`."""
-        found = self.committed()
-        self._history = [step for step in found if after is None or step.step <= after]
+        self.history = [s for s in self.committed() if after is None or s.step <= after]
 
     def clean(self) -> None:
         """Removes what killed saves and deletions left of the run's steps."""
         if self.hosts.is_primary:
-            steps.clean(self.directory, matcher(self._name_format))
+            steps.clean(self.directory, self._name_format.build_name)
 
     def path_of(self, step: int) -> str:
         """Where a step will be."""
@@ -128,12 +118,10 @@ class Saver:
             step: number of completed updates.
             besides: a step that will be replaced, and does not count.
         """
-        history = self.history
-        if besides is not None:
-            history = [other for other in history if other.step != besides]
+        history = self.history if besides is None else self._without(besides)
         if history and history[-1].step >= step:
             return False
-        if not self.hosts.several or is_same_everywhere(self._save_policy):
+        if not self.hosts.several or deciding.is_same_everywhere(self._save_policy):
             return self._decide(step, history)
         decision = self._decide(step, history) if self.hosts.is_primary else None
         self._calls += 1
@@ -142,7 +130,7 @@ class Saver:
     def _decide(self, step: int, history: list[Step]) -> bool:
         # Its path is the run's: to build the one it may get would cost more than the decision.
         asked = Step(step, self._root, metadata=None, commit_timestamp_nsecs=self.now())
-        context = DecisionContext(
+        context = deciding.DecisionContext(
             is_saving_in_progress=self.is_saving,
             reached_preemption=hosts.reached_preemption(step),
             multiprocessing_options=self.context.multiprocessing,
@@ -153,31 +141,41 @@ class Saver:
         self,
         step: int,
         checkpointables: Mapping[str, Any],
-        *,
         trees: Collection[str] = (),
-        metrics: dict[str, Any] | None = None,
+        force: bool = False,
         overwrite: bool = False,
+        metrics: dict[str, Any] | None = None,
         custom_metadata: dict[str, Any] | None = None,
-    ) -> AsyncResponse[bool]:
-        """Begins a save, after the one in flight.
+    ) -> AsyncResponse[bool] | None:
+        """Begins a save, if it is due, after the one in flight.
 
         Args:
             step: number of completed updates.
             checkpointables: values by name.
             trees: names of those that are trees.
-            metrics: JSON to save with them.
+            force: save whatever the policy says.
             overwrite: whether the step, if it is there, is replaced.
+            metrics: JSON to save with them, and arrays.
             custom_metadata: anything JSON can hold.
 
         Raises:
+            StepAlreadyExistsError: it is there, or being saved, and `overwrite` is false.
             SaveFailedError: an earlier save failed.
         """
+        step = step_number(step)
+        if reserved := names.RESERVED.intersection(checkpointables):
+            raise ValueError(f"{min(reserved)!r} is a reserved name; call it something else")
+        self.notice()
+        if not overwrite:
+            self._require_new(step)
+        if not force and not self.is_due(step, besides=step if overwrite else None):
+            return None
         began = time.perf_counter()
         self.wait()
         parts = dict(checkpointables)
         nbytes = progress.nbytes(parts)
         if metrics is not None:
-            parts[names.METRICS] = metrics
+            parts[names.METRICS] = to_json(metrics)
         path, now, cancelled = self.path_of(step), self.now(), threading.Event()
         self.response = _save.start(
             path,
@@ -201,10 +199,9 @@ class Saver:
             custom_metadata=custom_metadata,
             metrics=parts.get(names.METRICS),
         )
-        before = [other for other in self.history if other.step != step]
         replaced = [other for other in self.history if other.step == step]
-        self._history = sorted([*before, self._current], key=operator.attrgetter("step"))
-        blocked = time.perf_counter() - began
+        self.history = sorted([*self._without(step), self._current], key=_BY_STEP)
+        blocked = f"blocked {progress.duration(time.perf_counter() - began)}"
 
         def finish(_: bool) -> None:
             seconds = time.perf_counter() - began
@@ -224,7 +221,7 @@ class Saver:
         keep = policy.should_preserve(found, context=PreservationContext())
         stay = {s.step for s, kept in zip(found, keep, strict=True) if kept} | {saved}
         self._remove([step for step in found if step.step not in stay])
-        self._history = [step for step in self.history if step.step in stay]
+        self.history = [step for step in self.history if step.step in stay]
 
     def _remove(self, doomed: list[Step]) -> None:
         """Deletes steps; one that cannot be deleted does not stop training."""
@@ -247,44 +244,35 @@ class Saver:
         if response is None or current is None:
             return
         response.ended.wait()
-        told = response.told
+        self.response, told = None, response.told
         try:
             response.result()
         except Exception as error:
             if not response.completed:
-                self._history = [step for step in self.history if step is not current]
+                self.history = [step for step in self.history if step is not current]
             fate = "was saved, but what follows failed" if response.completed else "was not saved"
-            if not told and not isinstance(error, SaveCancelledError):
-                raise SaveFailedError(
+            if not told and not isinstance(error, errors.SaveCancelledError):
+                raise errors.SaveFailedError(
                     f"{response.what} (step {current.step}) {fate}:"
                     f" {type(error).__name__}: {error}",
                     path=os.fspath(current.path),
                     step=current.step,
                 ) from error
-        finally:
-            self.response = None
 
     def notice(self) -> None:
         """Raises the failure of a save that has ended; does not wait for one that has not."""
         if self.response is not None and self.response.done():
             self.wait()
 
-    def require_new(self, step: int) -> None:
-        """Checks that a step was not saved, and is not being saved.
-
-        Raises:
-            StepAlreadyExistsError: it was.
-            SaveFailedError: it was to be, and failed.
-        """
-        there = [other for other in self.history if other.step == step]
-        if not there:
-            return
-        self.wait()
-        raise StepAlreadyExistsError(
-            f"step {step} is saved already, at {there[0].path}; pass overwrite=True to replace it",
-            step=step,
-            path=there[0].path,
-        )
+    def _require_new(self, step: int) -> None:
+        """Checks that a step was not saved, and is not being saved."""
+        paths = [other.path for other in self.history if other.step == step]
+        if paths:
+            self.wait()
+            message = (
+                f"step {step} is saved already, at {paths[0]}; pass overwrite=True to replace it"
+            )
+            raise errors.StepAlreadyExistsError(message, step=step, path=paths[0])
 
     def cancel(self) -> None:
         """Ends the save in flight without a commit, unless it is committed already."""
@@ -300,26 +288,36 @@ class Saver:
         """
         self.notice()
         found = {other.step: other for other in self.committed()}
-        wanted = step.step if isinstance(step, CheckpointMetadata) else step
-        if wanted is None and found:
-            return found[max(found)]
+        number = step.step if isinstance(step, CheckpointMetadata) else step
+        wanted = max(found, default=None) if number is None else number
         if wanted in found:
             return found[wanted]
         path = self.directory if wanted is None else self.path_of(step_number(wanted))
-        raise StepNotFoundError(
-            f"{self.directory} has no step{'' if wanted is None else f' {wanted}'}; its steps:"
-            f" {', '.join(map(str, found)) or 'none'}",
-            step=wanted,
-            path=path,
+        which = "step" if wanted is None else f"step {wanted}"
+        message = (
+            f"{self.directory} has no {which}; its steps: {', '.join(map(str, found)) or 'none'}"
         )
+        raise errors.StepNotFoundError(message, step=wanted, path=path)
 
-    def delete(self, step: Step) -> AsyncResponse[bool]:
-        """Takes a step out of the listing, in all processes, and removes it in the background."""
+    def delete(self, step: Step, name: str | None, missing_ok: bool) -> AsyncResponse[bool]:
+        """Takes a step out of the listing, in all processes, and removes it in the background.
+
+        Args:
+            step: a committed one.
+            name: which of its checkpointables; None: the whole step.
+            missing_ok: whether it is no error that the step has none of that name.
+        """
         path = os.fspath(step.path)
+        if name is not None:
+            with applied(self.context):
+                self.deletion = _delete.delete_async(
+                    path, checkpointable_name=name, missing_ok=missing_ok
+                )
+            return self.deletion
         doomed = commit.withdraw(path) if self.hosts.is_primary else None
         self._calls += 1
         self.hosts.barrier(f"deleted {self._calls}")
-        self._history = [other for other in self.history if other.step != step.step]
+        self.history = self._without(step.step)
 
         def remove() -> bool:
             if doomed is not None:
@@ -341,5 +339,7 @@ def step_number(step: Any) -> int:
     except TypeError:
         number = -1
     if number < 0:
-        raise StateError(f"a step is the number of completed updates, 0 or more; got {step!r}")
+        raise errors.StateError(
+            f"a step is the number of completed updates, 0 or more; got {step!r}"
+        )
     return number

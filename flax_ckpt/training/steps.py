@@ -8,28 +8,71 @@ import dataclasses
 import datetime
 import logging
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 
-from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError
+from etils import epath
+
+from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError, StepNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, files, kinds
 from flax_ckpt.storage.kinds import contents, require_directory
+from flax_ckpt.training.metadata import CheckpointMetadata, listed
 
+PathLike = str | os.PathLike[str]
 logger = logging.getLogger("flax_ckpt")
-
-SUPERSEDED = "superseded"
 
 
 @dataclasses.dataclass(frozen=True)
-class Naming:
-    """How the steps of a run are called: `[<prefix>_]<step>`, with zeros up to a width."""
+class StandardNameFormat:
+    """Steps are called `[<prefix>_]<step>`, with zeros up to a width; see `NameFormat`."""
 
     prefix: str = ""
     width: int = 1
 
-    def name(self, step: int) -> str:
+    def build_name(self, step: int) -> str:
         """The name of a step's directory."""
         return (self.prefix and f"{self.prefix}_") + f"{step:0{self.width}}"
+
+    def find_all(self, base_path: PathLike) -> Iterator[CheckpointMetadata[None]]:
+        """The committed steps under a root, in any order."""
+        root = epath.Path(base_path)
+        for name in _entries(base_path):
+            found = names.step_of(name)
+            if found and self.build_name(found[1]) == name and is_checkpoint(f"{root}/{name}"):
+                yield listed(found[1], root / name)
+
+    def find_step(self, base_path: PathLike, step: int) -> CheckpointMetadata[None]:
+        """A committed step under a root."""
+        path = epath.Path(base_path) / self.build_name(step)
+        if not is_checkpoint(os.fspath(path)):
+            raise StepNotFoundError(f"step {step} is not at {path}", step=step, path=path)
+        return listed(step, path)
+
+
+def naming(root: str) -> StandardNameFormat:
+    """How the steps of a run are called; plain numbers if there are none yet.
+
+    Plain numbers come first: beside them, other names are no steps. Else there must be one way.
+
+    Raises:
+        InvalidLayoutError: they are called in several ways.
+    """
+    entries = [(name, step) for name in _entries(root) if (step := names.step_of(name))]
+    found = {name: step for name, step in entries if is_checkpoint(os.path.join(root, name))}
+    padded = [(prefix, width) for prefix, n, width in found.values() if len(str(n)) < width]
+    ways = {StandardNameFormat(*way) for way in padded}
+    for name, (prefix, step, _) in found.items():
+        if all(way.build_name(step) != name for way in ways):
+            ways.add(StandardNameFormat(prefix))
+    if StandardNameFormat() in ways or not ways:
+        return StandardNameFormat()
+    if len(ways) > 1:
+        raise InvalidLayoutError(
+            f"{root} has checkpoints of several names: {', '.join(sorted(found)[:12])}. Give one of"
+            " them, or move those that are no steps of this run elsewhere"
+        )
+    return ways.pop()
 
 
 def committed(root: str) -> list[int]:
@@ -38,60 +81,29 @@ def committed(root: str) -> list[int]:
     Raises:
         InvalidLayoutError: they are called in several ways.
     """
-    return _survey(root)[1]
+    return sorted(found.step for found in naming(root).find_all(root))
 
 
 def path_of(root: str, step: int) -> str:
-    """Where a step is, or will be: it is called as those that are there.
-
-    Raises:
-        InvalidLayoutError: they are called in several ways.
-    """
-    return os.path.join(root, _survey(root)[0].name(step))
+    """Where a step is; it is called as those that are there."""
+    return os.path.join(root, naming(root).build_name(step))
 
 
-def naming(root: str) -> Naming:
-    """How the steps of a run are called; plain numbers if there are none yet.
-
-    Raises:
-        InvalidLayoutError: they are called in several ways.
-    """
-    return _survey(root)[0]
-
-
-def _survey(root: str) -> tuple[Naming, list[int]]:
-    """How the committed steps under `root` are called, and which there are.
-
-    Plain numbers come first: beside them, other names are no steps. Else there must be one way.
-    """
+def _entries(path: PathLike) -> list[str]:
+    """The names in a directory; none if it is not there."""
     try:
-        entries = [(e.name, step) for e in os.scandir(root) if (step := names.step_of(e.name))]
+        return os.listdir(path)
     except (FileNotFoundError, NotADirectoryError):
-        entries = []
-    found = {n: step for n, step in entries if is_checkpoint(os.path.join(root, n))}
-    ways = {Naming(prefix, width) for prefix, n, width in found.values() if len(str(n)) < width}
-    for name, (prefix, step, _) in found.items():
-        if not any(way.prefix == prefix and way.name(step) == name for way in ways):
-            ways.add(Naming(prefix))
-    if len(ways) > 1 and Naming() not in ways:
-        raise InvalidLayoutError(
-            f"{root} has checkpoints of several names: {', '.join(sorted(found)[:12])}. Give one of"
-            " them, or move those that are no steps of this run elsewhere"
-        )
-    way = Naming() if Naming() in ways or not ways else ways.pop()
-    return way, sorted(n for name, (_, n, _) in found.items() if way.name(n) == name)
+        return []
 
 
 def is_checkpoint(path: str) -> bool:
     """Whether a directory is a checkpoint: a rename gives it its name when it is complete."""
     if any(os.path.lexists(os.path.join(path, name)) for name in names.MARKS):
         return True
-    try:  # an old one has no file of its own, only trees; steps of a root are not among them
-        items = [name for name in os.listdir(path) if not names.step_of(name)]
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    finished = [name for name in items if not names.is_unfinished(name)]
-    return any(kinds.is_item_tree(os.path.join(path, name)) for name in finished)
+    # An old one has no file of its own, only trees; steps of a root are not among them.
+    items = [n for n in _entries(path) if not (names.step_of(n) or names.is_unfinished(n))]
+    return any(kinds.is_item_tree(os.path.join(path, name)) for name in items)
 
 
 def require_steps(root: str) -> list[int]:
@@ -113,15 +125,14 @@ def supersede(root: str, after: int) -> None:
 
     They are kept in `<root>/superseded/<step>-<utc>`; one WARNING says which.
     """
-    way, found = _survey(root)
-    later = [step for step in found if step > after]
+    later = [step for step in committed(root) if step > after]
     if not later:
         return
-    aside = os.path.join(root, SUPERSEDED)
+    aside, way = os.path.join(root, "superseded"), naming(root)
     os.makedirs(aside, exist_ok=True)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     for step in reversed(later):
-        os.rename(os.path.join(root, way.name(step)), os.path.join(aside, f"{step}-{now}"))
+        os.rename(os.path.join(root, way.build_name(step)), os.path.join(aside, f"{step}-{now}"))
     files.sync_path(aside)
     files.sync_path(root)
     logger.warning(
@@ -129,17 +140,24 @@ def supersede(root: str, after: int) -> None:
     )
 
 
-def clean(root: str, is_step: Callable[[str], object]) -> None:
+def clean(root: str, build_name: Callable[[int], str]) -> None:
     """Removes what killed saves and deletions left under `root`; only what bears our mark.
 
     Args:
         root: of the run.
-        is_step: whether a name is that of a step.
+        build_name: how its steps are called.
     """
-    if not os.path.isdir(root):
-        return
-    for entry in os.scandir(root):
-        name, mark, _ = entry.name.partition(names.TMP_SUFFIX)
-        ours = mark and is_step(name.removesuffix(".deleted").removesuffix(".replaced"))
-        if ours and not commit.has_owner(entry.path):
-            commit.remove_left_over(entry.path)
+    for entry in _entries(root):
+        name, mark, _ = entry.partition(names.TMP_SUFFIX)
+        name = name.removesuffix(".deleted").removesuffix(".replaced")
+        ours = mark and any(build_name(int(n)) == name for n in re.findall("[0-9]+", name))
+        path = os.path.join(root, entry)
+        if ours and not commit.has_owner(path):
+            commit.remove_left_over(path)
+
+
+def require_at_least(least: int, **values: int | None) -> None:
+    """Checks numbers that are parameters, each under its name; None stands for no limit."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -74,6 +74,17 @@ def test_should_save_is_decided_once_per_step(tmp_path: Path):
         assert ckpt.on_step_end(3, tree(3)) is False
 
 
+def test_force_does_not_save_a_step_again(tmp_path: Path):
+    with fc.CheckpointCallback(tmp_path, every_n_steps=1) as ckpt:
+        assert [ckpt.on_step_end(step, tree(step), force=True) for step in (5, 3, 3)] == [
+            True,
+            True,
+            False,
+        ]
+        assert not ckpt.on_step_end(5, tree(5), force=True)
+    assert steps.committed(str(tmp_path)) == [3, 5]
+
+
 def test_force_saves_in_any_case(tmp_path: Path):
     with fc.CheckpointCallback(tmp_path, every_n_steps=100) as ckpt:
         assert ckpt(7, tree(7), force=True)

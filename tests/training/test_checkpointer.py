@@ -392,6 +392,22 @@ def test_delete(tmp_path: Path):
     assert os.listdir(tmp_path) == ["1"]
 
 
+def test_delete_one_checkpointable(tmp_path: Path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save_checkpointables(1, {"params": tree(1), "opt_state": {"m": 2}})
+        assert checkpointer.delete(1, checkpointable_name="opt_state") is True
+        assert sorted(checkpointer.load_checkpointables(1)) == ["params"]
+        assert steps_of(checkpointer) == [1]
+        with pytest.raises(fc.errors.CheckpointNotFoundError, match="no checkpointable 'opt_state"):
+            checkpointer.delete(1, checkpointable_name="opt_state")
+        for step in (1, 2):
+            arguments = {"checkpointable_name": "opt_state", "missing_ok": True}
+            assert checkpointer.delete_async(step, **arguments).result() is False
+        with pytest.raises(ValueError, match="'params' is the only checkpointable"):
+            checkpointer.delete(1, checkpointable_name="params")
+    assert fc.load(tmp_path / "1", checkpointable_name="params")["w"].tolist() == [1, 1, 1]
+
+
 def test_cancel_drops_what_is_not_committed(tmp_path: Path, held: fc.Context):
     with Checkpointer(tmp_path, context=held) as checkpointer:
         response = checkpointer.save_async(1, {})
@@ -455,6 +471,14 @@ def test_a_run_goes_on_under_other_names(tmp_path: Path):
         assert sorted(os.listdir(tmp_path)) == ["1", "step_0002"]
         checkpointer.save(3, tree(3))
     assert sorted(os.listdir(tmp_path)) == ["step_0002", "step_0003"]
+
+
+def test_a_checkpoint_is_no_root(tmp_path: Path):
+    fc.save(tmp_path / "3", tree(3))
+    for inside in ("3", "3/state"):
+        with pytest.raises(fc.errors.InvalidLayoutError, match="not the root of a run"):
+            Checkpointer(tmp_path / inside, custom_metadata={"run": 1})
+    assert not (tmp_path / "3" / "metadata").exists()
 
 
 def test_metadata_of_the_run_are_written_once(tmp_path: Path):

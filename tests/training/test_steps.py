@@ -7,7 +7,6 @@ import pytest
 
 from flax_ckpt.errors import InvalidLayoutError
 from flax_ckpt.training import steps
-from flax_ckpt.training.name_formats import matcher, of_run
 
 
 def make(root: Path, *names: str, mark: str = "_CHECKPOINT_METADATA") -> str:
@@ -38,7 +37,7 @@ def make(root: Path, *names: str, mark: str = "_CHECKPOINT_METADATA") -> str:
 def test_steps_and_the_name_of_the_next(tmp_path, names, found, following):
     root = make(tmp_path, *names)
     assert steps.committed(root) == found
-    assert steps.path_of(root, 30) == f"{root}/{following}"
+    assert steps.naming(root).build_name(30) == following
 
 
 @pytest.mark.parametrize("names", [("a_1", "b_2"), ("007", "0008"), ("a_1", "a_02")])
@@ -87,5 +86,5 @@ def test_cleaning_takes_what_a_killed_save_left_of_this_run(tmp_path):
     left = ["ckpt_08.orbax-checkpoint-tmp", "ckpt_04.deleted.orbax-checkpoint-tmp"]
     others = ["8.orbax-checkpoint-tmp", "best_08.orbax-checkpoint-tmp", "x.orbax-checkpoint-tmp"]
     root = make(tmp_path, "ckpt_04", *left, *others)
-    steps.clean(root, matcher(of_run(root)))
+    steps.clean(root, steps.naming(root).build_name)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["ckpt_04", *others])
