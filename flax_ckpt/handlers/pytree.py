@@ -162,7 +162,7 @@ class PyTreeHandler:
         fill = not loading.raise_array_data_missing_error
         with SavedTree(os.fspath(directory), self._leaves, fill_missing=fill) as saved:
             if saved.processes > 1 or self._validator is not None:
-                self._validate(saved.array_metadatas)
+                self._validate(read_array_metadatas(saved.record))
             partial = self._context.pytree.loading.partial_load
             result = saved.prepare(abstract, rules, partial=partial)()
         log_fallbacks(directory, rules)

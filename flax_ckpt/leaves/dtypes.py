@@ -14,6 +14,7 @@ from flax_ckpt.errors import Difference, TreeMismatchError
 from flax_ckpt.format import tree
 from flax_ckpt.leaves.base import Target
 
+_KINDS = {"bool": np.bool_, "int": np.integer, "float": np.floating, "complex": np.complexfloating}
 _WIDE: Final = frozenset(map(np.dtype, ("int64", "uint64", "float64", "complex128")))
 
 
@@ -25,15 +26,7 @@ def is_kind(dtype: Any, parent: Any) -> bool:
 
 def kind(dtype: Any) -> str:
     """`bool`, `int`, `float`, `complex`, or `other` for what is no number."""
-    for name, parent in (
-        ("bool", np.bool_),
-        ("int", np.integer),
-        ("float", np.floating),
-        ("complex", np.complexfloating),
-    ):
-        if is_kind(dtype, parent):
-            return name
-    return "other"
+    return next((name for name, parent in _KINDS.items() if is_kind(dtype, parent)), "other")
 
 
 def matches(

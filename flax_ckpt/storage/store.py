@@ -17,6 +17,9 @@ from flax_ckpt.format.encoding import DEFAULT, Encoding
 
 Region = tuple[tuple[int, int], ...]
 
+# The index of an array's first element, by its rank: one object for all.
+origin = functools.cache((0,).__mul__)
+
 
 class Shard(msgspec.Struct, frozen=True, gc=False):
     """A part of an array in host memory.
@@ -91,12 +94,6 @@ class ArrayStore(Protocol):
     def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
         """The regions of each array, as arrays of the stored dtype."""
         ...
-
-
-@functools.lru_cache(maxsize=4096)
-def origin(rank: int) -> tuple[int, ...]:
-    """The index of an array's first element."""
-    return (0,) * rank
 
 
 @functools.lru_cache(maxsize=4096)
