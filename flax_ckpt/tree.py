@@ -72,50 +72,35 @@ def merge(
     >>> merge({"a": 1}, {"a": 2}, overwrite=True)
     {'a': 2}
     """
+    ends = is_leaf or _is_leaf
     wrong: list[str] = []
-    together = functools.partial(_merge, (), overwrite, is_leaf or _is_leaf, wrong)
-    result: Any = functools.reduce(together, trees) if trees else {}
+
+    def join(earlier: Any, later: Any, *path: Any) -> Any:
+        where = "/".join(map(str, path)) or "(the whole tree)"
+        kinds = type(earlier).__name__, type(later).__name__
+        if ends(earlier) or ends(later):
+            if not overwrite:
+                wrong.append(f"{where}: in two trees, as {kinds[0]} and {kinds[1]}")
+            return earlier if later is None else later
+        if type(earlier) is not type(later) and not overwrite:
+            wrong.append(f"{where}: nodes of two types, {kinds[0]} and {kinds[1]}")
+            return later
+        old, new, keyed = _children(earlier), _children(later), _is_keyed(later)
+        if _is_keyed(earlier) != keyed or (not keyed and old.keys() != new.keys()):
+            sizes = f"{kinds[0]} of {len(old)}, {kinds[1]} of {len(new)}"
+            wrong.append(f"{where}: nodes that have not the same children: {sizes}")
+            return later
+        both = {key: join(old[key], new[key], *path, key) for key in old if key in new}
+        return _rebuilt(later, old | new | both)
+
+    result: Any = functools.reduce(join, trees) if trees else {}
     if wrong:
-        raise TreeMismatchError(
-            "the trees cannot be merged:\n" + "\n".join(f"  {line}" for line in wrong)
-        )
+        raise TreeMismatchError("the trees cannot be merged:\n  " + "\n  ".join(wrong))
     return result
 
 
 def _is_leaf(node: Any) -> bool:
     return node is None or jax.tree_util.all_leaves([node])
-
-
-def _merge(
-    path: tuple[str, ...],
-    overwrite: bool,
-    is_leaf: Callable[[Any], bool],
-    wrong: list[str],
-    earlier: Any,
-    later: Any,
-) -> Any:
-    where = "/".join(path) or "(the whole tree)"
-    kinds = type(earlier).__name__, type(later).__name__
-    if is_leaf(earlier) or is_leaf(later):
-        if not overwrite:
-            wrong.append(f"{where}: in two trees, as {kinds[0]} and {kinds[1]}")
-        return earlier if later is None else later
-    if type(earlier) is not type(later) and not overwrite:
-        wrong.append(f"{where}: nodes of two types, {kinds[0]} and {kinds[1]}")
-        return later
-    old, new = _children(earlier), _children(later)
-    keyed = _is_keyed(earlier) and _is_keyed(later)
-    if not keyed and (_is_keyed(earlier) or _is_keyed(later) or old.keys() != new.keys()):
-        sizes = f"{kinds[0]} of {len(old)}, {kinds[1]} of {len(new)}"
-        wrong.append(f"{where}: nodes that have not the same children: {sizes}")
-        return later
-
-    def one(key: Any) -> Any:
-        if key not in old or key not in new:
-            return (old if key in old else new)[key]
-        return _merge((*path, str(key)), overwrite, is_leaf, wrong, old[key], new[key])
-
-    return _rebuilt(later, {key: one(key) for key in dict.fromkeys([*old, *new])})
 
 
 def _is_keyed(node: Any) -> bool:
@@ -125,8 +110,8 @@ def _is_keyed(node: Any) -> bool:
 def _children(node: Any) -> dict[Any, Any]:
     if _is_keyed(node):
         return dict(node._asdict() if hasattr(node, "_asdict") else node)
-    found, _ = keypaths.one_level(node)
-    return {jax.tree_util.keystr(path, simple=True): child for path, child in found}
+    pairs, _ = keypaths.one_level(node)
+    return {jax.tree_util.keystr(path, simple=True): child for path, child in pairs}
 
 
 def _rebuilt(node: Any, children: dict[Any, Any]) -> Any:

@@ -135,8 +135,7 @@ class PyTreeHandler:
                 self._validate(read_array_metadatas(Record(path)))
 
     def _validate(self, found: Mapping[int, Sequence[tree.ArrayMetadata]]) -> None:
-        validator = self._validator or ArrayMetadataValidator()
-        validator.validate_all_array_metadatas(found)
+        (self._validator or ArrayMetadataValidator()).validate_all_array_metadatas(found)
 
     async def load(
         self, directory: epath.Path, abstract_checkpointable: Any = None

@@ -42,11 +42,7 @@ class SavedTree(contextlib.ExitStack):
     """
 
     def __init__(
-        self,
-        directory: str,
-        registry: LeafRegistry | None = None,
-        *,
-        fill_missing: bool = False,
+        self, directory: str, registry: LeafRegistry | None = None, *, fill_missing: bool = False
     ) -> None:
         super().__init__()
         self.directory = directory
@@ -131,11 +127,7 @@ class SavedTree(contextlib.ExitStack):
         return tree.build(zip(self.leaves, values, strict=True), self.directory)
 
     def _match(
-        self,
-        paths: Sequence[tree.KeyPath],
-        wanted: Sequence[Any],
-        rules: LoadRules,
-        partial: bool,
+        self, paths: Sequence[tree.KeyPath], wanted: Sequence[Any], rules: LoadRules, partial: bool
     ) -> tuple[list[LeafHandler | None], list[Any]]:
         """For each leaf the handler that builds it and its target, or None and the value."""
         handlers: list[LeafHandler | None] = []
@@ -194,8 +186,7 @@ class SavedTree(contextlib.ExitStack):
         for i, handler in enumerate(handlers):
             if handler is not None:
                 groups.setdefault(handler, []).append(i)
-        stored = [i for group in groups.values() for i in group if values[i].regions]
-        stored.sort()
+        stored = sorted(i for group in groups.values() for i in group if values[i].regions)
         targets = [values[i] for i in stored]
         reads = [ArrayRead(t.saved.name, t.regions, tree.show(t.saved.path)) for t in targets]
         store = ResizingStore(self._store) if rules.resize and self._store else self._store

@@ -55,7 +55,8 @@ class Snapshot:
         self.layout = ArrayLayout(saving.use_ocdbt, encoding, file_size)
         create = saving.scoped_storage_options_creator
         owns = iter(storage_options.of_leaves(value, create)) if create else itertools.repeat(None)
-        self._general = saving.storage_options
+        general = saving.storage_options
+        self._general = None if create is None and general == _PLAIN else general
         self._empty: list[tuple[tree.KeyPath, str]] = []
         self._paths: list[tree.KeyPath] = []
         self._names: list[str] = []
@@ -90,7 +91,7 @@ class Snapshot:
         self._string_file = tree.encode_strings(strings) if strings else None
         if not self.layout.ocdbt:
             file_write.check_names([write.name for write in self.writes])
-        elif create or self._general != _PLAIN:
+        elif self._general:
             _ = self.writes  # a dtype that cannot be is an error of the call, too
 
     @functools.cached_property
@@ -143,12 +144,12 @@ class Snapshot:
 
 
 def _spec(
-    path: tree.KeyPath, write: LeafWrite, general: StorageOptions, own: StorageOptions | None
+    path: tree.KeyPath, write: LeafWrite, general: StorageOptions | None, own: StorageOptions | None
 ) -> arrays.ArraySpec | None:
     shape, dtype, shard = write.shape, write.dtype, write.shard_shape
     if shape is None or dtype is None:
         return None
-    if own is None and general == _PLAIN:
+    if general is None:
         limit, size = arrays.DEFAULT_CHUNK_BYTES, dtype.itemsize
         chunk = arrays.choose_chunks(shard, size, single_shard=shard == shape, limit=limit)
     else:

@@ -171,7 +171,6 @@ class JsonHandler(_TextHandler):
 
     async def metadata(self, directory: epath.Path) -> None:
         """None: JSON needs no abstract form."""
-        return None
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """True if JSON can hold it."""
@@ -183,7 +182,6 @@ class JsonHandler(_TextHandler):
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """None: the checkpoint decides."""
-        return None
 
 
 @final
