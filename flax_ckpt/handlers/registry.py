@@ -195,7 +195,7 @@ def for_load(
     """
     entries = _unbound(registry)
     named = [h for h in entries if recorded in _aliases(registry, h)]
-    ours = [h for h in entries if getattr(h, "TYPESTR", None) == names.TYPE_PYTREE]
+    ours = [h for h in entries if typestr(h) == names.TYPE_PYTREE]
     foreign = [h for h in named if not hasattr(h, "TYPESTR")]
     bound = [registry.get(name)] if registry.has(name) else []
     for handler_type in [*bound, *foreign, *(ours if is_pytree else []), *named]:

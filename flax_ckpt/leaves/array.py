@@ -224,12 +224,9 @@ def _named(raw: dict[str, Any]) -> NamedSharding | None:
         ids: list[int] = [int(item["id"]) for item in np.array(recorded["mesh"], object).flat]
     else:
         ids = sorted(by_id)[: int(np.prod(shape))]
-    types = raw.get("axis_types")
-    axis_types = (
-        tuple(jax.sharding.AxisType[t.rpartition(".")[2]] for t in types) if types else None
-    )
+    kinds = [jax.sharding.AxisType[t.rpartition(".")[2]] for t in raw.get("axis_types") or ()]
     devices = np.array([by_id[i] for i in ids], dtype=object).reshape(shape)  # or it fits none
-    mesh = Mesh(devices, tuple(raw["axis_names"]), axis_types=axis_types)
+    mesh = Mesh(devices, tuple(raw["axis_names"]), axis_types=tuple(kinds) or None)
     spec = [tuple(part) if jsons.is_list(part) else part for part in raw["partition_spec"]]
     return NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 

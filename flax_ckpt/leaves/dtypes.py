@@ -64,14 +64,12 @@ def convert(array: NDArray[Any], wanted: np.dtype[Any], target: Target) -> NDArr
         return array
     if array.ndim or not target.strict:
         return array.astype(wanted)
-    exact = kind(wanted) == "int" or kind(array.dtype) == "int"
+    exact = "int" in (kind(wanted), kind(array.dtype))
     with np.errstate(all="ignore"):
         result = array.astype(wanted)
         back = result.astype(array.dtype)
-        good = back == array or (array != array and result != result)
-        if not exact:
-            good = good or bool(np.isfinite(back) == np.isfinite(array))
-    if not good:
+    same = back == array or (array != array and result != result)
+    if not same and (exact or np.isfinite(back) != np.isfinite(array)):
         leaf, saved = tree.show(target.saved.path), f"{array.item()!r} ({array.dtype.name})"
         raise TreeMismatchError(
             f"{leaf}: the saved number {saved} does not fit {wanted.name}; restore it into a"

@@ -65,15 +65,14 @@ class LeafTests(Samples):
         """Each abstract form loads the value; so does what `describe` returns."""
         with self._context():
             for i, value in enumerate(self.values()):
-                save(tmp_path / str(i), value)
-                for form in self.forms(i):
-                    self.check(load(tmp_path / str(i), form), i, f"loaded into {form!r}")
-                if not self.needs_abstract:
-                    described = metadata(tmp_path / str(i)).metadata
-                    takes = self.handler().handles_abstract(described)
-                    assert takes, f"`describe` returns {described!r}, which it does not take"
-                    found = load(tmp_path / str(i), described)
-                    self.check(found, i, f"loaded into its metadata, {described!r}")
+                path = tmp_path / str(i)
+                save(path, value)
+                described = [] if self.needs_abstract else [metadata(path).metadata]
+                for form in described:
+                    takes = self.handler().handles_abstract(form)
+                    assert takes, f"`describe` returns {form!r}, which it does not take"
+                for form in self.forms(i) + described:
+                    self.check(load(path, form), i, f"loaded into {form!r}")
 
     def test_leaves_keep_their_places(self, tmp_path: Path) -> None:
         """Among other leaves and empty nodes; wanted alone, or not wanted."""

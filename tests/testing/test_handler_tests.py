@@ -374,8 +374,8 @@ BROKEN: list[tuple[Any, str, str]] = [
     (Consuming, "it_loads_what_it_saved_and_leaves_it_as_it_is", "loading changed the checkpoint"),
     (OnTheMainThread, "it_works_in_the_background_of_any_caller", "MainThread"),
     (WithALoopOfItsOwn, "it_works_in_the_background_of_any_caller", "attached to a different loop"),
-    (WaitingForMetadata, "metadata_is_cheap_and_loads_the_value", "`metadata` waits"),
-    (WrongMetadata, "metadata_is_cheap_and_loads_the_value", "does not load into 'a note'"),
+    (WaitingForMetadata, "it_loads_what_it_saved_and_leaves_it_as_it_is", "`metadata` waits"),
+    (WrongMetadata, "it_loads_what_it_saved_and_leaves_it_as_it_is", "does not load into 'a note'"),
     (TrustingTheBytes, "damage_is_noticed", "inner/note.json was damaged|Invalid|Expecting|codec"),
     (NamedByItsClass, "it_may_be_renamed", "Renamed"),
 ]
