@@ -24,12 +24,7 @@ from flax_ckpt._load import (
     metadata,
 )
 from flax_ckpt._metadata import CheckpointMetadata, PyTreeMetadata
-from flax_ckpt._save import (
-    save,
-    save_async,
-    save_checkpointables,
-    save_checkpointables_async,
-)
+from flax_ckpt._save import save, save_async, save_checkpointables, save_checkpointables_async
 from flax_ckpt.context import Context
 from flax_ckpt.handlers import (
     AbstractCheckpointable,

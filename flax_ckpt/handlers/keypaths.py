@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 import jax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jax.tree_util import FlattenedIndexKey, SequenceKey
 
 from flax_ckpt.format import tree
 from flax_ckpt.format.tree import DICT, MAX_DEPTH, SEQUENCE, Key
@@ -62,22 +62,21 @@ def _children(node: Any) -> list[tuple[Key, Any]] | None:
         return [(Key(str(i), SEQUENCE), child) for i, child in enumerate(node)]
     if _flatten_one_level(node) is None:
         return None
+    return [(_key(path[0]), child) for path, child in one_level(node)[0]]
+
+
+def one_level(node: Any) -> Any:
+    """The children of a node with JAX's paths of one key each, and its treedef."""
 
     def is_child(other: Any) -> bool:
         return other is not node
 
-    pairs, _ = _tree_util.tree_flatten_with_path(node, is_leaf=is_child)
-    return [(_key(path[0]), child) for path, child in pairs]
+    return _tree_util.tree_flatten_with_path(node, is_leaf=is_child)
 
 
 def _key(key: Any) -> Key:
-    if isinstance(key, DictKey):
-        return Key(str(key.key), DICT)
-    if isinstance(key, GetAttrKey):
-        return Key(key.name, DICT)
-    if isinstance(key, SequenceKey | FlattenedIndexKey):
-        return Key(str(key.idx if isinstance(key, SequenceKey) else key.key), SEQUENCE)
-    return Key(str(key), DICT)  # a key class of the user's own
+    in_order = isinstance(key, SequenceKey | FlattenedIndexKey)
+    return Key(jax.tree_util.keystr((key,), simple=True), SEQUENCE if in_order else DICT)
 
 
 def structure(value: Any) -> Any:
@@ -94,7 +93,7 @@ def is_empty(node: Any) -> bool:
     if isinstance(node, jax.Array | jax.ShapeDtypeStruct):
         return False
     children = _flatten_one_level(node)
-    return children is not None and not any(True for _ in children[0])
+    return children is not None and not list(children[0])
 
 
 def empty_kind(node: Any) -> str:

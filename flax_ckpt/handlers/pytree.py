@@ -134,8 +134,7 @@ class PyTreeHandler:
                 self._validate(read_array_metadatas(Record(path)))
 
     def _validate(self, found: Mapping[int, Sequence[tree.ArrayMetadata]]) -> None:
-        validator = self._validator or ArrayMetadataValidator()
-        validator.validate_all_array_metadatas(found)
+        (self._validator or ArrayMetadataValidator()).validate_all_array_metadatas(found)
 
     async def load(
         self, directory: epath.Path, abstract_checkpointable: Any = None
@@ -161,7 +160,7 @@ class PyTreeHandler:
         fill = not loading.raise_array_data_missing_error
         with SavedTree(os.fspath(directory), self._leaves, fill_missing=fill) as saved:
             if saved.processes > 1 or self._validator is not None:
-                self._validate(saved.array_metadatas)
+                self._validate(read_array_metadatas(saved.record))
             partial = self._context.pytree.loading.partial_load
             result = saved.prepare(abstract, rules, partial=partial)()
         log_fallbacks(directory, rules)

@@ -97,11 +97,9 @@ class CheckpointableHandlerRegistry:
         return self._typestrs.get(handler_type, ())
 
     def __repr__(self) -> str:
-        shown = ", ".join(
-            f"{handler.__name__}" + (f" for {name!r}" if name else "")
-            for handler, name in self._entries
-        )
-        return f"CheckpointableHandlerRegistry({shown})"
+        entries = [(handler.__name__, name) for handler, name in self._entries]
+        shown = [handler + (f" for {name!r}" if name else "") for handler, name in entries]
+        return f"CheckpointableHandlerRegistry({', '.join(shown)})"
 
 
 _global = CheckpointableHandlerRegistry()
@@ -124,15 +122,11 @@ def local_registry(
         include_global_registry: whether to start with the global entries.
     """
     registry = CheckpointableHandlerRegistry()
-    sources = [_global] if include_global_registry else []
-    sources += [] if other_registry is None else [other_registry]
-    for source in sources:
+    sources = _global if include_global_registry else None, other_registry
+    for source in [source for source in sources if source is not None]:
         for handler_type, name in source.get_all_entries():
-            registry.add(
-                handler_type,
-                checkpointable_name=name,
-                secondary_typestrs=source.get_secondary_typestrs(handler_type) or None,
-            )
+            more = source.get_secondary_typestrs(handler_type) or None
+            registry.add(handler_type, checkpointable_name=name, secondary_typestrs=more)
     return registry
 
 
@@ -149,10 +143,8 @@ def register_handler(
 
 def typestr(handler_type: HandlerType) -> str:
     """How checkpoints name a handler: ours by a constant of the format, others by their class."""
-    constant = getattr(handler_type, "TYPESTR", None)
-    if isinstance(constant, str):
-        return constant
-    return f"{handler_type.__module__}.{handler_type.__qualname__}"
+    by_class = f"{handler_type.__module__}.{handler_type.__qualname__}"
+    return getattr(handler_type, "TYPESTR", by_class)
 
 
 def for_save(
@@ -203,7 +195,7 @@ def for_load(
     """
     entries = _unbound(registry)
     named = [h for h in entries if recorded in _aliases(registry, h)]
-    ours = [h for h in entries if getattr(h, "TYPESTR", None) == names.TYPE_PYTREE]
+    ours = [h for h in entries if typestr(h) == names.TYPE_PYTREE]
     foreign = [h for h in named if not hasattr(h, "TYPESTR")]
     bound = [registry.get(name)] if registry.has(name) else []
     for handler_type in [*bound, *foreign, *(ours if is_pytree else []), *named]:

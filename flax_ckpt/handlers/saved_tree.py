@@ -6,10 +6,9 @@ with SavedTree(directory) as saved:
 """
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Container, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax_ckpt.errors import Difference, TreeMismatchError
 from flax_ckpt.format import names, tree
@@ -23,13 +22,6 @@ from flax_ckpt.storage.store import ArrayRead, ArrayStore, read_resized
 _SHOWN = 40  # differences in a message; all of them are in the exception
 
 
-class _Matches(NamedTuple):
-    """What becomes of each wanted leaf: a target and the handler that builds it, or a value."""
-
-    handlers: list[LeafHandler | None]
-    values: list[Any]
-
-
 class SavedTree(contextlib.ExitStack):
     """One PyTree directory; use it in a `with` block.
 
@@ -39,6 +31,7 @@ class SavedTree(contextlib.ExitStack):
         fill_missing: chunks that are missing from another writer's checkpoint are zeros.
 
     Attributes:
+        record: reads its files.
         leaves: what is saved, empty nodes included, by key path.
         processes: how many wrote it, as far as is recorded.
 
@@ -48,30 +41,20 @@ class SavedTree(contextlib.ExitStack):
     """
 
     def __init__(
-        self,
-        directory: str,
-        registry: LeafRegistry | None = None,
-        *,
-        fill_missing: bool = False,
+        self, directory: str, registry: LeafRegistry | None = None, *, fill_missing: bool = False
     ) -> None:
         super().__init__()
         self.directory = directory
         self._registry = registry or LeafRegistry()
         self._store: ArrayStore | None = None
-        self._record = Record(directory)
-        path = os.path.join(directory, names.TREE_METADATA)
-        self._metadata = tree.TreeMetadata.from_bytes(self._record.read(names.TREE_METADATA), path)
-        found = [(entry, tree.name_of(entry.path)) for entry in self._metadata.entries]
+        self.record = Record(directory)
+        meta = tree.TreeMetadata.from_bytes(*self._file(names.TREE_METADATA))
+        found = [(entry, tree.name_of(entry.path)) for entry in meta.entries]
         arrays = [name for e, name in found if e.kind not in tree.EMPTY and e.kind != tree.STRING]
+        ocdbt, zarr3 = meta.use_ocdbt, meta.use_zarr3
         try:
             if arrays:  # without any, Orbax writes no database
-                meta = self._metadata
-                store = open_store(
-                    self._record,
-                    ocdbt=meta.use_ocdbt,
-                    zarr3=meta.use_zarr3,
-                    fill_missing=fill_missing,
-                )
+                store = open_store(self.record, ocdbt=ocdbt, zarr3=zarr3, fill_missing=fill_missing)
                 self._store = self.enter_context(store)
             self.leaves = {leaf.path: leaf for leaf in self._describe(found, arrays)}
         except BaseException:
@@ -82,17 +65,15 @@ class SavedTree(contextlib.ExitStack):
         self, found: Sequence[tuple[tree.Entry, str]], arrays: Sequence[str]
     ) -> Iterator[SavedLeaf]:
         shardings: dict[str, str] = {}
-        if self._record.lists(names.SHARDING):
-            path = os.path.join(self.directory, names.SHARDING)
-            shardings = tree.decode_shardings(self._record.read(names.SHARDING), path)
-        recorded = list(_process_files(self._record).values())
+        if self.record.lists(names.SHARDING):
+            shardings = tree.decode_shardings(*self._file(names.SHARDING))
+        recorded = list(_process_files(self.record).values())
         self.processes = len(recorded)
         impls = tree.decode_key_impls(*recorded[0]) if recorded else {}
-        texts = [name for entry, name in found if entry.kind == tree.STRING]
         strings: dict[str, str] = {}
-        if texts:
-            path = os.path.join(self.directory, names.STRINGS)
-            strings = tree.decode_strings(self._record.read(names.STRINGS), texts, path)
+        if texts := [name for entry, name in found if entry.kind == tree.STRING]:
+            data, path = self._file(names.STRINGS)
+            strings = tree.decode_strings(data, texts, path)
         stored = self._store.describe(arrays) if self._store else {}
         for entry, name in found:
             path, kind = entry.path, entry.kind
@@ -105,10 +86,8 @@ class SavedTree(contextlib.ExitStack):
                 impl = impls.get(name) if kind == tree.ARRAY else None
                 yield SavedLeaf(path, name, kind, array.shape, array.dtype, placed, impl)
 
-    @functools.cached_property
-    def array_metadatas(self) -> dict[int, list[tree.ArrayMetadata]]:
-        """What each process wrote about the arrays, by its index."""
-        return read_array_metadatas(self._record)
+    def _file(self, name: str) -> tuple[bytes, str]:
+        return self.record.read(name), os.path.join(self.directory, name)
 
     def abstract(self) -> Any:
         """The tree in dicts and lists, each leaf in the abstract form that loads it as saved."""
@@ -136,29 +115,29 @@ class SavedTree(contextlib.ExitStack):
             TreeMismatchError: with every difference; nothing was read.
         """
         if abstract is None:
-            matches = self._match(list(self.leaves), [None] * len(self.leaves), rules, partial)
-            return lambda: self._build(self._read(matches, rules))
-        matches = self._match(*keypaths.flatten(abstract), rules, partial)
-        return lambda: keypaths.structure(abstract).unflatten(self._read(matches, rules))
+            paths, wanted, build = list(self.leaves), [None] * len(self.leaves), self._build
+        else:
+            paths, wanted = keypaths.flatten(abstract)
+            build = keypaths.structure(abstract).unflatten
+        handlers, values = self._match(paths, wanted, rules, partial)
+        return lambda: build(self._read(handlers, values, rules))
 
     def _build(self, values: Sequence[Any]) -> Any:
         return tree.build(zip(self.leaves, values, strict=True), self.directory)
 
     def _match(
-        self,
-        paths: Sequence[tree.KeyPath],
-        wanted: Sequence[Any],
-        rules: LoadRules,
-        partial: bool,
-    ) -> _Matches:
-        matches = _Matches([], [])
+        self, paths: Sequence[tree.KeyPath], wanted: Sequence[Any], rules: LoadRules, partial: bool
+    ) -> tuple[list[LeafHandler | None], list[Any]]:
+        """For each leaf the handler that builds it and its target, or None and the value."""
+        handlers: list[LeafHandler | None] = []
+        values: list[Any] = []
         differences: list[Difference] = []
         for path, abstract in zip(paths, wanted, strict=True):
             handler, found = self._match_one(path, abstract, rules)
             if isinstance(found, Difference):
                 differences.append(found)
-            matches.handlers.append(handler)
-            matches.values.append(found)
+            handlers.append(handler)
+            values.append(found)
         if not partial:
             asked = set(paths)
             differences += [
@@ -168,7 +147,7 @@ class SavedTree(contextlib.ExitStack):
             ]
         if differences:
             raise mismatch(self.directory, differences)
-        return matches
+        return handlers, values
 
     def _match_one(
         self, path: tree.KeyPath, abstract: Any, rules: LoadRules
@@ -198,27 +177,24 @@ class SavedTree(contextlib.ExitStack):
             raise self._registry.missing(self.directory, self.leaves.values())
         return handler
 
-    def _read(self, matches: _Matches, rules: LoadRules) -> list[Any]:
-        """The value of each match, in order; the data of all is read in one batch."""
-        values = matches.values
-        reads: list[ArrayRead] = []
+    def _read(
+        self, handlers: Sequence[LeafHandler | None], values: Sequence[Any], rules: LoadRules
+    ) -> list[Any]:
+        """What :meth:`_match` found, built; the data of all is read in one batch."""
         groups: dict[LeafHandler, list[int]] = {}
-        for i, handler in enumerate(matches.handlers):
+        for i, handler in enumerate(handlers):
             if handler is not None:
                 groups.setdefault(handler, []).append(i)
-                if (target := values[i]).regions:
-                    saved = target.saved
-                    reads.append(ArrayRead(saved.name, target.regions, tree.show(saved.path)))
-        data: Iterator[Sequence[Any]] = iter(())
+        stored = sorted(i for group in groups.values() for i in group if values[i].regions)
+        targets = [values[i] for i in stored]
+        reads = [ArrayRead(t.saved.name, t.regions, tree.show(t.saved.path)) for t in targets]
+        found: Sequence[Sequence[Any]] = ()
         if store := self._store:
-            data = iter(read_resized(store, reads) if rules.resize else store.read_arrays(reads))
-        parts = [
-            next(data) if handler is not None and value.regions else ()
-            for handler, value in zip(matches.handlers, values, strict=True)
-        ]
+            found = read_resized(store, reads) if rules.resize else store.read_arrays(reads)
+        data = dict(zip(stored, found, strict=True))
         result = list(values)
         for handler, group in groups.items():
-            built = handler.build([values[i] for i in group], [parts[i] for i in group])
+            built = handler.build([values[i] for i in group], [data.get(i, ()) for i in group])
             for i, value in zip(group, built, strict=True):
                 result[i] = value
         return result
@@ -226,8 +202,7 @@ class SavedTree(contextlib.ExitStack):
 
 def read_array_metadatas(record: Record) -> dict[int, list[tree.ArrayMetadata]]:
     """What each process wrote about the arrays of a PyTree directory, by its index."""
-    found = _process_files(record).items()
-    return {index: tree.decode_array_metadatas(data, what) for index, (data, what) in found}
+    return {i: tree.decode_array_metadatas(*file) for i, file in _process_files(record).items()}
 
 
 def _process_files(record: Record) -> dict[int, tuple[bytes, str]]:

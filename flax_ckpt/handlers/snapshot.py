@@ -5,6 +5,7 @@ so the snapshot is good for as long as it is held, whatever becomes of the array
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,15 +17,14 @@ from flax_ckpt.context import Context
 from flax_ckpt.errors import UnsupportedLeafError
 from flax_ckpt.format import arrays, names, tree
 from flax_ckpt.handlers import keypaths, storage_options
-from flax_ckpt.handlers.storage_options import LeafStorage
-from flax_ckpt.leaves import sharding
+from flax_ckpt.handlers.storage_options import StorageOptions
+from flax_ckpt.leaves.array import sharding_text
 from flax_ckpt.leaves.base import LeafWrite
 from flax_ckpt.leaves.registry import LeafRegistry
-from flax_ckpt.options import ArrayOptions
 from flax_ckpt.storage import file_write
 from flax_ckpt.storage.store import ArrayLayout, ArrayWrite
 
-_DEFAULT = ArrayOptions.Saving()
+_PLAIN = StorageOptions()
 
 
 class Snapshot:
@@ -52,36 +52,34 @@ class Snapshot:
         encoding = arrays.Encoding(saving.use_zarr3, saving.use_compression)
         file_size = saving.ocdbt_target_data_file_size or 0
         self.layout = ArrayLayout(saving.use_ocdbt, encoding, file_size)
-        storages = storage_options.per_leaf(value, saving)
+        create = saving.scoped_storage_options_creator
+        owns = iter(storage_options.of_leaves(value, create)) if create else itertools.repeat(None)
+        general = saving.storage_options
+        self._general = None if create is None and general == _PLAIN else general
         self._empty: list[tuple[tree.KeyPath, str]] = []
         self._paths: list[tree.KeyPath] = []
         self._names: list[str] = []
         self._writes: list[LeafWrite] = []
-        self._storages: list[LeafStorage] = []
+        self._owns: list[StorageOptions | None] = []
         refused: list[tuple[tree.KeyPath, str]] = []
         for path, leaf in zip(paths, leaves, strict=True):
             handler = registry.for_value(leaf)
-            name_on_disk = tree.name_of(path)
             if handler is None and keypaths.is_empty(leaf):
                 self._empty.append((path, keypaths.empty_kind(leaf)))
                 continue
-            storage = next(storages)
-            if reason := _unstorable(path, name_on_disk):
-                refused.append((path, reason))
-            elif handler is not None:
-                try:
-                    write = handler.write(leaf, copy=copy)
-                except Exception:  # JAX raises several types for an array without a value
-                    if not (reason := _no_value(leaf)):
-                        raise
-                    refused.append((path, reason))
-                else:
+            own, name_on_disk = next(owns), tree.name_of(path)
+            reason = _unstorable(path, name_on_disk)
+            try:
+                if handler is not None and not reason:
+                    self._writes.append(handler.write(leaf, copy=copy))
                     self._paths.append(path)
                     self._names.append(name_on_disk)
-                    self._writes.append(write)
-                    self._storages.append(storage)
-            else:
-                refused.append((path, f"{_describe(leaf)} cannot be saved"))
+                    self._owns.append(own)
+                    continue
+            except Exception:  # JAX raises several types for an array without a value
+                if not (reason := _no_value(leaf)):
+                    raise
+            refused.append((path, reason or f"{_describe(leaf)} cannot be saved"))
         if refused:
             raise _cannot_be_saved(name, refused, len(leaves))
         # Checked and encoded now: a key that cannot be stored must be an error of the call, not of
@@ -92,8 +90,8 @@ class Snapshot:
         self._string_file = tree.encode_strings(strings) if strings else None
         if not self.layout.ocdbt:
             file_write.check_names([write.name for write in self.writes])
-        elif saving != _DEFAULT:
-            _ = self.writes
+        elif self._general:
+            _ = self.writes  # a dtype that cannot be is an error of the call, too
 
     @functools.cached_property
     def writes(self) -> list[ArrayWrite]:
@@ -118,10 +116,10 @@ class Snapshot:
         """How each leaf is stored; None for strings. Leaves that are alike share one object."""
         known: dict[Any, arrays.ArraySpec | None] = {}
         found: list[arrays.ArraySpec | None] = []
-        for path, w, storage in zip(self._paths, self._writes, self._storages, strict=True):
-            kind = (id(storage), w.value_type, w.key_impl, w.shape, w.dtype, w.shard_shape)
+        for path, w, own in zip(self._paths, self._writes, self._owns, strict=True):
+            kind = (id(own), w.value_type, w.key_impl, w.shape, w.dtype, w.shard_shape)
             if kind not in known:
-                known[kind] = _spec(path, w, storage)
+                known[kind] = _spec(path, w, self._general, own)
             found.append(known[kind])
         return found
 
@@ -133,7 +131,7 @@ class Snapshot:
             is_array = w.value_type == tree.ARRAY
             entries.append(tree.Entry.of(path, w.value_type, w.shard_shape if is_array else None))
             if w.sharding is not None:
-                text = w.sharding if isinstance(w.sharding, str) else sharding.to_json(w.sharding)
+                text = w.sharding if isinstance(w.sharding, str) else sharding_text(w.sharding)
                 shardings[name] = text
         metadata = tree.TreeMetadata(entries, self.layout.ocdbt, self.layout.encoding.zarr3)
         found = {names.TREE_METADATA: metadata.to_bytes()}
@@ -144,13 +142,18 @@ class Snapshot:
         return found
 
 
-def _spec(path: tree.KeyPath, write: LeafWrite, storage: LeafStorage) -> arrays.ArraySpec | None:
-    dtype = storage.dtype_of(write, path)
-    if write.shape is None or dtype is None:
+def _spec(
+    path: tree.KeyPath, write: LeafWrite, general: StorageOptions | None, own: StorageOptions | None
+) -> arrays.ArraySpec | None:
+    shape, dtype, shard = write.shape, write.dtype, write.shard_shape
+    if shape is None or dtype is None:
         return None
-    single = write.shard_shape == write.shape
-    chunk = storage.chunk_of(write.shard_shape, dtype.itemsize, single_shard=single)
-    return arrays.ArraySpec(write.shape, arrays.zarr_dtype(dtype), chunk)
+    if general is None:
+        limit, size = arrays.DEFAULT_CHUNK_BYTES, dtype.itemsize
+        chunk = arrays.choose_chunks(shard, size, single_shard=shard == shape, limit=limit)
+    else:
+        dtype, chunk = storage_options.choose(general, own, path, write)
+    return arrays.ArraySpec(shape, arrays.zarr_dtype(dtype), chunk)
 
 
 def _cannot_be_saved(

@@ -15,7 +15,6 @@ class StatefulHandler:
     """Passes on to the `save` and `load` of a :class:`StatefulCheckpointable`."""
 
     TYPESTR: ClassVar = names.TYPE_STATEFUL
-    ALIASES: ClassVar = frozenset({names.TYPE_STATEFUL})
 
     async def save(
         self, directory: PathAwaitingCreation, checkpointable: StatefulCheckpointable
@@ -46,7 +45,6 @@ class StatefulHandler:
 
     async def metadata(self, directory: epath.Path) -> None:
         """None: only the object knows."""
-        return None
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """True for objects with `save` and `load`."""

@@ -1,12 +1,11 @@
-"""How each leaf of a tree is stored: the options of the tree, and those of the leaf over them.
+"""How a leaf is stored: the options of its tree, and over them its own.
 
-for storage in per_leaf(tree, context.array.saving):
-    dtype = storage.dtype_of(write, path)
+creator = context.array.saving.scoped_storage_options_creator
+for own, path, write in zip(of_leaves(tree, creator), paths, writes):
+    dtype, chunk = choose(general, own, path, write)
 """
 
-import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,66 +21,13 @@ _UNSET = StorageOptions()
 _tree_util: Any = jax.tree_util  # jaxlib says nothing about the types of its trees
 
 
-class LeafStorage(NamedTuple):
-    """How one leaf is stored.
-
-    Attributes:
-        general: the options of the whole tree.
-        own: those of the leaf, which win; a field that is None says nothing.
-    """
-
-    general: StorageOptions
-    own: StorageOptions
-
-    def dtype_of(self, write: LeafWrite, path: tree.KeyPath) -> np.dtype[Any] | None:
-        """The dtype on disk of what is written; numbers and typed keys keep theirs.
-
-        Raises:
-            UnsupportedLeafError: the leaf cannot be stored in the dtype that was chosen for it.
-        """
-        wished = self.general.dtype if self.own.dtype is None else self.own.dtype
-        fixed = write.value_type == tree.SCALAR or write.key_impl is not None
-        if write.dtype is None or wished is None or fixed:
-            return write.dtype
-        wanted = np.dtype(wished)
-        if self.own.dtype is None and dtypes.kind(wanted) != dtypes.kind(write.dtype):
-            return write.dtype
-        if not arrays.is_storable(wanted) or not dtypes.matches(
-            write.dtype, wanted, (), strict=False
-        ):
-            raise UnsupportedLeafError(
-                f"{tree.show(path)}: {show_array(write.shape or (), write.dtype)} cannot be stored"
-                f" as {wanted.name}; set another storage_options.dtype for it"
-            )
-        return wanted
-
-    def chunk_of(
-        self, shard_shape: tuple[int, ...], itemsize: int, *, single_shard: bool
-    ) -> tuple[int, ...]:
-        """The shape of a chunk of a shard."""
-        own, general = self.own, self.general
-        axes = general.shard_axes if own.shard_axes is None else own.shard_axes
-        size = own.chunk_byte_size or general.chunk_byte_size
-        limit = size or arrays.DEFAULT_CHUNK_BYTES
-        if not axes:
-            chosen = arrays.choose_chunks(
-                shard_shape, itemsize, single_shard=single_shard, limit=limit
-            )
-            if size is None or np.prod(chosen, dtype=object) * itemsize <= limit:
-                return chosen
-        return chunks.cut(shard_shape, itemsize, axes=tuple(axes or ()), limit=limit)
-
-
-def per_leaf(value: Any, saving: ArrayOptions.Saving) -> Iterator[LeafStorage]:
-    """For each leaf of a tree, without empty nodes, how it is stored.
+def of_leaves(value: Any, create: Any) -> list[StorageOptions | None]:
+    """What the user's function says of each leaf of a tree, without empty nodes.
 
     Raises:
-        TypeError: what the user's function returned are no storage options.
+        TypeError: what it returned are no storage options.
     """
-    create = saving.scoped_storage_options_creator
-    if create is None:
-        return itertools.repeat(LeafStorage(saving.storage_options, _UNSET))
-    found: list[LeafStorage] = []
+    found: list[StorageOptions | None] = []
     for path, leaf in _tree_util.tree_flatten_with_path(value)[0]:
         own: Any = create(path, leaf)
         if own is not None and not isinstance(own, StorageOptions):
@@ -89,5 +35,53 @@ def per_leaf(value: Any, saving: ArrayOptions.Saving) -> Iterator[LeafStorage]:
                 "scoped_storage_options_creator must return StorageOptions or None, got"
                 f" {own!r} for {_tree_util.keystr(path)}"
             )
-        found.append(LeafStorage(saving.storage_options, own or _UNSET))
-    return iter(found)
+        found.append(own)
+    return found
+
+
+def choose(
+    general: StorageOptions, own: StorageOptions | None, path: tree.KeyPath, write: LeafWrite
+) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """The dtype on disk and the shape of a chunk of an array.
+
+    Args:
+        general: the options of the whole tree.
+        own: those of the leaf, which win; a field that is None says nothing.
+        path: of the leaf.
+        write: an array, no string.
+
+    Raises:
+        UnsupportedLeafError: the leaf cannot be stored in the dtype that was chosen for it.
+    """
+    own = own or _UNSET
+    dtype = _dtype(general, own, path, write)
+    shard, itemsize = write.shard_shape, dtype.itemsize
+    axes = general.shard_axes if own.shard_axes is None else own.shard_axes
+    size = own.chunk_byte_size or general.chunk_byte_size
+    limit = size or arrays.DEFAULT_CHUNK_BYTES
+    if not axes:
+        single = shard == write.shape
+        chosen = arrays.choose_chunks(shard, itemsize, single_shard=single, limit=limit)
+        if size is None or np.prod(chosen, dtype=object) * itemsize <= limit:
+            return dtype, chosen
+    return dtype, chunks.cut(shard, itemsize, axes=tuple(axes or ()), limit=limit)
+
+
+def _dtype(
+    general: StorageOptions, own: StorageOptions, path: tree.KeyPath, write: LeafWrite
+) -> np.dtype[Any]:
+    """Numbers and typed keys keep theirs."""
+    assert write.dtype is not None
+    wished = general.dtype if own.dtype is None else own.dtype
+    if wished is None or write.value_type == tree.SCALAR or write.key_impl is not None:
+        return write.dtype
+    wanted = np.dtype(wished)
+    if own.dtype is None and dtypes.kind(wanted) != dtypes.kind(write.dtype):
+        return write.dtype
+    castable = dtypes.matches(write.dtype, wanted, (), strict=False)
+    if not arrays.is_storable(wanted) or not castable:
+        raise UnsupportedLeafError(
+            f"{tree.show(path)}: {show_array(write.shape or (), write.dtype)} cannot be stored"
+            f" as {wanted.name}; set another storage_options.dtype for it"
+        )
+    return wanted

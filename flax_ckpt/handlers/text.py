@@ -19,18 +19,75 @@ from flax_ckpt.storage import files, hosts
 from flax_ckpt.storage.record import Record
 
 
-async def _write(directory: PathAwaitingCreation, filename: str, text: str) -> None:
-    path = await directory.await_creation()
-    if hosts.is_primary_host(resolve().multiprocessing.primary_host):
-        files.write(os.fspath(path / filename), text.encode())
+class _TextHandler:
+    """One text file: `_encode` and `_decode` say what is in it, and raise `ValueError` if not.
+
+    Args:
+        *filenames: the first is written; of all the first that is there is read.
+    """
+
+    _REFUSAL: ClassVar[str]
+
+    def __init__(self, *filenames: str) -> None:
+        self._filenames = filenames
+
+    def _encode(self, value: Any) -> str:
+        raise NotImplementedError
+
+    def _decode(self, text: str, abstract: Any) -> Any:
+        raise NotImplementedError
+
+    async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
+        """See :class:`CheckpointableHandler`; the value is turned into text before returning.
+
+        Raises:
+            NotHandleableError: the text cannot hold it.
+        """
+        try:
+            text = self._encode(checkpointable)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise NotHandleableError(
+                f"checkpointable {directory.name!r}: {self._REFUSAL}: {error}"
+            ) from error
+        return self._write(directory, text)
+
+    async def _write(self, directory: PathAwaitingCreation, text: str) -> None:
+        path = await directory.await_creation()
+        if hosts.is_primary_host(resolve().multiprocessing.primary_host):
+            files.write(os.fspath(path / self._filenames[0]), text.encode())
+
+    async def load(
+        self, directory: epath.Path, abstract_checkpointable: Any = None
+    ) -> Awaitable[Any]:
+        """See :class:`CheckpointableHandler`.
+
+        Raises:
+            CheckpointNotFoundError: no file is there.
+            FormatError: it is not of this kind.
+        """
+        return self._load(directory, abstract_checkpointable)
+
+    async def _load(self, directory: epath.Path, abstract: Any) -> Any:
+        record = Record(os.fspath(directory))
+        for filename in filter(record.lists, self._filenames):
+            data = record.read(filename)
+            try:
+                return self._decode(data.decode(), abstract)
+            except (ValueError, RecursionError) as error:
+                raise FormatError(
+                    f"{directory / filename}: {type(self).__name__} cannot read it: {error}"
+                ) from error
+        wanted = ", ".join(dict.fromkeys(self._filenames))
+        raise CheckpointNotFoundError(f"{directory}: found none of the files {wanted}")
 
 
 @final
-class ProtoHandler:
+class ProtoHandler(_TextHandler):
     """Saves and loads protocol-buffer messages in text format.
 
     The file's first line is a comment with the message's full name, so that a message whose class
-    this process has registered loads without naming it.
+    this process has registered loads without naming it: nothing is imported because a file does.
+    Else the message class is the abstract value.
 
     Args:
         filename: of the text file.
@@ -50,54 +107,26 @@ class ProtoHandler:
 
     TYPESTR: ClassVar = names.TYPE_PROTO
     ALIASES: ClassVar = names.PROTO_TYPES
+    _REFUSAL: ClassVar = "ProtoHandler saves protocol-buffer messages"
 
     def __init__(self, filename: str = names.PROTO_FILE) -> None:
-        self._filename = filename
+        super().__init__(filename)
 
-    async def save(
-        self, directory: PathAwaitingCreation, checkpointable: Message
-    ) -> Awaitable[None]:
-        """See :class:`CheckpointableHandler`; the message is turned into text before returning.
+    def _encode(self, value: Any) -> str:
+        if not isinstance(value, Message):
+            raise TypeError(f"got a {type(value).__name__}")
+        return protos.message_to_text(value)
 
-        Raises:
-            NotHandleableError: not a message.
-        """
-        if not self.is_handleable(checkpointable):
-            raise NotHandleableError(
-                f"checkpointable {directory.name!r}: ProtoHandler saves protocol-buffer messages,"
-                f" got a {type(checkpointable).__name__}"
-            )
-        text = protos.message_to_text(checkpointable)
-        return _write(directory, self._filename, text)
-
-    async def load(
-        self, directory: epath.Path, abstract_checkpointable: type[Message] | None = None
-    ) -> Awaitable[Message]:
-        """See :class:`CheckpointableHandler`.
-
-        Args:
-            directory: where the file is.
-            abstract_checkpointable: the message class; None: the one that the file names, if
-                this process has registered it. Nothing is imported because a file names it.
-
-        Raises:
-            FormatError: the text is not of that message, or its class is not known here.
-        """
-        return self._load(directory, abstract_checkpointable)
-
-    async def _load(self, directory: epath.Path, message_type: type[Message] | None) -> Message:
-        data = Record(os.fspath(directory)).read(self._filename)
-        try:
-            return protos.text_to_message(data.decode(), message_type)
-        except UnicodeDecodeError as error:
-            raise FormatError(f"{directory}: not UTF-8 text: {error}") from error
+    def _decode(self, text: str, abstract: Any) -> Message:
+        return protos.text_to_message(text, abstract)
 
     async def metadata(self, directory: epath.Path) -> type[Message] | None:
         """The message's class; None if this process has not registered it."""
         try:
-            return type(await self._load(directory, None))
+            message: Message = await self._load(directory, None)
         except FormatError:
             return None
+        return type(message)
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """True for protocol-buffer messages."""
@@ -109,25 +138,7 @@ class ProtoHandler:
         return isinstance(abstract, type) and issubclass(abstract, Message)
 
 
-def _to_json(value: Any) -> str:
-    text = json.dumps(value)
-    _require_string_keys(value)
-    return text
-
-
-def _require_string_keys(value: Any) -> None:
-    """JSON would turn other keys into strings without a word."""
-    if isinstance(value, dict):
-        for key, inner in cast("dict[Any, Any]", value).items():
-            if not isinstance(key, str):
-                raise TypeError(f"the key {key!r} is no string")
-            _require_string_keys(inner)
-    elif isinstance(value, list | tuple):
-        for inner in cast("list[Any]", value):
-            _require_string_keys(inner)
-
-
-class JsonHandler:
+class JsonHandler(_TextHandler):
     """Saves and loads what JSON can hold: dicts with string keys, lists, numbers, strings.
 
     Args:
@@ -136,64 +147,41 @@ class JsonHandler:
 
     TYPESTR: ClassVar = names.TYPE_JSON
     ALIASES: ClassVar = names.JSON_TYPES
+    _REFUSAL: ClassVar = "JSON cannot hold it"
 
     def __init__(self, filename: str | None = None) -> None:
-        self._filenames = [filename] if filename else []
-        self._filenames += [names.JSON_LEGACY_FILE, names.JSON_FILE]
+        known = names.JSON_LEGACY_FILE, names.JSON_FILE
+        super().__init__(*([filename] if filename else []), *known)
 
-    async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
-        """See :class:`CheckpointableHandler`.
+    def _encode(self, value: Any) -> str:
+        text = json.dumps(value)
+        nodes = [value]
+        for node in nodes:  # JSON would turn keys that are no strings into some without a word
+            if isinstance(node, dict):
+                inner = cast("dict[Any, Any]", node)
+                if wrong := [key for key in inner if not isinstance(key, str)]:
+                    raise TypeError(f"the key {wrong[0]!r} is no string")
+                nodes += inner.values()
+            elif isinstance(node, list | tuple):
+                nodes += cast("list[Any]", node)
+        return text
 
-        Raises:
-            NotHandleableError: JSON cannot hold it.
-        """
-        try:
-            text = _to_json(checkpointable)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise NotHandleableError(
-                f"checkpointable {directory.name!r}: JSON cannot hold it: {error}"
-            ) from error
-        return _write(directory, self._filenames[0], text)
-
-    async def load(
-        self, directory: epath.Path, abstract_checkpointable: None = None
-    ) -> Awaitable[Any]:
-        """See :class:`CheckpointableHandler`.
-
-        Raises:
-            CheckpointNotFoundError: none of the known files is there.
-            FormatError: it is no JSON.
-        """
-        return self._load(directory)
-
-    async def _load(self, directory: epath.Path) -> Any:
-        record = Record(os.fspath(directory))
-        for filename in self._filenames:
-            if record.lists(filename):
-                data = record.read(filename)
-                try:
-                    return json.loads(data)
-                except (ValueError, RecursionError) as error:
-                    raise FormatError(f"{directory / filename}: not valid JSON: {error}") from error
-        raise CheckpointNotFoundError(
-            f"{directory}: no JSON file; looked for {', '.join(dict.fromkeys(self._filenames))}"
-        )
+    def _decode(self, text: str, abstract: Any) -> Any:
+        return json.loads(text)
 
     async def metadata(self, directory: epath.Path) -> None:
         """None: JSON needs no abstract form."""
-        return None
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """True if JSON can hold it."""
         try:
-            _to_json(checkpointable)
+            self._encode(checkpointable)
         except (TypeError, ValueError, RecursionError):
             return False
         return True
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """None: the checkpoint decides."""
-        return None
 
 
 @final

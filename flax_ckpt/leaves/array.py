@@ -1,18 +1,30 @@
-"""`jax.Array` leaves: any dtype that zarr has, any sharding."""
+"""`jax.Array` leaves: any dtype that zarr has, any sharding.
+
+A sharding is kept as the JSON text of the `_sharding` file, and put back on the devices that are
+here. Source: the format as Orbax writes it, `SingleDeviceSharding` and `NamedSharding`.
+"""
 
 import functools
+import json
+import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
-from flax_ckpt.format import arrays, tree
-from flax_ckpt.leaves import dtypes, sharding, transfer
+from flax_ckpt.errors import StateError
+from flax_ckpt.format import arrays, jsons, tree
+from flax_ckpt.leaves import dtypes, transfer
 from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show_array
 from flax_ckpt.storage.store import Region, Shard, whole
+
+_jax: Any = jax  # jaxlib says nothing about the types of devices
+
+# For arrays that live on no device, so that Orbax loads them without a sharding of the caller's.
+HOST = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"})
 
 
 class ArrayLeaf:
@@ -36,11 +48,13 @@ class ArrayLeaf:
         # On CPU the memory is referenced, not copied: JAX arrays do not change, and one that is
         # donated or deleted lives on until the save lets go of it.
         array = cast("jax.Array", value)
-        placed, dtype = array.sharding, np.dtype(array.dtype)
-        shape = _shared(array.shape)
+        placed = array.sharding
         if type(placed) is SingleDeviceSharding or placed.num_devices == 1:
-            shards = (Shard(arrays.origin(len(shape)), np.asarray(array)),)
-            return LeafWrite(tree.ARRAY, shape, dtype, shape, shards, placed)
+            data = np.asarray(array)
+            shape = _shared(data.shape)
+            shards = (Shard(arrays.origin(len(shape)), data),)
+            return LeafWrite(tree.ARRAY, shape, data.dtype, shape, shards, placed)
+        shape, dtype = array.shape, np.dtype(array.dtype)
         shards = [
             Shard(tuple([s.start or 0 for s in shard.index]), np.asarray(shard.data))
             for shard in array.addressable_shards
@@ -53,7 +67,7 @@ class ArrayLeaf:
     def describe(self, saved: SavedLeaf) -> Any:
         """A `jax.ShapeDtypeStruct`, with the saved sharding if its devices are here."""
         assert saved.shape is not None
-        return _describe(saved.shape, saved.dtype, saved.sharding)
+        return _struct(saved.shape, saved.dtype, _saved_placement(saved.sharding, saved.shape))
 
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
         """See :class:`LeafHandler`."""
@@ -72,7 +86,7 @@ class ArrayLeaf:
                 " set jax_enable_x64, or ask for a 32-bit dtype or for NumPy"
             )
         placed = _placement(saved, abstract, rules)
-        if placed is not None and not sharding.fits(placed, shape):
+        if placed is not None and not _fits(placed, shape):
             return f"{show_array(shape, dtype)} split as {placed}, which does not fit the shape"
         weak = bool(getattr(abstract, "weak_type", False))
         wish = _struct(shape, dtype, placed, weak)
@@ -90,8 +104,8 @@ class ArrayLeaf:
         placed = transfer.to_device([result[i] for i in unplaced])
         for i, array in zip(unplaced, placed, strict=True):
             result[i] = array
-        weak = [target.abstract.weak_type for target in targets]
-        return [_weak(array) if w else array for array, w in zip(result, weak, strict=True)]
+        pairs = zip(result, targets, strict=True)
+        return [_weak(array) if target.abstract.weak_type else array for array, target in pairs]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -106,10 +120,6 @@ def _struct(
 ) -> jax.ShapeDtypeStruct:
     """One object for all leaves that are alike: it costs more to make than all else about them."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=placed, weak_type=weak)
-
-
-def _describe(shape: tuple[int, ...], dtype: Any, text: str | None) -> jax.ShapeDtypeStruct:
-    return _struct(shape, dtype, _saved_placement(text, shape))
 
 
 def is_key(dtype: Any) -> bool:
@@ -127,28 +137,22 @@ def _placement(saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Sharding | 
     """The sharding to load into; None: uncommitted on JAX's default device."""
     wanted = abstract.sharding
     if wanted is not None and not (isinstance(abstract, jax.Array) and not abstract.committed):
-        return sharding.concrete(wanted)
+        return _concrete(wanted)
     assert saved.shape is not None
     # The last axis of key data is part of the key.
     shape = saved.shape if saved.key_impl is None else (*saved.shape[:-1], 1)
     placed = _saved_placement(saved.sharding, shape)
-    if placed is None:
-        if saved.sharding and saved.value_type == tree.ARRAY:
-            rules.fallbacks.append(saved.name)
-        return None
-    return None if _is_default(placed) else placed
+    if placed is None and saved.sharding and saved.value_type == tree.ARRAY:
+        rules.fallbacks.append(saved.name)
+    # Where arrays that are not committed to a device are anyway, they need not be.
+    return None if placed is None or placed.device_set == {jax.devices()[0]} else placed
 
 
 @functools.lru_cache(maxsize=4096)
 def _saved_placement(text: str | None, shape: tuple[int, ...]) -> Sharding | None:
     """Where an array was, if its devices are here and what is recorded fits it."""
-    placed = sharding.from_json(text) if text else None
-    return placed if placed is not None and sharding.fits(placed, shape) else None
-
-
-def _is_default(placed: Sharding) -> bool:
-    """Whether arrays that are not committed to a device are there anyway."""
-    return placed.num_devices == 1 and placed.device_set == {jax.devices()[0]}
+    placed = _from_text(text) if text else None
+    return placed if placed is not None and _fits(placed, shape) else None
 
 
 def _regions(placed: Sharding | None, shape: tuple[int, ...]) -> tuple[Region, ...]:
@@ -176,3 +180,83 @@ def _weak(array: jax.Array) -> jax.Array:
     """The same array with a weak type, as a Python number that went through JAX has."""
     convert: Any = jax.lax.convert_element_type_p
     return convert.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)
+
+
+@functools.lru_cache(maxsize=4096)
+def sharding_text(sharding: Any) -> str:
+    """The text for one sharding; of a kind that has none, its first device."""
+    if not isinstance(sharding, NamedSharding):
+        device = min(sharding.device_set, key=operator.attrgetter("id"))
+        return json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": str(device)})
+    mesh: Any = sharding.mesh
+    ids = np.array([{"id": device.id} for device in mesh.devices.flat]).reshape(mesh.devices.shape)
+    return json.dumps(
+        {
+            "sharding_type": "NamedSharding",
+            "shape": list(mesh.devices.shape),
+            "axis_names": [str(name) for name in mesh.axis_names],
+            "axis_types": [f"AxisType.{kind.name}" for kind in mesh.axis_types],
+            "partition_spec": list(sharding.spec),
+            "device_mesh": {"mesh": ids.tolist()},
+        }
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _from_text(text: str) -> Sharding | None:
+    """The sharding, or None if its devices are not here or the text is of another kind."""
+    try:
+        raw = json.loads(text)
+        return {"SingleDeviceSharding": _single, "NamedSharding": _named}[raw["sharding_type"]](raw)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None  # the caller then says which leaves went to one device
+
+
+def _single(raw: dict[str, Any]) -> SingleDeviceSharding | None:
+    text = raw["device_str"]
+    legacy = text.replace("TFRT_CPU_", "cpu:")  # older JAX printed CPU devices so
+    return next((SingleDeviceSharding(d) for d in _jax.devices() if str(d) in (text, legacy)), None)
+
+
+def _named(raw: dict[str, Any]) -> NamedSharding | None:
+    shape = tuple(raw["shape"])
+    by_id = {device.id: device for device in _jax.devices()}
+    recorded = raw.get("device_mesh")
+    if jsons.is_object(recorded):
+        ids: list[int] = [int(item["id"]) for item in np.array(recorded["mesh"], object).flat]
+    else:
+        ids = sorted(by_id)[: int(np.prod(shape))]
+    kinds = [jax.sharding.AxisType[t.rpartition(".")[2]] for t in raw.get("axis_types") or ()]
+    devices = np.array([by_id[i] for i in ids], dtype=object).reshape(shape)  # or it fits none
+    mesh = Mesh(devices, tuple(raw["axis_names"]), axis_types=tuple(kinds) or None)
+    spec = [tuple(part) if jsons.is_list(part) else part for part in raw["partition_spec"]]
+    return NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def _fits(placed: Any, shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape can be placed so: every split axis is there and divides."""
+    if isinstance(placed, NamedSharding) and len(placed.spec) > len(shape):
+        return False
+    try:
+        placed.shard_shape(shape)
+    except ValueError:
+        return False
+    return True
+
+
+def _concrete(sharding: Any) -> Any:
+    """A sharding on an abstract mesh, put on the mesh that is set around the call.
+
+    The empty abstract mesh, which `jax.typeof` reports of an array that is not sharded, is none.
+    """
+    if isinstance(sharding, NamedSharding) and not isinstance(sharding.mesh, Mesh):
+        if sharding.mesh.empty:
+            return None
+        mesh = jax.sharding.get_mesh()
+        if mesh.empty:
+            raise StateError(
+                f"{sharding} is on an abstract mesh, and no mesh is set: call this within"
+                " jax.set_mesh(mesh)"
+            )
+        return NamedSharding(mesh, sharding.spec)
+    return sharding

@@ -14,6 +14,7 @@ from flax_ckpt.errors import Difference, TreeMismatchError
 from flax_ckpt.format import tree
 from flax_ckpt.leaves.base import Target
 
+_KINDS = {"bool": np.bool_, "int": np.integer, "float": np.floating, "complex": np.complexfloating}
 _WIDE: Final = frozenset(map(np.dtype, ("int64", "uint64", "float64", "complex128")))
 
 
@@ -25,15 +26,7 @@ def is_kind(dtype: Any, parent: Any) -> bool:
 
 def kind(dtype: Any) -> str:
     """`bool`, `int`, `float`, `complex`, or `other` for what is no number."""
-    for name, parent in (
-        ("bool", np.bool_),
-        ("int", np.integer),
-        ("float", np.floating),
-        ("complex", np.complexfloating),
-    ):
-        if is_kind(dtype, parent):
-            return name
-    return "other"
+    return next((name for name, parent in _KINDS.items() if is_kind(dtype, parent)), "other")
 
 
 def matches(
@@ -71,14 +64,12 @@ def convert(array: NDArray[Any], wanted: np.dtype[Any], target: Target) -> NDArr
         return array
     if array.ndim or not target.strict:
         return array.astype(wanted)
-    exact = kind(wanted) == "int" or kind(array.dtype) == "int"
+    exact = "int" in (kind(wanted), kind(array.dtype))
     with np.errstate(all="ignore"):
         result = array.astype(wanted)
         back = result.astype(array.dtype)
-        good = back == array or (array != array and result != result)
-        if not exact:
-            good = good or bool(np.isfinite(back) == np.isfinite(array))
-    if not good:
+    same = back == array or (array != array and result != result)
+    if not same and (exact or np.isfinite(back) != np.isfinite(array)):
         leaf, saved = tree.show(target.saved.path), f"{array.item()!r} ({array.dtype.name})"
         raise TreeMismatchError(
             f"{leaf}: the saved number {saved} does not fit {wanted.name}; restore it into a"

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flax_ckpt.format import arrays, tree
-from flax_ckpt.leaves import dtypes, sharding
+from flax_ckpt.leaves import dtypes
+from flax_ckpt.leaves.array import HOST
 from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show_array
 from flax_ckpt.storage.store import Shard, whole
 
@@ -87,7 +88,7 @@ class NumpyLeaf:
 def host_write(value_type: str, array: NDArray[Any]) -> LeafWrite:
     """A leaf that is one array in host memory."""
     shards = (Shard(arrays.origin(array.ndim), array),)
-    return LeafWrite(value_type, array.shape, array.dtype, array.shape, shards, sharding.HOST)
+    return LeafWrite(value_type, array.shape, array.dtype, array.shape, shards, HOST)
 
 
 def _is_scalar(abstract: Any) -> bool:
@@ -100,9 +101,5 @@ def _wish(saved: SavedLeaf, abstract: Any) -> NumpyShapeDtype | None:
         return NumpyShapeDtype((), np.dtype(abstract))
     if hasattr(abstract, "dtype") and not isinstance(abstract, type):
         return NumpyShapeDtype(tuple(abstract.shape), np.dtype(abstract.dtype).newbyteorder("="))
-    if saved.shape is None or saved.dtype is None:
-        return None
-    is_dtype = isinstance(abstract, np.dtype)
-    return NumpyShapeDtype(
-        saved.shape, cast("np.dtype[Any]", abstract) if is_dtype else saved.dtype
-    )
+    dtype = cast("Any", abstract if isinstance(abstract, np.dtype) else saved.dtype)
+    return None if saved.shape is None else NumpyShapeDtype(saved.shape, dtype)

@@ -9,8 +9,7 @@ from flax_ckpt.leaves.array import ArrayLeaf
 from flax_ckpt.leaves.base import LeafHandler, SavedLeaf
 from flax_ckpt.leaves.ndarray import NumpyLeaf
 from flax_ckpt.leaves.prng_key import KeyLeaf
-from flax_ckpt.leaves.scalar import ScalarLeaf
-from flax_ckpt.leaves.string import StringLeaf
+from flax_ckpt.leaves.python import ScalarLeaf, StringLeaf
 
 
 class LeafRegistry:

@@ -7,14 +7,14 @@ import concurrent.futures
 import contextlib
 import inspect
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from etils import epath
 
 from flax_ckpt import _async
-from flax_ckpt._load import checkpointables_metadata, load_checkpointables
+from flax_ckpt._load import load_checkpointables
 from flax_ckpt._save import save_checkpointables, save_checkpointables_async
 from flax_ckpt.context import Context
 from flax_ckpt.errors import FormatError
@@ -47,6 +47,12 @@ class HandlerTests(Samples):
 
     handler: ClassVar[HandlerType]
 
+    def _takes(self, value: Any) -> Any:
+        return self.handler().is_handleable(value)
+
+    def _loads(self, abstract: Any) -> Any:
+        return self.handler().is_abstract_handleable(abstract)
+
     def test_it_is_a_handler(self) -> None:
         """It has the methods, is built without arguments, and checkpoints can name it."""
         lacks = f"{self.handler.__name__} lacks methods of CheckpointableHandler"
@@ -54,47 +60,41 @@ class HandlerTests(Samples):
         name = typestr(self.handler)
         assert "<locals>" not in name, f"checkpoints name it {name}: define it in a module"
 
-    def test_it_says_what_it_takes(self) -> None:
-        """`is_handleable` and `is_abstract_handleable` are true of what it takes, and no more."""
-        handler = self.handler()
-        for value in self.values():
-            assert handler.is_handleable(value) is True, f"does not take {value!r}"
-            for abstract in self.abstracts(value):
-                takes = handler.is_abstract_handleable(abstract)
-                assert takes in (True, None), f"does not load into {abstract!r}"
-        for value in self.refused():
-            assert handler.is_handleable(value) is False, f"takes {value!r}"
-        for abstract in self.refused_abstracts():
-            takes = handler.is_abstract_handleable(abstract)
-            assert takes in (False, None), f"loads into {abstract!r}"
+    def test_it_saves_what_is_there_at_the_call_where_and_when_it_may(self, tmp_path: Path) -> None:
+        """`save` takes the snapshot, and returns the rest, which waits for its directory.
 
-    def test_it_writes_only_into_its_directory_and_once_it_is_there(self, tmp_path: Path) -> None:
-        """`save` returns the rest as an awaitable, which awaits the creation before it writes."""
+        Before the rest runs, the value may change and other saves may begin.
+        """
+        begun: list[tuple[_Directory, Any]] = []
         for i, value in enumerate(self.values()):
-            directory = _Directory(tmp_path / str(i))
-            _write(directory, self._snapshot(directory, value))
-            self.check(self._read(directory, i), i, "by its own methods")
-
-    def test_nothing_that_follows_a_save_changes_what_it_writes(self, tmp_path: Path) -> None:
-        """`save` itself takes the snapshot: values may change then, and other saves begin."""
-        begun: list[tuple[_Directory, Awaitable[None]]] = []
-        for i, value in enumerate(self.values()):
-            directory = _Directory(tmp_path / str(i))
-            begun.append((directory, self._snapshot(directory, value)))
+            directory = _Directory(epath.Path(tmp_path / str(i) / _NAME))
+            rest: Any = _async.run(self._save(directory, value))
+            told = f"`save` returned {rest!r}, not the rest as an awaitable"
+            assert inspect.isawaitable(rest), told
             self.change(value)
-        for directory, rest in reversed(begun):
-            _write(directory, rest)
+            begun.append((directory, rest))
+        _async.run(_finish([rest for _, rest in reversed(begun)]))
+        for directory, _ in begun:
+            assert directory.made, "the background part never awaited its directory's creation"
+            beside = set(os.listdir(directory.path.parent)) - {_NAME}
+            assert not beside, f"{beside} was written beside the directory"
         for i, (directory, _) in enumerate(begun):
             when = "the value was changed after `save`, and other saves overlapped"
-            self.check(self._read(directory, i), i, when)
+            self.check(_async.run(self._read(directory.path, i)), i, when)
 
     def test_it_loads_what_it_saved_and_leaves_it_as_it_is(self, tmp_path: Path) -> None:
-        """Bound to a name or not, with and without an abstract value, as often as one likes."""
-        for bound in (True, False):
-            with self._context(bound=bound):
+        """Bound to a name or not, into each abstract form, as often as one likes.
+
+        One form is what `metadata` returns, which waits for nothing.
+        """
+        for bound in (_NAME, None):
+            with self._context(checkpointable_name=bound):
                 for i, path in enumerate(self._saved(tmp_path / str(bound))):
                     before = _files(path)
-                    for form in 2 * self.forms(i):
+                    metadata = self.handler().metadata(epath.Path(path / _NAME))
+                    described = _async.run(_at_once(metadata))
+                    forms = [*self.forms(i), *([] if described is None else [described])]
+                    for form in 2 * forms:
                         found = load_checkpointables(path, {_NAME: form})[_NAME]
                         self.check(found, i, f"loaded into {form!r}")
                     assert _files(path) == before, "loading changed the checkpoint"
@@ -109,15 +109,6 @@ class HandlerTests(Samples):
         asyncio.run(in_a_loop())
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             pool.submit(self._round_trip, tmp_path / "in another thread").result()
-
-    def test_metadata_is_cheap_and_loads_the_value(self, tmp_path: Path) -> None:
-        """`metadata` waits for nothing, and what it returns is an abstract value or None."""
-        with self._context():
-            for i, path in enumerate(self._saved(tmp_path)):
-                found = _async.run(_at_once(self.handler().metadata(epath.Path(path / _NAME))))
-                if found is not None or not self.needs_abstract:
-                    loaded = load_checkpointables(path, checkpointables_metadata(path))
-                    self.check(loaded[_NAME], i, f"loaded into its metadata, {found!r}")
 
     def test_damage_is_noticed(self, tmp_path: Path) -> None:
         """A changed byte or a lost file is a FormatError, or does not matter to the value."""
@@ -142,15 +133,11 @@ class HandlerTests(Samples):
             for i, path in enumerate(paths):
                 self.check(self._load(path, i), i, "the handler was renamed")
 
-    def _context(
-        self, handler: HandlerType | None = None, *, bound: bool = False, **more: Any
-    ) -> Context:
+    def _context(self, handler: HandlerType | None = None, **more: Any) -> Context:
+        context = Context()
         ours = any(self.handler is entry for entry, _ in global_registry().get_all_entries())
         registry = local_registry(include_global_registry=not ours)
-        name = _NAME if bound else None
-        registry.add(handler or self.handler, checkpointable_name=name, **more)
-        context = Context()
-        context.checkpointables.registry = registry
+        context.checkpointables.registry = registry.add(handler or self.handler, **more)
         return context
 
     def _saved(self, folder: Path) -> list[Path]:
@@ -160,16 +147,11 @@ class HandlerTests(Samples):
             save_checkpointables(path, {_NAME: value})
         return paths
 
-    def _snapshot(self, directory: _Directory, value: Any) -> Awaitable[None]:
-        rest: Any = _async.run(_coroutine(self.handler().save(directory, value)))
-        assert inspect.isawaitable(rest), f"`save` returned {rest!r}, not the rest as an awaitable"
-        return rest
+    async def _save(self, directory: _Directory, value: Any) -> Awaitable[None]:
+        return await self.handler().save(directory, value)
 
-    def _read(self, directory: _Directory, index: int) -> Any:
-        async def read() -> Any:
-            return await (await self.handler().load(directory.path, self.forms(index)[0]))
-
-        return _async.run(read())
+    async def _read(self, path: epath.Path, index: int) -> Any:
+        return await (await self.handler().load(path, self.forms(index)[0]))
 
     def _load(self, path: Path, index: int) -> Any:
         return load_checkpointables(path, {_NAME: self.forms(index)[0]})[_NAME]
@@ -186,35 +168,27 @@ class HandlerTests(Samples):
 class _Directory:
     """A directory that is made when its creation is awaited; before, nothing may be there."""
 
-    def __init__(self, inside: Path, path: epath.Path | None = None, top: Any = None) -> None:
-        inside.mkdir(exist_ok=True)
-        self.inside = inside
-        self.path = path or epath.Path(inside / _NAME)
-        self.name = self.path.name
+    def __init__(self, path: epath.Path, top: Any = None) -> None:
+        self.path, self.name = path, path.name
         self.made = False
         self._top: _Directory = top or self
+        self._top.path.parent.mkdir(exist_ok=True)
 
     def __truediv__(self, other: str | os.PathLike[str]) -> PathAwaitingCreation:
-        return _Directory(self.inside, self.path / other, self._top)
+        return _Directory(self.path / other, self._top)
 
     async def await_creation(self) -> epath.Path:
-        if not self._top.made:
-            early = os.listdir(self.inside)
+        top = self._top
+        if not top.made:
+            early = os.listdir(top.path.parent)
             assert not early, f"{early} was written before the creation of the directory"
-            self._top.path.mkdir()
-            self._top.made = True
+            top.path.mkdir()
+            top.made = True
         return self.path
 
 
-def _write(directory: _Directory, rest: Awaitable[None]) -> None:
-    _async.run(_coroutine(rest))
-    assert directory.made, "the background part never awaited the creation of its directory"
-    beside = set(os.listdir(directory.inside)) - {_NAME}
-    assert not beside, f"{beside} was written beside the directory"
-
-
-async def _coroutine(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
+async def _finish(saves: Sequence[Awaitable[None]]) -> None:
+    await asyncio.gather(*saves)
 
 
 async def _at_once(awaitable: Awaitable[Any]) -> Any:

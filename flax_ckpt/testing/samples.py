@@ -28,6 +28,10 @@ class Samples:
         """Abstract forms that load `value` as it was saved; None need not be among them."""
         return ()
 
+    def misfits(self, value: Any) -> Sequence[Any]:
+        """Abstract forms that the handler takes, but that `value` does not fit."""
+        return ()
+
     def refused(self) -> Sequence[Any]:
         """Values that the handler does not take."""
         return (object(),)
@@ -42,6 +46,23 @@ class Samples:
     def same(self, found: Any, saved: Any) -> bool:
         """Whether what was loaded is what was saved."""
         return bool(found == saved)
+
+    def _takes(self, value: Any) -> Any:
+        """What the handler says of a value."""
+
+    def _loads(self, abstract: Any) -> Any:
+        """What it says of an abstract form."""
+
+    def test_it_says_what_it_takes(self) -> None:
+        """What the handler says of values and abstract forms is true of what it takes, no more."""
+        for value in self.values():
+            assert self._takes(value) is True, f"does not take {value!r}"
+            for abstract in (*self.abstracts(value), *self.misfits(value)):
+                assert self._loads(abstract) in (True, None), f"does not load into {abstract!r}"
+        for value in self.refused():
+            assert self._takes(value) is False, f"takes {value!r}"
+        for abstract in self.refused_abstracts():
+            assert self._loads(abstract) in (False, None), f"loads into {abstract!r}"
 
     def forms(self, index: int) -> list[Any]:
         """All abstract forms of a value, None included if it is one."""

@@ -18,7 +18,7 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 import flax_ckpt as fc
 from flax_ckpt.format.chunks import cut
-from flax_ckpt.handlers.saved_tree import SavedTree
+from flax_ckpt.handlers.saved_tree import SavedTree, read_array_metadatas
 
 # Orbax's reader says that it takes the shardings from the checkpoint.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
@@ -43,7 +43,7 @@ def save(path: Path, tree: Any, creator: Any = None, **options: Any) -> Path:
 def stored(path: Path) -> dict[str, tuple[Any, ...]]:
     """dtype on disk and chunk shape of each array."""
     with SavedTree(str(path / "state")) as saved:
-        chunks = {array.name: array.chunk_shape for array in saved.array_metadatas[0]}
+        chunks = {array.name: array.chunk_shape for array in read_array_metadatas(saved.record)[0]}
         return {
             leaf.name: (leaf.dtype.name, chunks.get(leaf.name))
             for leaf in saved.leaves.values()

@@ -591,11 +591,8 @@ trees = st.recursive(
 
 
 def joined_names(tree: Any) -> list[str]:
-    def key(entry: Any) -> str:
-        return str(next(getattr(entry, n) for n in ("key", "idx", "name") if hasattr(entry, n)))
-
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    return [".".join(key(entry) for entry in path) for path in paths]
+    found, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in found]
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))

@@ -333,32 +333,32 @@ BROKEN: list[tuple[Any, str, str]] = [
     (ChoosyToLoad, "it_says_what_it_takes", "does not load into <class"),
     (
         TooEarly,
-        "it_writes_only_into_its_directory_and_once_it_is_there",
+        "it_saves_what_is_there_at_the_call_where_and_when_it_may",
         r"\['item'\] was written before the creation",
     ),
     (
         NeverWaiting,
-        "it_writes_only_into_its_directory_and_once_it_is_there",
-        "never awaited the creation",
+        "it_saves_what_is_there_at_the_call_where_and_when_it_may",
+        "never awaited its directory's creation",
     ),
     (
         Astray,
-        "it_writes_only_into_its_directory_and_once_it_is_there",
+        "it_saves_what_is_there_at_the_call_where_and_when_it_may",
         "{'note.json'} was written beside",
     ),
     (
         WritingAtOnce,
-        "it_writes_only_into_its_directory_and_once_it_is_there",
+        "it_saves_what_is_there_at_the_call_where_and_when_it_may",
         "`save` returned None, not the rest",
     ),
     (
         WithoutSnapshot,
-        "nothing_that_follows_a_save_changes_what_it_writes",
+        "it_saves_what_is_there_at_the_call_where_and_when_it_may",
         r"changed after `save`.*saved Note\('one'\), loaded Note\('changed'\)",
     ),
     (
         SharingState,
-        "nothing_that_follows_a_save_changes_what_it_writes",
+        "it_saves_what_is_there_at_the_call_where_and_when_it_may",
         r"saves overlapped: saved Note\('one'\), loaded Note\('two'\)",
     ),
     (
@@ -374,8 +374,8 @@ BROKEN: list[tuple[Any, str, str]] = [
     (Consuming, "it_loads_what_it_saved_and_leaves_it_as_it_is", "loading changed the checkpoint"),
     (OnTheMainThread, "it_works_in_the_background_of_any_caller", "MainThread"),
     (WithALoopOfItsOwn, "it_works_in_the_background_of_any_caller", "attached to a different loop"),
-    (WaitingForMetadata, "metadata_is_cheap_and_loads_the_value", "`metadata` waits"),
-    (WrongMetadata, "metadata_is_cheap_and_loads_the_value", "does not load into 'a note'"),
+    (WaitingForMetadata, "it_loads_what_it_saved_and_leaves_it_as_it_is", "`metadata` waits"),
+    (WrongMetadata, "it_loads_what_it_saved_and_leaves_it_as_it_is", "does not load into 'a note'"),
     (TrustingTheBytes, "damage_is_noticed", "inner/note.json was damaged|Invalid|Expecting|codec"),
     (NamedByItsClass, "it_may_be_renamed", "Renamed"),
 ]
@@ -395,7 +395,7 @@ def test_a_handler_that_breaks_a_rule_fails(
 
 
 def test_every_test_of_the_suite_can_fail() -> None:
-    tests = {name for name in vars(HandlerTests) if name.startswith("test_")}
+    tests = {name for name in dir(HandlerTests) if name.startswith("test_")}
     assert {f"test_{test}" for _, test, _ in BROKEN} == tests
 
 

@@ -17,8 +17,7 @@ from flax_ckpt.leaves.array import ArrayLeaf
 from flax_ckpt.leaves.base import Target
 from flax_ckpt.leaves.ndarray import NumpyLeaf, NumpyShapeDtype, host_write
 from flax_ckpt.leaves.prng_key import KeyLeaf
-from flax_ckpt.leaves.scalar import ScalarLeaf
-from flax_ckpt.leaves.string import StringLeaf
+from flax_ckpt.leaves.python import ScalarLeaf, StringLeaf
 from flax_ckpt.storage.store import whole
 from flax_ckpt.testing import LeafTests
 
@@ -307,5 +306,5 @@ def test_a_leaf_handler_that_breaks_a_rule_fails(
 
 
 def test_every_test_of_the_suite_can_fail() -> None:
-    tests = {name for name in vars(LeafTests) if name.startswith("test_")}
+    tests = {name for name in dir(LeafTests) if name.startswith("test_")}
     assert {f"test_{test}" for _, test, _ in BROKEN} == tests

@@ -1,4 +1,7 @@
-"""Python numbers: int as int64 or uint64, float as float64, bool, each a rank-0 array."""
+"""Python's own leaves: numbers, each a rank-0 array, and strings.
+
+An int is stored as int64 or uint64, a float as float64; strings are in `_strings.json`.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -70,3 +73,33 @@ def _convert(value: Any, target: Target) -> Any:
         f"{tree.show(target.saved.path)}: the saved number {value!r} does not fit a Python"
         f" {wanted.__name__}"
     )
+
+
+class StringLeaf:
+    """Saves and loads `str`."""
+
+    value_types = (tree.STRING,)
+
+    def handles(self, value: Any) -> bool:
+        """See :class:`LeafHandler`."""
+        return isinstance(value, str)
+
+    def handles_abstract(self, abstract: Any) -> bool:
+        """True for `str` and for any string."""
+        return abstract is str or isinstance(abstract, str)
+
+    def write(self, value: Any, *, copy: bool) -> LeafWrite:
+        """See :class:`LeafHandler`."""
+        return LeafWrite(tree.STRING, string=str(value))
+
+    def describe(self, saved: SavedLeaf) -> Any:
+        """The word `string`, as Orbax has it."""
+        return "string"
+
+    def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
+        """See :class:`LeafHandler`."""
+        return Target(saved, (), str) if saved.value_type == tree.STRING else "a string"
+
+    def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
+        """See :class:`LeafHandler`; nothing is read, the saved leaf has the value."""
+        return [target.saved.string for target in targets]
