@@ -319,9 +319,10 @@ def test_an_existing_target_is_refused_before_anything_is_written(
     }[kind]()
     with pytest.raises(CheckpointExistsError) as raised:
         fc.save_async(target, tree_of(1))
-    assert str(raised.value) == (
-        f"{target} already exists; pass overwrite=True to replace it, or save to another path"
-    )
+    why = "already exists; pass overwrite=True to replace it, or"
+    if kind == "file":
+        why = "is a file, which is not overwritten;"
+    assert str(raised.value) == f"{target} {why} save to another path"
     assert isinstance(raised.value, FileExistsError | ValueError)
     assert os.listdir(tmp_path) == ["ckpt"]
 
