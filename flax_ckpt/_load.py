@@ -7,13 +7,14 @@ fc.metadata("/ckpt/params").metadata["w"].shape
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+import jax
 from etils import epath
 
 from flax_ckpt import _async
@@ -37,6 +38,7 @@ from flax_ckpt.storage.record import Record
 PathLike = str | os.PathLike[str]
 logger = logging.getLogger("flax_ckpt")
 T = TypeVar("T")
+_jax: Any = jax  # which says nothing about the types of its trees and settings
 
 
 def load(
@@ -85,9 +87,7 @@ def load_async(
     path: PathLike, abstract_state: Any = None, *, checkpointable_name: str | None = names.AUTO
 ) -> AsyncResponse[Any]:
     """Loads one PyTree in the background; see :func:`load`."""
-    name, here = checkpointable_name, local_path(path)
-    read = functools.partial(load, here, abstract_state, checkpointable_name=name)
-    return AsyncResponse(read, f"load of {here}", reported=False)
+    return _in_background(load, path, abstract_state, checkpointable_name=checkpointable_name)
 
 
 def load_checkpointables(
@@ -118,9 +118,28 @@ def load_checkpointables_async(
     abstract_checkpointables: Mapping[str, Any] | CheckpointMetadata[Any] | None = None,
 ) -> AsyncResponse[dict[str, Any]]:
     """Loads several checkpointables in the background; see :func:`load_checkpointables`."""
-    here = local_path(path)
-    read = functools.partial(load_checkpointables, here, abstract_checkpointables)
-    return AsyncResponse(read, f"load of {here}", reported=False)
+    return _in_background(load_checkpointables, path, abstract_checkpointables)
+
+
+def _in_background(
+    read: Callable[..., T], path: PathLike, abstract: Any, **named: Any
+) -> AsyncResponse[T]:
+    # The caller may change his tree, and JAX's settings are those of a thread.
+    leaves, treedef = _jax.tree.flatten(_unwrapped(abstract))
+    here, wanted = local_path(path), treedef.unflatten(leaves)
+    device, wide = _jax.config.jax_default_device, _jax.config.jax_enable_x64
+    mesh = jax.sharding.get_mesh()
+
+    def run() -> T:
+        with contextlib.ExitStack() as settings:
+            settings.enter_context(jax.default_device(device))
+            if hasattr(jax, "enable_x64"):  # JAX 0.8
+                settings.enter_context(_jax.enable_x64(wide))
+            if not mesh.empty:
+                settings.enter_context(jax.set_mesh(mesh))
+            return read(here, wanted, **named)
+
+    return AsyncResponse(run, f"load of {here}", reported=False)
 
 
 def metadata(
@@ -143,17 +162,25 @@ def metadata(
     >>> m.metadata, m.custom_metadata
     ({'w': NumpyShapeDtype(shape=(3,), dtype=dtype('float64'))}, {'run': 1})
     """
-    layout = Layout.of(path)
-    name = layout.tree_name(checkpointable_name)
-    found = _async.run(_describe(layout, [name], resolve()))
-    return layout.wrap(found[name])
+
+    def read() -> CheckpointMetadata[Any]:
+        layout = Layout.of(path)
+        name = layout.tree_name(checkpointable_name)
+        found = _async.run(_describe(layout, [name], resolve()))
+        return layout.wrap(found[name])
+
+    return steadily(path, read)
 
 
 def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any]]:
     """What all checkpointables of a checkpoint look like; see :func:`metadata`."""
-    layout = Layout.of(path)
-    wanted = [name for name in layout.items if name != names.METRICS]
-    return layout.wrap(_async.run(_describe(layout, wanted, resolve())))
+
+    def read() -> CheckpointMetadata[dict[str, Any]]:
+        layout = Layout.of(path)
+        wanted = [name for name in layout.items if name != names.METRICS]
+        return layout.wrap(_async.run(_describe(layout, wanted, resolve())))
+
+    return steadily(path, read)
 
 
 def is_orbax_checkpoint(path: PathLike) -> bool:
@@ -252,7 +279,8 @@ class Layout:
     @property
     def trees(self) -> list[str]:
         """The checkpointables that are PyTrees."""
-        return [name for name, path in self.items.items() if kinds.holds_tree(path)]
+        found = self.items.items()
+        return [name for name, path in found if Record(path).lists(names.TREE_METADATA)]
 
     @property
     def is_flat(self) -> bool:

@@ -107,7 +107,8 @@ def save_async(
 ) -> AsyncResponse[None]:
     """Saves one PyTree in the background; arguments and errors as :func:`save`.
 
-    When it returns, the arrays may be donated, deleted or overwritten. A failure of the rest is
+    When it returns, the arrays may be donated, deleted or overwritten, but for NumPy memory that a
+    JAX array was made of without a copy: JAX counts on it. A failure of the rest is
     raised by `result()` of what is returned, or reported when the process ends.
     """
     tree = {checkpointable_name: state}
@@ -175,6 +176,8 @@ def start(
         result: what the response will give.
     """
     target = files.local_path(path)
+    if not isinstance(checkpointables, Mapping):  # type: ignore[redundant-expr]
+        raise TypeError(f"checkpointables must be a dict of values by name: {checkpointables!r}")
     for name, value in checkpointables.items():
         _check(name, value, internal)
     if not checkpointables:

@@ -21,9 +21,9 @@ def local_path(path: str | os.PathLike[str]) -> str:
     Raises:
         InvalidLayoutError: a URL; object stores are for a later release.
     """
-    text = os.fspath(path)
-    if not text:
-        raise InvalidLayoutError("the path is empty")
+    text = os.fsdecode(path)
+    if not text or "\0" in text:
+        raise InvalidLayoutError(f"{text!r} is no path: it is empty, or has a NUL in it")
     scheme, separator, _ = text.partition("://")
     if separator and scheme.isalnum():
         raise InvalidLayoutError(
@@ -62,6 +62,8 @@ def make_directory(path: str) -> None:
     """Makes a directory and those above it that are missing, each durably."""
     if os.path.isdir(path):
         return
+    if os.path.lexists(path):
+        raise InvalidLayoutError(f"{path} is a file, or leads nowhere; there must be a directory")
     make_directory(os.path.dirname(path))
     os.makedirs(path, exist_ok=True)  # another process may have been faster
     sync_path(os.path.dirname(path))

@@ -88,6 +88,8 @@ def describe(path: str) -> str:
     if steps := checkpoints_in(path):
         shown = ("…, " if len(steps) > _SHOWN else "") + ", ".join(steps[-_SHOWN:])
         last = os.path.join(path, steps[-1])
+        if not any(map(names.step_of, steps)):
+            return f"is no checkpoint itself; there are some in it: {shown}. Give one of them"
         return f"is the root of a run, not one checkpoint; its steps: {shown}. Give one of them" + (
             f", e.g. {last}, or use flax_ckpt.restore_train_state, which finds the latest"
             if steps[-1].isdigit()
@@ -146,9 +148,13 @@ def not_there(path: str) -> CheckpointNotFoundError:
     return CheckpointNotFoundError("; ".join([text, *hints[:1]]))
 
 
+def _by_number(name: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
 def contents(path: str) -> str:
     """What is in a directory, as error messages print it."""
-    there = sorted(os.listdir(path))
+    there = sorted(os.listdir(path), key=_by_number)
     shown = there[:_SHOWN] + ["…"] * (len(there) > _SHOWN)
     return ", ".join(shown) or "nothing"
 

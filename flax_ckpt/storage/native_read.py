@@ -11,8 +11,9 @@ import itertools
 import math
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, TypeVar
 
 import crc32c
 import msgspec
@@ -27,8 +28,11 @@ from flax_ckpt.storage.datafile import ALIGNMENT, aligned_empty
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayRead, ArrayStore, Region
 
+T = TypeVar("T")
+
 _SMALL: Final = 1 << 20  # chunks up to here are read together and share memory
 _GROUP: Final = 4 << 20  # how much at most
+_TINY: Final = 1 << 10  # chunks up to here are copied out of it
 _GAP: Final = 4096  # bytes of no interest that are read to save a call
 _THREADS: Final = min(4, os.cpu_count() or 1)
 _SHARES: Final = 4 * _THREADS
@@ -185,9 +189,8 @@ class NativeStore:
         placed.sort(key=operator.attrgetter("ref"))
         others = [chunk for chunk in chunks if not isinstance(chunk.ref, ValueRef)]
         shares = filter(None, [others[i::_SHARES] for i in range(_SHARES)])
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(self._read_values, shares))
-            list(pool.map(self._read_group, _groups(placed)))
+        _in_threads(self._read_values, shares)
+        _in_threads(self._read_group, _groups(placed))
 
     def _read_values(self, chunks: list[_Chunk]) -> None:
         """Reads chunks that lie in an index node, or in files of their own."""
@@ -220,6 +223,8 @@ class NativeStore:
         split = len(value) - chunk.trailer
         data = value[:split]
         self._check(chunk, data, value[split:])
+        if split <= _TINY:  # a step counter that is kept must not keep what was read with it
+            data = data.copy()
         if chunk.place is not None:
             chunk.place(data)
         else:
@@ -278,6 +283,16 @@ def _destination(
     rest = next((axis for axis, step in enumerate(chunk_shape) if step > 1), 0) + 1
     leads = target.shape[rest:] == chunk_shape[rest:] and not any(part.start for part in source)
     return copy, target.reshape(-1).view(np.uint8) if leads and target.flags.c_contiguous else None
+
+
+def _in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
+    """Does the work for each; once the main thread has ended, executors refuse any."""
+    if threading.main_thread().is_alive():
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(work, items))
+    else:
+        for item in items:
+            work(item)
 
 
 def _groups(chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
