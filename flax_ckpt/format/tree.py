@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
@@ -138,13 +139,12 @@ class TreeMetadata(NamedTuple):
         entries = list(document.tree_metadata.values())
         if not entries:
             raise FormatError(f"{what}: `tree_metadata` is empty")
-        if (depth := max(len(e.path) for e in entries)) > MAX_DEPTH:
+        paths = [e.path for e in entries]
+        if (depth := max(map(len, paths))) > MAX_DEPTH:
             raise FormatError(f"{what}: a key path of {depth} keys, expected at most {MAX_DEPTH}")
-        seen: set[KeyPath] = set()
-        for e in entries:
-            if e.path in seen:
-                raise FormatError(f"{what}: the leaf {show(e.path)} is there twice")
-            seen.add(e.path)
+        if len(set(paths)) < len(paths):
+            [(twice, _)] = Counter(paths).most_common(1)
+            raise FormatError(f"{what}: the leaf {show(twice)} is there twice")
         ocdbt = document.use_ocdbt
         return cls(
             _without_leftovers(entries),
@@ -156,8 +156,8 @@ class TreeMetadata(NamedTuple):
 def _without_leftovers(entries: list[Entry]) -> list[Entry]:
     """Drops entries whose path is the beginning of another's: partial saves leave such."""
     inner: set[KeyPath] = set()
-    for e in entries:
-        path = e.path
+    for path in {e.path[:-1] for e in entries if e.path}:
+        inner.add(path)
         while path and (path := path[:-1]) not in inner:
             inner.add(path)
     return [e for e in entries if e.path not in inner]

@@ -76,15 +76,14 @@ class SavedTree(contextlib.ExitStack):
             strings = tree.decode_strings(data, texts, path)
         stored = self._store.describe(arrays) if self._store else {}
         for entry, name in found:
-            path, kind = entry.path, entry.kind
-            if kind in tree.EMPTY:
-                yield SavedLeaf(path, name, kind)
-            elif kind == tree.STRING:
-                yield SavedLeaf(path, name, kind, string=strings[name])
-            else:
-                array, placed = stored[name], shardings.get(name)
+            path, kind = entry.path, entry.value.value_type
+            if kind != tree.STRING and kind not in tree.EMPTY:
+                array = stored[name]
                 impl = impls.get(name) if kind == tree.ARRAY else None
+                placed = shardings.get(name)
                 yield SavedLeaf(path, name, kind, array.shape, array.dtype, placed, impl)
+            else:
+                yield SavedLeaf(path, name, kind, string=strings.get(name))
 
     def _file(self, name: str) -> tuple[bytes, str]:
         return self.record.read(name), os.path.join(self.directory, name)

@@ -86,30 +86,38 @@ class NativeStore:
             source.read if isinstance(source, Database) else lambda key: source.read(key.decode())
         )
         self._other = other
-        self._zarr3 = zarr3
+        self._encoding = Encoding(zarr3)
         self._stored: dict[str, StoredArray] = {}
+        self._known: dict[bytes, tuple[int, StoredArray]] = {}  # most descriptions are alike
 
     def describe(self, names: Sequence[str]) -> dict[str, StoredArray]:
         """See :class:`ArrayStore`."""
         return {name: self._described(name) for name in names}
 
     def _described(self, name: str) -> StoredArray:
-        if name not in self._stored:
-            key = Encoding(self._zarr3).metadata_key(name)
+        if (stored := self._stored.get(name)) is None:
+            key = self._encoding.metadata_key(name)
             data = self._value(key)
-            crc = crc32c.crc32c(data)
+            if (known := self._known.get(data)) is None:
+                known = self._known[data] = crc32c.crc32c(data), self._parse(name, data)
+            crc, stored = known
             if crc != self._crcs.get(key, crc):
                 raise DamagedCheckpointError(
                     f"{self._directory}: the description of the array {name!r} is not the one that"
                     " was saved; restore another step"
                 )
-            try:
-                self._stored[name] = parse(data, zarr3=self._zarr3)
-            except FormatError as error:
-                raise FormatError(f"{self._directory}: the array {name!r}: {error}") from error
-            if self._stored[name].encoding is None and self._other is None:
-                raise FormatError(f"{self._named(key)}: these codecs are not those we write")
-        return self._stored[name]
+            self._stored[name] = stored
+        return stored
+
+    def _parse(self, name: str, data: bytes) -> StoredArray:
+        try:
+            stored = parse(data, zarr3=self._encoding.zarr3)
+        except FormatError as error:
+            raise FormatError(f"{self._directory}: the array {name!r}: {error}") from error
+        if stored.encoding is None and self._other is None:
+            key = self._encoding.metadata_key(name)
+            raise FormatError(f"{self._named(key)}: these codecs are not those we write")
+        return stored
 
     def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
         """See :class:`ArrayStore`."""
