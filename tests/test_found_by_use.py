@@ -207,7 +207,7 @@ def test_a_tree_without_its_description_is_damaged(tmp_path: Path) -> None:
 
 def test_paths_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InvalidLayoutError, match="is a file, or leads nowhere; there must be a"):
+    with pytest.raises(CheckpointExistsError, match="is a file, or leads nowhere; there must be a"):
         fc.save(tmp_path / "file" / "ckpt", {"a": 1})
     with pytest.raises(InvalidLayoutError, match="is no path: it is empty, or has a NUL in it"):
         fc.save(f"{tmp_path}/a\0b", {"a": 1})

@@ -8,7 +8,7 @@ import stat
 import sys
 from collections.abc import Iterator
 
-from flax_ckpt.errors import FormatError, InvalidLayoutError
+from flax_ckpt.errors import CheckpointExistsError, FormatError, InvalidLayoutError
 from flax_ckpt.format import names
 
 if sys.platform == "darwin":
@@ -63,7 +63,9 @@ def make_directory(path: str) -> None:
     if os.path.isdir(path):
         return
     if os.path.lexists(path):
-        raise InvalidLayoutError(f"{path} is a file, or leads nowhere; there must be a directory")
+        raise CheckpointExistsError(
+            f"{path} is a file, or leads nowhere; there must be a directory"
+        )
     make_directory(os.path.dirname(path))
     os.makedirs(path, exist_ok=True)  # another process may have been faster
     sync_path(os.path.dirname(path))
