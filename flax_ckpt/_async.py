@@ -14,7 +14,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -63,12 +62,16 @@ class AsyncResponse(Generic[T]):
             with _lock:
                 _unsurfaced.add(self)
         # The thread starts now, not on demand: once the main thread has ended, none can start.
+        self._returned = threading.Event()
         threading.Thread(
             target=self._work.run, args=(self._run, work), name=f"flax_ckpt {what}"
         ).start()
+        # The work begins when the thread is there for sure: the caller would wait up to 5 ms for
+        # the GIL to come back.
+        self._returned.set()
 
     def _run(self, work: Callable[[], T]) -> None:
-        time.sleep(0)  # lets go of the GIL: the caller goes on now, not when this first does I/O
+        self._returned.wait()
         try:
             self._value = work()
             self.completed = True

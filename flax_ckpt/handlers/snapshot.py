@@ -62,13 +62,16 @@ class Snapshot:
         self._writes: list[LeafWrite] = []
         self._owns: list[StorageOptions | None] = []
         refused: list[tuple[tree.KeyPath, str]] = []
-        for path, leaf in zip(paths, leaves, strict=True):
+        found = [tree.name_of(path) for path in paths]
+        joined = "\n".join(found)
+        plain = joined.isascii() and max(map(len, paths), default=0) <= tree.MAX_DEPTH
+        for path, name_on_disk, leaf in zip(paths, found, leaves, strict=True):
             handler = registry.for_value(leaf)
             if handler is None and keypaths.is_empty(leaf):
                 self._empty.append((path, keypaths.empty_kind(leaf)))
                 continue
-            own, name_on_disk = next(owns), tree.name_of(path)
-            reason = _unstorable(path, name_on_disk)
+            own = next(owns)
+            reason = "" if plain else _unstorable(path, name_on_disk)
             try:
                 if handler is not None and not reason:
                     self._writes.append(handler.write(leaf, copy=copy))
@@ -84,7 +87,8 @@ class Snapshot:
             raise _cannot_be_saved(name, refused, len(leaves))
         # Checked and encoded now: a key that cannot be stored must be an error of the call, not of
         # its thread. The rest can wait until training has gone on.
-        tree.unique_names(self._paths, list(map(arrays.prefix, self._names)))
+        prefixes = list(map(arrays.prefix, self._names)) if "/" in joined else self._names
+        tree.unique_names(self._paths, prefixes)
         pairs = zip(self._names, self._writes, strict=True)
         strings = {name: w.string for name, w in pairs if w.string is not None}
         self._string_file = tree.encode_strings(strings) if strings else None

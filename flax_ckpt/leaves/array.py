@@ -8,7 +8,7 @@ import functools
 import json
 import operator
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,12 +47,12 @@ class ArrayLeaf:
         """See :class:`LeafHandler`."""
         # On CPU the memory is referenced, not copied: JAX arrays do not change, and one that is
         # donated or deleted lives on until the save lets go of it.
-        array = cast("jax.Array", value)
-        placed = array.sharding
+        array: Any = value
+        placed: Sharding = array.sharding
         if type(placed) is SingleDeviceSharding or placed.num_devices == 1:
             data = np.asarray(array)
-            shape = _shared(data.shape)
-            shards = (Shard(arrays.origin(len(shape)), data),)
+            shape, origin = _shared(data.shape)
+            shards = (Shard(origin, data),)
             return LeafWrite(tree.ARRAY, shape, data.dtype, shape, shards, placed)
         shape, dtype = array.shape, np.dtype(array.dtype)
         shards = [
@@ -109,9 +109,9 @@ class ArrayLeaf:
 
 
 @functools.lru_cache(maxsize=4096)
-def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """One object for all equal shapes: JAX makes a new one whenever it is asked."""
-    return shape
+def _shared(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A shape and its origin: one object for all that are equal, where NumPy makes new ones."""
+    return shape, arrays.origin(len(shape))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -27,14 +27,16 @@ class LeafRegistry:
         self._keys = KeyLeaf()
         self._handlers: list[LeafHandler] = [StringLeaf(), ScalarLeaf(), NumpyLeaf()]
         self._handlers += [self._keys, ArrayLeaf(), *handlers]
+        self._last_first = self._handlers[::-1]
 
     def add(self, handler: LeafHandler) -> None:
         """Registers a handler; it wins over those before it."""
         self._handlers.append(handler)
+        self._last_first.insert(0, handler)
 
     def for_value(self, value: Any) -> LeafHandler | None:
         """The handler to save a value with."""
-        for handler in reversed(self._handlers):
+        for handler in self._last_first:
             if handler.handles(value):
                 return handler
         return None
