@@ -390,7 +390,7 @@ def test_await_creation_raises_what_kept_the_directory_from_being_made(tmp_path:
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join(60)
-    assert [type(error) for error in caught] in ([NotADirectoryError], [FileExistsError])
+    assert [type(error) for error in caught] == [fc.errors.CheckpointExistsError]
 
 
 class Failing(LinesHandler):
