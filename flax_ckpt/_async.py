@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import contextvars
 import logging
 import os
@@ -17,6 +18,9 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
+import jax
+
+_jax: Any = jax  # which says nothing about the types of its settings
 T = TypeVar("T")
 
 logger = logging.getLogger("flax_ckpt")
@@ -62,16 +66,25 @@ class AsyncResponse(Generic[T]):
             with _lock:
                 _unsurfaced.add(self)
         # The thread starts now, not on demand: once the main thread has ended, none can start.
-        self._returned = threading.Event()
-        threading.Thread(
+        # Its work begins when `start` has returned: else the caller would wait up to 5 ms for the
+        # GIL, and one that was interrupted there would not know that the work goes on.
+        self._decided, self._begun = threading.Event(), False
+        thread = threading.Thread(
             target=self._work.run, args=(self._run, work), name=f"flax_ckpt {what}"
-        ).start()
-        # The work begins when the thread is there for sure: the caller would wait up to 5 ms for
-        # the GIL to come back.
-        self._returned.set()
+        )
+        try:
+            thread.start()
+            self._begun = True
+        finally:
+            if not self._begun:
+                with _lock:
+                    _unsurfaced.discard(self)
+            self._decided.set()
 
     def _run(self, work: Callable[[], T]) -> None:
-        self._returned.wait()
+        self._decided.wait()
+        if not self._begun:
+            return
         try:
             self._value = work()
             self.completed = True
@@ -126,19 +139,40 @@ class AsyncResponse(Generic[T]):
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to its end, in this thread, also within a loop that runs here already.
+    """Runs a coroutine to its end, in this thread, or beside a loop that runs here already."""
+    if asyncio._get_running_loop() is None:
+        return _drive(coroutine)
+    context, drive = contextvars.copy_context(), with_settings(lambda: _drive(coroutine))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(context.run, drive).result()
 
-    Not in a thread of its own, which would not have JAX's settings of this one: its default
-    device, mesh and `enable_x64`.
-    """
-    running = asyncio._get_running_loop()
-    asyncio._set_running_loop(None)
+
+def _drive(coroutine: Coroutine[Any, Any, T]) -> T:
+    """As `asyncio.run`, but the event loop that the caller has set stays the one that is set."""
     loop = asyncio.new_event_loop()
     try:
         return loop.run_until_complete(coroutine)
     finally:
         loop.close()
-        asyncio._set_running_loop(running)
+
+
+def with_settings(work: Callable[[], T]) -> Callable[[], T]:
+    """`work` for another thread, with what this one has set: JAX's device, mesh, 64 bits."""
+    mesh = None
+    with contextlib.suppress(ValueError):  # within `jit` none is set
+        mesh = jax.sharding.get_mesh()
+    device, wide = _jax.config.jax_default_device, _jax.config.jax_enable_x64
+
+    def run() -> T:
+        with contextlib.ExitStack() as settings:
+            settings.enter_context(jax.default_device(device))
+            if hasattr(jax, "enable_x64"):  # JAX 0.8
+                settings.enter_context(_jax.enable_x64(wide))
+            if mesh is not None and not mesh.empty:
+                settings.enter_context(jax.set_mesh(mesh))
+            return work()
+
+    return run
 
 
 class _ExitCode:
@@ -185,6 +219,10 @@ def _finish_pending() -> None:
 # after ours. Once more among the exit handlers, for a save that began later. Tried on CPython 3.11
 # and 3.13.
 concurrent.futures.ThreadPoolExecutor  # noqa: B018
-os.register_at_fork(after_in_child=_unsurfaced.clear)  # the threads are the parent's
+os.register_at_fork(
+    before=_lock.acquire,
+    after_in_parent=_lock.release,
+    after_in_child=lambda: (_unsurfaced.clear(), _lock.release()),  # the threads are the parent's
+)
 threading._register_atexit(_finish_pending)  # type: ignore[attr-defined]
 atexit.register(_finish_pending)

@@ -7,7 +7,6 @@ fc.metadata("/ckpt/params").metadata["w"].shape
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -38,7 +37,7 @@ from flax_ckpt.storage.record import Record
 PathLike = str | os.PathLike[str]
 logger = logging.getLogger("flax_ckpt")
 T = TypeVar("T")
-_jax: Any = jax  # which says nothing about the types of its trees and settings
+_jax: Any = jax  # which says nothing about the types of its trees
 
 
 def load(
@@ -124,22 +123,10 @@ def load_checkpointables_async(
 def _in_background(
     read: Callable[..., T], path: PathLike, abstract: Any, **named: Any
 ) -> AsyncResponse[T]:
-    # The caller may change his tree, and JAX's settings are those of a thread.
-    leaves, treedef = _jax.tree.flatten(_unwrapped(abstract))
+    leaves, treedef = _jax.tree.flatten(_unwrapped(abstract))  # the caller may change his tree
     here, wanted = local_path(path), treedef.unflatten(leaves)
-    device, wide = _jax.config.jax_default_device, _jax.config.jax_enable_x64
-    mesh = jax.sharding.get_mesh()
-
-    def run() -> T:
-        with contextlib.ExitStack() as settings:
-            settings.enter_context(jax.default_device(device))
-            if hasattr(jax, "enable_x64"):  # JAX 0.8
-                settings.enter_context(_jax.enable_x64(wide))
-            if not mesh.empty:
-                settings.enter_context(jax.set_mesh(mesh))
-            return read(here, wanted, **named)
-
-    return AsyncResponse(run, f"load of {here}", reported=False)
+    work = _async.with_settings(lambda: read(here, wanted, **named))
+    return AsyncResponse(work, f"load of {here}", reported=False)
 
 
 def metadata(

@@ -62,6 +62,11 @@ class _Turn:
 # Two saves to one path must not share a staging directory: the later waits for the earlier.
 _in_flight: weakref.WeakValueDictionary[str, _Turn] = weakref.WeakValueDictionary()
 _lock = Lock()
+os.register_at_fork(
+    before=_lock.acquire,
+    after_in_parent=_lock.release,
+    after_in_child=lambda: (_in_flight.clear(), _lock.release()),  # the saves are the parent's
+)
 
 
 def save(

@@ -7,6 +7,7 @@ for crash in crashes(lambda: fc.save(path, tree)):   # once for each change that
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,17 +22,15 @@ class Killed(BaseException):
 
 
 @contextlib.contextmanager
-def dying_at(k: int) -> Iterator[list[str]]:
-    """Change number `k` does not happen, nor any after it."""
-    made: list[str] = []
+def _before_each_change(check: Callable[[int, str, Any], None]) -> Iterator[None]:
+    """Calls `check` with the number, from 0, the name and the arguments of each change."""
+    count = itertools.count()
 
     def wrap(name: str) -> Callable[..., Any]:
         real = getattr(os, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if len(made) >= k:
-                raise Killed(f"at change {k}, {name} {args}")
-            made.append(name)
+            check(next(count), name, args)
             return real(*args, **kwargs)
 
         return call
@@ -39,6 +38,20 @@ def dying_at(k: int) -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         for name in CHANGES:
             patch.setattr(os, name, wrap(name))
+        yield
+
+
+@contextlib.contextmanager
+def dying_at(k: int) -> Iterator[list[str]]:
+    """Change number `k` does not happen, nor any after it."""
+    made: list[str] = []
+
+    def check(number: int, name: str, args: Any) -> None:
+        if number >= k:
+            raise Killed(f"at change {k}, {name} {args}")
+        made.append(name)
+
+    with _before_each_change(check):
         yield made
 
 
@@ -47,20 +60,12 @@ def failing_at(k: int) -> Iterator[list[str]]:
     """Change number `k` fails with an error of the file system; all others happen."""
     made: list[str] = []
 
-    def wrap(name: str) -> Callable[..., Any]:
-        real = getattr(os, name)
+    def check(number: int, name: str, args: Any) -> None:
+        made.append(name)
+        if number == k:
+            raise OSError(5, f"injected into {name}", str(args[0]))
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            made.append(name)
-            if len(made) == k + 1:
-                raise OSError(5, f"injected into {name}", str(args[0]))
-            return real(*args, **kwargs)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in CHANGES:
-            patch.setattr(os, name, wrap(name))
+    with _before_each_change(check):
         yield made
 
 

@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,25 +51,60 @@ def test_one_place_under_two_names_is_one_place(tmp_path: Path) -> None:
 def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     path = tmp_path / "ckpt"
     fc.save(path, {"v": 0})
+    with saving_elsewhere(path) as other:
+        text = f"is being saved by process {other.pid} of this machine, which still runs"
+        with pytest.raises(CheckpointExistsError, match=text):
+            fc.save(path, {"v": 1}, overwrite=True)
+        assert fc.load(path)["v"] == 0
+        other.communicate(b"go on\n")
+    assert fc.load(path)["v"] == "elsewhere"
+    fc.save(path, {"v": 2}, overwrite=True)
+    assert fc.load(path)["v"] == 2
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt"
+    with saving_elsewhere(path) as other:
+        other.kill()
+    (left,) = tmp_path.iterdir()
+    left.rename(tmp_path / f"{left.name}-0123")  # as if it died before the name was given
+    with saving_elsewhere(path) as other:
+        other.kill()
+    fc.save(path, {"v": 2})
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_another_process_with_the_number_of_a_dead_one_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt"
+    left = tmp_path / "ckpt.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / ".owner").write_text(f"{socket.gethostname()} {os.getppid()} 1")
+    fc.save(path, {"v": 2})
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+@contextlib.contextmanager
+def saving_elsewhere(path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Another process, in the middle of a save, which goes on when it is told to."""
     program = """
         import sys
-        from flax_ckpt.storage.commit import Staging
-        Staging(sys.argv[1], overwrite=True).create(["state"])
-        print("begun", flush=True)
-        sys.stdin.read()
+        import flax_ckpt as fc
+        from flax_ckpt.storage import native_write
+
+        def write(*arguments):
+            print("begun", flush=True)
+            sys.stdin.readline()
+            really(*arguments)
+
+        really, native_write.write_arrays = native_write.write_arrays, write
+        fc.save(sys.argv[1], {"v": "elsewhere", "n": 1}, overwrite=True)
     """
     command = [sys.executable, "-c", textwrap.dedent(program), str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"begun\n"
-        text = f"is being saved by process {other.pid} of this machine, which still runs"
-        with pytest.raises(CheckpointExistsError, match=text):
-            fc.save(path, {"v": 1}, overwrite=True)
-        assert fc.load(path)["v"] == 0
-        other.kill()
-    fc.save(path, {"v": 2}, overwrite=True)
-    assert fc.load(path)["v"] == 2
-    assert os.listdir(tmp_path) == ["ckpt"]
+        yield other
 
 
 def test_what_this_process_left_does_not_stop_it(tmp_path: Path) -> None:
@@ -107,6 +143,43 @@ def test_a_load_within_jit_becomes_a_constant(tmp_path: Path) -> None:
 
     assert jnp.array_equal(jax.jit(add)(jnp.ones(8)), jnp.arange(8.0) + 1)
     assert jax.eval_shape(add, jnp.ones(8)).shape == (8,)
+
+
+def test_a_load_within_jit_elsewhere_becomes_a_constant(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt"
+    fc.save(path, {"a": jnp.arange(8.0)})
+    for load in (
+        lambda: fc.load_async(path).result()["a"],
+        lambda: in_a_loop(lambda: fc.load(path)["a"]),
+    ):
+        found = jax.jit(lambda x, load=load: load() + x)(jnp.ones(8))
+        assert jnp.array_equal(found, jnp.arange(8.0) + 1)
+
+
+def test_a_thread_that_cannot_start_does_not_hold_up_the_end(
+    tmp_path: Path, run_child: Any
+) -> None:
+    program = """
+        import sys, threading
+        import flax_ckpt as fc
+
+        def refuse(self):
+            raise RuntimeError("can't start new thread")
+
+        really, threading.Thread.start = threading.Thread.start, refuse
+        try:
+            fc.save(sys.argv[1], {"a": 1})
+        except RuntimeError as error:
+            print(error)
+        threading.Thread.start = really
+        fc.save(sys.argv[1], {"a": 1})
+    """
+    done = run_child(
+        "import warnings; warnings.simplefilter('ignore')\n" + textwrap.dedent(program),
+        tmp_path / "ckpt",
+    )
+    assert done.stdout == "can't start new thread\n"
+    assert fc.load(tmp_path / "ckpt") == {"a": 1}
 
 
 def in_a_loop(call: Callable[[], Any]) -> Any:

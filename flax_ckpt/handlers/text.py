@@ -3,6 +3,7 @@
 Only the primary process writes it; every process reads it.
 """
 
+import abc
 import json
 import os
 from collections.abc import Awaitable
@@ -19,7 +20,7 @@ from flax_ckpt.storage import files, hosts
 from flax_ckpt.storage.record import Record
 
 
-class _TextHandler:
+class _TextHandler(abc.ABC):
     """One text file: `_encode` and `_decode` say what is in it, and raise `ValueError` if not.
 
     Args:
@@ -31,11 +32,11 @@ class _TextHandler:
     def __init__(self, *filenames: str) -> None:
         self._filenames = filenames
 
-    def _encode(self, value: Any) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _encode(self, value: Any) -> str: ...
 
-    def _decode(self, text: str, abstract: Any) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _decode(self, text: str, abstract: Any) -> Any: ...
 
     async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
         """See :class:`CheckpointableHandler`; the value is turned into text before returning.

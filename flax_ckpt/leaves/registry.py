@@ -25,13 +25,11 @@ class LeafRegistry:
 
     def __init__(self, *handlers: LeafHandler) -> None:
         self._keys = KeyLeaf()
-        self._handlers: list[LeafHandler] = [StringLeaf(), ScalarLeaf(), NumpyLeaf()]
-        self._handlers += [self._keys, ArrayLeaf(), *handlers]
-        self._last_first = self._handlers[::-1]
+        self._last_first: list[LeafHandler] = [*reversed(handlers), ArrayLeaf(), self._keys]
+        self._last_first += [NumpyLeaf(), ScalarLeaf(), StringLeaf()]
 
     def add(self, handler: LeafHandler) -> None:
         """Registers a handler; it wins over those before it."""
-        self._handlers.append(handler)
         self._last_first.insert(0, handler)
 
     def for_value(self, value: Any) -> LeafHandler | None:
@@ -43,7 +41,7 @@ class LeafRegistry:
 
     def for_abstract(self, abstract: Any) -> LeafHandler | None:
         """The handler to load a leaf as `abstract` with."""
-        for handler in reversed(self._handlers):
+        for handler in self._last_first:
             if handler.handles_abstract(abstract):
                 return handler
         return None
@@ -56,7 +54,7 @@ class LeafRegistry:
             return self._keys if is_array and saved.key_impl is not None else handler
         if saved.key_impl is not None:
             return self._keys
-        for handler in reversed(self._handlers):
+        for handler in self._last_first:
             if saved.value_type in handler.value_types:
                 return handler
         return None

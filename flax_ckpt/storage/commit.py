@@ -61,6 +61,7 @@ class Staging:
         self.path = path or target + names.TMP_SUFFIX
         self.mode = mode
         self._overwrite = overwrite
+        self._made = False
         self._check_free()
 
     def _check_free(self) -> None:
@@ -87,23 +88,25 @@ class Staging:
             CheckpointExistsError: another process is saving to the target.
         """
         files.make_directory(os.path.dirname(self.target))
+        self._clear_aside()
         # It gets its name with the owner's in it, so that of two processes one finds the other's.
-        made = f"{self.path}-{uuid.uuid4().hex}"
-        os.mkdir(made)
-        files.write(
-            os.path.join(made, names.OWNER), f"{socket.gethostname()} {os.getpid()}".encode()
-        )
+        made = self._aside()
         try:
-            if (pid := _running_owner(self.path)) not in (None, os.getpid()):
-                raise CheckpointExistsError(
-                    f"{self.target} is being saved by process {pid} of this machine, which still"
-                    " runs: save to another path, or end that process"
-                )
-            _clear(self.path)
-            os.rename(made, self.path)
+            os.mkdir(made)
+            files.write(os.path.join(made, names.OWNER), _identity(os.getpid()).encode())
+            while not _take(made, self.path):
+                if (pid := _running_owner(self.path)) not in (None, os.getpid()):
+                    raise CheckpointExistsError(
+                        f"{self.target} is being saved by process {pid} of this machine, which"
+                        " still runs: save to another path, or end that process"
+                    )
+                left = self._aside()
+                os.rename(self.path, left)
+                _clear(left)
         except BaseException:
             _clear(made)
             raise
+        self._made = True
         for name in directories:
             os.mkdir(os.path.join(self.path, name))
         if self.mode is not None:  # for others; the owner goes on writing
@@ -132,8 +135,31 @@ class Staging:
             self.discard()  # what was at the target
 
     def discard(self) -> None:
-        """Removes what is in the staging directory's place; leaves the target as it is."""
-        remove_left_over(self.path)
+        """Removes what this object made, or replaced; leaves the target as it is."""
+        if self._made:
+            remove_left_over(self.path)
+
+    def _aside(self) -> str:
+        return f"{self.path}-{uuid.uuid4().hex}"
+
+    def _clear_aside(self) -> None:
+        """Removes what a crash left while it took the staging directory's name, or cleared it."""
+        parent, prefix = os.path.dirname(self.path), os.path.basename(self.path) + "-"
+        for name in os.listdir(parent):
+            path = os.path.join(parent, name)
+            if name.startswith(prefix) and _owner(path) and not has_owner(path):
+                remove_left_over(path)
+
+
+def _take(made: str, path: str) -> bool:
+    """Gives a directory its name; False: something has it."""
+    try:
+        os.rename(made, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        return False
+    return True
 
 
 def _rename(source: str, target: str) -> None:
@@ -171,28 +197,45 @@ def _exchange(source: str, target: str) -> None:
 
 def has_owner(path: str) -> bool:
     """Whether the process that makes a staging directory may still run, here or elsewhere."""
-    host, _ = _owner(path)
-    return host is not None and (host != socket.gethostname() or _running_owner(path) is not None)
+    owner = _owner(path)
+    if owner is None:
+        return False
+    return owner[0] != socket.gethostname() or _running_owner(path) is not None
 
 
-def _owner(path: str) -> tuple[str | None, int]:
+def _owner(path: str) -> list[str] | None:
+    """Host, process and its start, as :func:`_identity` wrote them; None: nothing is known."""
     try:
-        host, pid = files.read(os.path.join(path, names.OWNER)).decode().split()
-        return host, int(pid)
-    except (OSError, ValueError):
-        return None, 0
+        words = files.read(os.path.join(path, names.OWNER)).decode().split()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return words if len(words) in (2, 3) and words[1].isdecimal() else None
 
 
 def _running_owner(path: str) -> int | None:
     """The process of this machine that makes a staging directory; None: none that runs."""
-    host, pid = _owner(path)
+    owner = _owner(path)
+    if owner is None or owner[0] != socket.gethostname():
+        return None
+    pid = int(owner[1])
     try:
         os.kill(pid, 0)
     except PermissionError:
         pass  # another user's
     except (OSError, OverflowError):
         return None
-    return pid if host == socket.gethostname() else None
+    started = _identity(pid).split()[2:]
+    return None if started and owner[2:] and started != owner[2:] else pid
+
+
+def _identity(pid: int) -> str:
+    """Host and number of a process; on Linux its start too, as numbers are given again."""
+    try:
+        stat = files.read(f"/proc/{pid}/stat")
+        started = stat.rpartition(b")")[2].split()[19].decode()  # field 22 of proc(5)
+    except (OSError, IndexError):
+        started = ""
+    return f"{socket.gethostname()} {pid} {started}"
 
 
 def _clear(path: str) -> None:

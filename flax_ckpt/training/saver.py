@@ -170,9 +170,21 @@ class Saver:
             self._require_new(step)
         if not force and not self.is_due(step, besides=step if overwrite else None):
             return None
+        return self._begin_save(
+            step, dict(checkpointables), trees, overwrite, metrics, custom_metadata
+        )
+
+    def _begin_save(
+        self,
+        step: int,
+        parts: dict[str, Any],
+        trees: Collection[str],
+        overwrite: bool,
+        metrics: dict[str, Any] | None,
+        custom_metadata: dict[str, Any] | None,
+    ) -> AsyncResponse[bool]:
         began = time.perf_counter()
         self.wait()
-        parts = dict(checkpointables)
         nbytes = progress.nbytes(parts)
         if metrics is not None:
             parts[names.METRICS] = to_json(metrics)

@@ -202,6 +202,20 @@ class RefusingHandler:
         return True
 
 
+class Held(RefusingHandler):
+    """Its background part waits until it is released, so that a save is in flight till then."""
+
+    release = threading.Event()
+
+    async def save(self, directory, checkpointable):
+        async def write():
+            path = await directory.await_creation()
+            assert Held.release.wait(60)
+            (path / "done").write_text("yes")
+
+        return write()
+
+
 @pytest.fixture
 def failing() -> fc.Context:
     """A context in which saving `params` fails."""

@@ -19,7 +19,7 @@ import pytest
 
 import flax_ckpt as fc
 from flax_ckpt.training import Checkpointer
-from tests.training.test_callback import RefusingHandler
+from tests.training.test_callback import Held, RefusingHandler
 
 decide = fc.training.save_decision_policies
 preserve = fc.training.preservation_policies
@@ -39,20 +39,6 @@ def with_handler(handler: type) -> fc.Context:
         handler, checkpointable_name="state"
     )
     return context
-
-
-class Held(RefusingHandler):
-    """Writes when it is released."""
-
-    release = threading.Event()
-
-    async def save(self, directory, checkpointable):
-        async def write():
-            path = await directory.await_creation()
-            assert Held.release.wait(60)
-            (path / "done").write_text("yes")
-
-        return write()
 
 
 @pytest.fixture

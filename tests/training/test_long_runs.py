@@ -19,7 +19,7 @@ from flax_ckpt.errors import CheckpointExistsError, SaveFailedError, StateError
 from flax_ckpt.format import checkpoint
 from flax_ckpt.storage import commit, files
 from flax_ckpt.training import steps
-from tests.training.test_callback import RefusingHandler, run, tree
+from tests.training.test_callback import Held, run, tree
 
 INTERRUPTED = """
     import os, signal, sys, threading
@@ -64,20 +64,6 @@ def test_a_new_run_in_an_old_directory_keeps_its_own_steps(tmp_path: Path, caplo
     assert steps.committed(str(tmp_path)) == [21, 28]
     assert "the later steps [50, 100] were moved to" in caplog.text
     assert len(list((tmp_path / "superseded").iterdir())) == 2
-
-
-class Held(RefusingHandler):
-    """A handler whose background part waits, so that a save is in flight for as long as needed."""
-
-    release = threading.Event()
-
-    async def save(self, directory, checkpointable):
-        async def write():
-            path = await directory.await_creation()
-            assert Held.release.wait(60)
-            (path / "x").write_text("x")
-
-        return write()
 
 
 @pytest.fixture
@@ -333,8 +319,8 @@ def test_a_file_of_a_users_handler_is_checked_before_the_handler_reads_it(tmp_pa
     Held.release.set()
     with held:
         fc.save_checkpointables(tmp_path / "c", {"params": 1})
-        (tmp_path / "c" / "params" / "x").write_text("y")
-        with pytest.raises(fc.errors.DamagedCheckpointError, match="params/x: CRC-32C"):
+        (tmp_path / "c" / "params" / "done").write_text("y")
+        with pytest.raises(fc.errors.DamagedCheckpointError, match="params/done: CRC-32C"):
             fc.load_checkpointables(tmp_path / "c", {"params": None})
 
 

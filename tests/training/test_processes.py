@@ -92,19 +92,15 @@ def test_a_primary_that_is_gone_is_named(tmp_path: Path):
 
 def test_a_preemption_saves_at_one_step_in_all(tmp_path: Path):
     program = """
-        import time
         policies = fc.training.save_decision_policies
         with fc.training.Checkpointer(
             path, context=context, save_decision_policy=policies.PreemptionCheckpointingPolicy(),
         ) as checkpointer:
             if index == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            step, until = 0, time.monotonic() + 60
-            while time.monotonic() < until:
-                step += 1
+            for step in range(1, 1_000_000):
                 if checkpointer.save(step, {"a": place(np.ones(4), P("x"))}):
                     break
-                time.sleep(0.01)  # a train step
             assert checkpointer.latest.step == step
             print("saved", step, flush=True)
     """
