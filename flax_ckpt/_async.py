@@ -175,6 +175,15 @@ def with_settings(work: Callable[[], T]) -> Callable[[], T]:
     return run
 
 
+def forget_in_child(lock: Any, forget: Callable[[], object]) -> None:
+    """A forked process starts with the lock free, and without what the parent's threads do."""
+    os.register_at_fork(
+        before=lock.acquire,
+        after_in_parent=lock.release,
+        after_in_child=lambda: (forget(), lock.release()),
+    )
+
+
 class _ExitCode:
     """Ends the process with a code when the interpreter lets go of it, after all exit handlers.
 
@@ -219,10 +228,6 @@ def _finish_pending() -> None:
 # after ours. Once more among the exit handlers, for a save that began later. Tried on CPython 3.11
 # and 3.13.
 concurrent.futures.ThreadPoolExecutor  # noqa: B018
-os.register_at_fork(
-    before=_lock.acquire,
-    after_in_parent=_lock.release,
-    after_in_child=lambda: (_unsurfaced.clear(), _lock.release()),  # the threads are the parent's
-)
+forget_in_child(_lock, _unsurfaced.clear)
 threading._register_atexit(_finish_pending)  # type: ignore[attr-defined]
 atexit.register(_finish_pending)

@@ -27,12 +27,7 @@ from etils import epath
 from flax_ckpt import _async
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt.context import Context, applied, resolve
-from flax_ckpt.errors import (
-    CheckpointExistsError,
-    FormatError,
-    NotHandleableError,
-    SaveCancelledError,
-)
+from flax_ckpt.errors import CheckpointExistsError, NotHandleableError, SaveCancelledError
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.parts import Session
@@ -62,11 +57,7 @@ class _Turn:
 # Two saves to one path must not share a staging directory: the later waits for the earlier.
 _in_flight: weakref.WeakValueDictionary[str, _Turn] = weakref.WeakValueDictionary()
 _lock = Lock()
-os.register_at_fork(
-    before=_lock.acquire,
-    after_in_parent=_lock.release,
-    after_in_child=lambda: (_in_flight.clear(), _lock.release()),  # the saves are the parent's
-)
+_async.forget_in_child(_lock, _in_flight.clear)
 
 
 def save(
@@ -187,7 +178,7 @@ def start(
         _check(name, value, internal)
     if not checkpointables:
         raise ValueError("there is nothing to save: `checkpointables` is empty")
-    custom = _parsed(custom_metadata) if custom_metadata else {}
+    custom = jsons.checked_metadata(custom_metadata) if custom_metadata else {}
     started = time.time_ns()
     place = os.path.realpath(target)
     with _lock:
@@ -223,14 +214,6 @@ def start(
                 _in_flight[place] = before
         turn.ended.set()
         raise
-
-
-def _parsed(custom_metadata: dict[str, Any]) -> dict[str, Any]:
-    """The user's metadata as they will be read."""
-    try:
-        return jsons.parse_object(jsons.dump(custom_metadata), "custom_metadata")
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"custom_metadata must be a dict that JSON can hold: {error}") from error
 
 
 def _check(name: Any, value: Any, internal: bool) -> None:

@@ -64,7 +64,7 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -
 
 
 def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
-    path = tmp_path / "ckpt"
+    path = tmp_path / "7"
     with saving_elsewhere(path) as other:
         other.kill()
     (left,) = tmp_path.iterdir()
@@ -72,7 +72,9 @@ def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
     with saving_elsewhere(path) as other:
         other.kill()
     fc.save(path, {"v": 2})
-    assert os.listdir(tmp_path) == ["ckpt"]
+    with fc.CheckpointCallback(tmp_path, at_end=False) as callback:
+        callback.restore_or_init({"v": 0})
+    assert os.listdir(tmp_path) == ["7"]
 
 
 def test_another_process_with_the_number_of_a_dead_one_is_no_obstacle(tmp_path: Path) -> None:

@@ -56,6 +56,18 @@ def dump(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
+def checked_metadata(custom_metadata: Any) -> dict[str, Any]:
+    """A user's own metadata as they will be read.
+
+    Raises:
+        FormatError: no dict, or one that JSON cannot hold.
+    """
+    try:
+        return parse_object(dump(custom_metadata), "custom_metadata")
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"custom_metadata must be a dict that JSON can hold: {error}") from error
+
+
 def is_object(value: Any) -> TypeGuard[dict[str, Any]]:
     """Whether a parsed value is a JSON object."""
     return isinstance(value, dict)

@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import uuid
 from collections.abc import Iterable
 
@@ -88,14 +89,14 @@ class Staging:
             CheckpointExistsError: another process is saving to the target.
         """
         files.make_directory(os.path.dirname(self.target))
-        self._clear_aside()
         # It gets its name with the owner's in it, so that of two processes one finds the other's.
         made = self._aside()
         try:
             os.mkdir(made)
             files.write(os.path.join(made, names.OWNER), _identity(os.getpid()).encode())
             while not _take(made, self.path):
-                if (pid := _running_owner(self.path)) not in (None, os.getpid()):
+                host, pid = owner(self.path) or ("", 0)
+                if host == socket.gethostname() and pid != os.getpid():
                     raise CheckpointExistsError(
                         f"{self.target} is being saved by process {pid} of this machine, which"
                         " still runs: save to another path, or end that process"
@@ -142,14 +143,6 @@ class Staging:
     def _aside(self) -> str:
         return f"{self.path}-{uuid.uuid4().hex}"
 
-    def _clear_aside(self) -> None:
-        """Removes what a crash left while it took the staging directory's name, or cleared it."""
-        parent, prefix = os.path.dirname(self.path), os.path.basename(self.path) + "-"
-        for name in os.listdir(parent):
-            path = os.path.join(parent, name)
-            if name.startswith(prefix) and _owner(path) and not has_owner(path):
-                remove_left_over(path)
-
 
 def _take(made: str, path: str) -> bool:
     """Gives a directory its name; False: something has it."""
@@ -195,46 +188,30 @@ def _exchange(source: str, target: str) -> None:
         raise
 
 
-def has_owner(path: str) -> bool:
-    """Whether the process that makes a staging directory may still run, here or elsewhere."""
-    owner = _owner(path)
-    if owner is None:
-        return False
-    return owner[0] != socket.gethostname() or _running_owner(path) is not None
-
-
-def _owner(path: str) -> list[str] | None:
-    """Host, process and its start, as :func:`_identity` wrote them; None: nothing is known."""
+def owner(path: str) -> tuple[str, int] | None:
+    """Host and number of the process that makes a staging directory, if it may still run."""
     try:
-        words = files.read(os.path.join(path, names.OWNER)).decode().split()
-    except (OSError, UnicodeDecodeError):
+        text = files.read(os.path.join(path, names.OWNER)).decode()
+        host, pid = text.split()[:2]
+        ended = host == socket.gethostname() and text != _identity(int(pid))
+        return None if ended else (host, int(pid))
+    except (OSError, ValueError):
         return None
-    return words if len(words) in (2, 3) and words[1].isdecimal() else None
-
-
-def _running_owner(path: str) -> int | None:
-    """The process of this machine that makes a staging directory; None: none that runs."""
-    owner = _owner(path)
-    if owner is None or owner[0] != socket.gethostname():
-        return None
-    pid = int(owner[1])
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        pass  # another user's
-    except (OSError, OverflowError):
-        return None
-    started = _identity(pid).split()[2:]
-    return None if started and owner[2:] and started != owner[2:] else pid
 
 
 def _identity(pid: int) -> str:
-    """Host and number of a process; on Linux its start too, as numbers are given again."""
+    """Host and number of a running process; on Linux its start too, as numbers are given again."""
+    started = ""
     try:
-        stat = files.read(f"/proc/{pid}/stat")
-        started = stat.rpartition(b")")[2].split()[19].decode()  # field 22 of proc(5)
-    except (OSError, IndexError):
-        started = ""
+        if sys.platform == "linux":
+            stat = files.read(f"/proc/{pid}/stat").decode(errors="replace")
+            started = stat.rpartition(")")[2].split()[19]  # field 22 of proc(5)
+        else:
+            os.kill(pid, 0)
+    except PermissionError:
+        pass  # another user's
+    except OSError:
+        return ""
     return f"{socket.gethostname()} {pid} {started}"
 
 

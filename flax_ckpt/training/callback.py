@@ -175,12 +175,7 @@ class CheckpointCallback(Generic[S]):
         return self._decided[1]
 
     def on_step_end(
-        self,
-        step: int,
-        state: S,
-        *,
-        metrics: Mapping[str, Any] | None = None,
-        force: bool = False,
+        self, step: int, state: S, *, metrics: Mapping[str, Any] | None = None, force: bool = False
     ) -> bool:
         """Call it after each update; saves if one is due.
 

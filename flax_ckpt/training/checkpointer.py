@@ -230,9 +230,7 @@ class Checkpointer:
             return _load.load_async(path, abstract_state, checkpointable_name=name)
 
     def load_checkpointables(
-        self,
-        step: Step | None = None,
-        abstract_checkpointables: Mapping[str, Any] | None = None,
+        self, step: Step | None = None, abstract_checkpointables: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """Loads several checkpointables of a step.
 
@@ -249,9 +247,7 @@ class Checkpointer:
             return _load.load_checkpointables(path, abstract_checkpointables)
 
     def load_checkpointables_async(
-        self,
-        step: Step | None = None,
-        abstract_checkpointables: Mapping[str, Any] | None = None,
+        self, step: Step | None = None, abstract_checkpointables: Mapping[str, Any] | None = None
     ) -> AsyncResponse[dict[str, Any]]:
         """Loads several checkpointables in the background; see :meth:`load_checkpointables`."""
         path = self._saver.find(step).path

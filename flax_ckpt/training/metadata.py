@@ -168,11 +168,8 @@ def write_root(root: str, custom_metadata: dict[str, Any]) -> None:
     path = os.path.join(root, *names.ROOT_METADATA)
     if os.path.lexists(path):
         return
-    try:
-        data = jsons.dump({"internal_metadata": {}, "custom_metadata": custom_metadata})
-        jsons.parse_object(jsons.dump(custom_metadata), "custom_metadata")
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"custom_metadata must be a dict that JSON can hold: {error}") from error
+    custom = jsons.checked_metadata(custom_metadata)
+    data = jsons.dump({"internal_metadata": {}, "custom_metadata": custom})
     files.make_directory(os.path.dirname(path))
     files.replace(path, data)
 

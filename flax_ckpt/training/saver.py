@@ -170,21 +170,9 @@ class Saver:
             self._require_new(step)
         if not force and not self.is_due(step, besides=step if overwrite else None):
             return None
-        return self._begin_save(
-            step, dict(checkpointables), trees, overwrite, metrics, custom_metadata
-        )
-
-    def _begin_save(
-        self,
-        step: int,
-        parts: dict[str, Any],
-        trees: Collection[str],
-        overwrite: bool,
-        metrics: dict[str, Any] | None,
-        custom_metadata: dict[str, Any] | None,
-    ) -> AsyncResponse[bool]:
         began = time.perf_counter()
         self.wait()
+        parts = dict(checkpointables)
         nbytes = progress.nbytes(parts)
         if metrics is not None:
             parts[names.METRICS] = to_json(metrics)
@@ -202,17 +190,7 @@ class Saver:
         )
         self._cancelled = cancelled
         self._saves += 1
-        self._current = Step(
-            step,
-            epath.Path(path),
-            metadata=None,
-            init_timestamp_nsecs=now,
-            commit_timestamp_nsecs=now,
-            custom_metadata=custom_metadata,
-            metrics=parts.get(names.METRICS),
-        )
-        replaced = [other for other in self.history if other.step == step]
-        self.history = sorted([*self._without(step), self._current], key=_BY_STEP)
+        replaced = self._enter(step, path, now, custom_metadata, parts.get(names.METRICS))
         blocked = f"blocked {progress.duration(time.perf_counter() - began)}"
 
         def finish(_: bool) -> None:
@@ -225,6 +203,16 @@ class Saver:
 
         self.response.on_complete(finish)
         return self.response
+
+    def _enter(self, step: int, path: str, now: int, custom: Any, metrics: Any) -> list[Step]:
+        """Takes a save that has begun into the history; returns what it replaces there."""
+        times = {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now}
+        self._current = Step(
+            step, epath.Path(path), metadata=None, custom_metadata=custom, metrics=metrics, **times
+        )
+        replaced = [other for other in self.history if other.step == step]
+        self.history = sorted([*self._without(step), self._current], key=_BY_STEP)
+        return replaced
 
     def _retain(self, saved: int) -> None:
         known = {os.fspath(step.path): step for step in self.history}  # with what was read of them

@@ -152,7 +152,7 @@ def clean(root: str, build_name: Callable[[int], str]) -> None:
         name = name.removesuffix(".deleted").removesuffix(".replaced")
         ours = mark and any(build_name(int(n)) == name for n in re.findall("[0-9]+", name))
         path = os.path.join(root, entry)
-        if ours and not commit.has_owner(path):
+        if ours and not commit.owner(path):
             commit.remove_left_over(path)
 
 

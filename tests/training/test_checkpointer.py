@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
 import flax_ckpt as fc
+from flax_ckpt.storage.commit import Staging
 from flax_ckpt.training import Checkpointer
 from tests.training.test_callback import Held, RefusingHandler
 
@@ -426,8 +428,8 @@ def test_left_overs_are_removed_if_asked_and_nothing_else(tmp_path: Path):
     others = [f"notes{suffix}", f"7{suffix}", "plots", f"step_6{suffix}"]
     for name in [*ours, *others]:
         (tmp_path / name / "state").mkdir(parents=True)
-    host = os.uname().nodename
-    (tmp_path / f"step_6{suffix}" / ".owner").write_text(f"{host} {os.getpid()}")
+    shutil.rmtree(tmp_path / f"step_6{suffix}")
+    Staging(str(tmp_path / "step_6")).create(["state"])  # by this process, which runs
     names = fc.path.step.standard_name_format(step_prefix="step")
     Checkpointer(tmp_path, step_name_format=names)
     assert sorted(os.listdir(tmp_path)) == sorted([*ours, *others])
