@@ -17,6 +17,7 @@
     ├── NotHandleableError        (ValueError)  a bound handler refuses its checkpointable
     ├── ContextFrozenError        (RuntimeError)  an active Context was mutated
     ├── StateError                (ValueError)  a training state or step that cannot be used
+    ├── RunInUseError             (RuntimeError)  another process saves into this run
     ├── DeletionInProgressError   (RuntimeError)  what is asked for is being deleted
     ├── DeletionRecoveryError     (RuntimeError)  an unfinished deletion that does not fit this one
     ├── SaveFailedError           (RuntimeError)  a background save failed; cause chained
@@ -145,6 +146,10 @@ class ContextFrozenError(FlaxCkptError, RuntimeError):
 
 class StateError(FlaxCkptError, ValueError):
     """A training state, step or restore target that cannot be used."""
+
+
+class RunInUseError(FlaxCkptError, RuntimeError):
+    """Another process saves into this run."""
 
 
 class DeletionInProgressError(FlaxCkptError, RuntimeError):

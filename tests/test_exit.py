@@ -215,6 +215,16 @@ CALLBACK = """
 """
 
 
+FULL_DISK = CALLBACK.replace(
+    "    assert",
+    """
+    ckpt.wait()
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    assert""",
+)
+
+
 @pytest.mark.parametrize("ending", ["return", "raise", "exit 3"])
 def test_a_callback_that_is_never_closed(tmp_path: Path, ending: str) -> None:
     done = run(textwrap.dedent(CALLBACK) + ENDINGS[ending][0], tmp_path / "run")
@@ -225,8 +235,8 @@ def test_a_callback_that_is_never_closed(tmp_path: Path, ending: str) -> None:
 
 
 def test_a_callback_whose_last_save_fails(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("where a directory should be")
-    done = run('path += "/run"\n' + textwrap.dedent(CALLBACK), tmp_path / "file")
+    done = run(textwrap.dedent(FULL_DISK), tmp_path / "run")
     assert done.code == 1
-    assert f"flax_ckpt: checkpoint {tmp_path}/file/run/2 was NOT saved: " in done.err
-    assert "(step" not in done.out
+    assert f"flax_ckpt: checkpoint {tmp_path}/run/2 was NOT saved: " in done.err
+    assert "File too large" in done.err
+    assert os.listdir(tmp_path / "run") == []

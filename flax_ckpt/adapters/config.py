@@ -59,6 +59,20 @@ def to_message(config: object) -> Message:
     return message
 
 
+def add_provenance(message: Message, provenance: Mapping[str, Any]) -> Message:
+    """The message, if it is ours with where it comes from; one that is there is replaced."""
+    if isinstance(message, RunConfig):
+        found: Any = to_message(provenance_of(message) | dict(provenance))
+        del message.provenance[:]
+        message.provenance.extend(found.item)
+    return message
+
+
+def provenance_of(message: Message) -> dict[str, Any]:
+    """Where a config comes from, as `add_provenance` was told; empty if nobody did."""
+    return _read_items(getattr(message, "provenance", ()), "", None)
+
+
 def from_message(message: Message) -> Any:
     """Turns a message into a config: our own into a `ConfigDict`, any other into itself.
 

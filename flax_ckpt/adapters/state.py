@@ -59,3 +59,8 @@ def fields(state: Any) -> Mapping[str, Any]:
 def step_of(state: Any) -> Any:
     """The number of updates that the state itself counts, or None."""
     return fields(state).get("step")
+
+
+def changes_in_place(state: Any) -> bool:
+    """Whether a state is an object that training changes, rather than replaces."""
+    return False

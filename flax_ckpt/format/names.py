@@ -16,6 +16,7 @@ DELETION_RECORD: Final = "_CHECKPOINT_DELETION"
 TMP_SUFFIX: Final = ".orbax-checkpoint-tmp"
 PARTIAL_SUFFIX: Final = ".partial_save"
 OWNER: Final = ".owner"
+LOCK: Final = ".flax_ckpt.lock"  # in a root: which process saves there
 
 # Unfinished partial saves: a directory of this package.
 SESSION_SUFFIX: Final = ".flax_ckpt.partial_save"

@@ -10,30 +10,31 @@ with fc.CheckpointCallback(workdir / "checkpoints", every_n_steps=500, config=co
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import logging
 import os
-from collections.abc import Callable, Mapping
+import signal
+import weakref
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Generic, Literal, TypeVar
 
 import jax
-import numpy as np
 
 from flax_ckpt.adapters import config as configs
 from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
-from flax_ckpt.errors import ConfigError, FormatError, SaveFailedError, StateError
-from flax_ckpt.format import protos
-from flax_ckpt.training import metadata, steps
+from flax_ckpt.errors import SaveFailedError, StateError
+from flax_ckpt.storage import hosts
+from flax_ckpt.training import metadata, notices, policies, progress, provenance, steps
 from flax_ckpt.training import restore as restoring
-from flax_ckpt.training import save_decision_policies as deciding
-from flax_ckpt.training.preservation_policies import LatestN
-from flax_ckpt.training.save_decision_policies import SaveDecisionPolicy, Step, Steps
+from flax_ckpt.training.preemption import Preempted, Signals
+from flax_ckpt.training.preservation_policies import PreservationPolicy
+from flax_ckpt.training.save_decision_policies import SaveDecisionPolicy
 from flax_ckpt.training.saver import Saver, step_number
 
 S = TypeVar("S")
 logger = logging.getLogger("flax_ckpt")
+
+_open: weakref.WeakValueDictionary[str, CheckpointCallback[Any]] = weakref.WeakValueDictionary()
 
 
 class CheckpointCallback(Generic[S]):
@@ -45,19 +46,32 @@ class CheckpointCallback(Generic[S]):
     Args:
         directory: root of the run's checkpoints; made when the first one is saved.
         every_n_steps: save at the multiples of this.
-        every_secs: save when so many seconds have passed since the last save began. With neither
-            of the two: every 600 s.
+        every_secs: save when so many seconds have passed since the last save began.
+        save_policy: save when this policy says so. With none of the three: every 600 s.
         keep_last: how many of the newest steps to keep; None: all.
+        keep_every_n_steps: keep the multiples of this besides.
+        keep_best: keep the best besides: a metric, "min" or "max", and how many, such as
+            `("eval/loss", "min", 2)`. A step without the metric, or with NaN, is never among them.
+        preservation_policy: keep what this policy keeps, in place of the last; the best and the
+            multiples besides.
         config: the run's config, saved with each step: a `ConfigDict`, dict, dataclass, or a
-            protocol-buffer message.
+            protocol-buffer message. Versions, commit, devices and command line go with it, but not
+            with a message of your own.
         at_end: whether leaving the `with` block without an exception, or `close`, saves the last
             state seen if it is not saved yet.
         on_error: "raise": a save that failed in the background raises at the next call; "warn":
             it is logged, and training goes on.
+        on_preemption: what follows when one of `signals` has come, or JAX's own notice in a run of
+            several processes, and the next step is saved: "exit" raises `Preempted`, a
+            `SystemExit`; "stop" only sets `should_stop`.
+        signals: taken note of from the first step on until `close`; none of a run of several
+            processes, which JAX listens to.
+        writer: told how long each save took: any object with CLU's `write_scalars`.
         context: options of all saves and restores; None: those active now.
 
     Raises:
         InvalidLayoutError: `directory` is one checkpoint, not the root of a run.
+        ValueError: an argument makes no sense.
         ConfigError: lists every key of the config that cannot be saved.
 
     >>> import tempfile, flax_ckpt as fc, jax.numpy as jnp
@@ -80,29 +94,42 @@ class CheckpointCallback(Generic[S]):
         *,
         every_n_steps: int | None = None,
         every_secs: float | None = None,
+        save_policy: SaveDecisionPolicy | None = None,
         keep_last: int | None = 3,
+        keep_every_n_steps: int | None = None,
+        keep_best: policies.Best | tuple[Any, ...] | None = None,
+        preservation_policy: PreservationPolicy | None = None,
         config: Any = None,
         at_end: bool = True,
         on_error: Literal["raise", "warn"] = "raise",
+        on_preemption: Literal["exit", "stop"] = "exit",
+        signals: Collection[int] = (signal.SIGTERM,),
+        writer: progress.Writer | None = None,
         context: Context | None = None,
     ) -> None:
-        if on_error not in ("raise", "warn") or (keep_last is not None and keep_last < 1):
-            raise ValueError(
-                "on_error must be 'raise' or 'warn' and keep_last at least 1 or None, got"
-                f" {on_error!r} and {keep_last!r}"
-            )
-        self._at_end = at_end
-        self._on_error = on_error
+        _require(
+            on_error=(on_error, "raise", "warn"), on_preemption=(on_preemption, "exit", "stop")
+        )
+        self._at_end, self._on_error, self._on_preemption = at_end, on_error, on_preemption
         self._context = resolve(context)
-        self._config = None if config is None else configs.to_message(config)
-        save_policy, self._timer = _schedule(every_n_steps, every_secs)
-        self._saver = Saver(directory, self._context, save_policy, LatestN(keep_last))
+        self._config = configs.to_message({} if config is None else config)
+        self._best = None if keep_best is None else policies.checked_best(keep_best)
+        save, self._timer = policies.saving(every_n_steps, every_secs, save_policy)
+        keep = policies.keeping(keep_last, keep_every_n_steps, self._best, preservation_policy)
+        self._saver = Saver(directory, self._context, save, keep)
         self.directory = self._saver.directory
         self._timer.start(self._saver.now())
+        self._signals = Signals(() if self._saver.hosts.several else signals)
+        self._writer = writer
         self._decided: tuple[int, bool] | None = None
         self._seen: tuple[int, S, Mapping[str, Any] | None] | None = None
         self._after = -1
-        self._begun = self._warned = self._superseded = False
+        self._begun = self._warned = self._warned_of_best = self._superseded = False
+        self._replaced = self.should_stop = False
+        configs.add_provenance(self._config, provenance.collect())
+        if (older := _open.pop(os.path.realpath(self.directory), None)) is not None:
+            older._make_way()
+        _open[os.path.realpath(self.directory)] = self
 
     @property
     def latest_step(self) -> int | None:
@@ -128,12 +155,15 @@ class CheckpointCallback(Generic[S]):
 
         Raises:
             StateError: nothing to restore, `like` is abstract, and there is no `init`.
+            RunInUseError: another process saves here.
             CheckpointNotFoundError: there is no such step.
             TreeMismatchError: the checkpoint does not fit `like`.
             DamagedCheckpointError: the step asked for, or every one, is damaged.
         """
+        self._saver.claim()
         self._saver.clean()
         if not steps.committed(self.directory) and step in ("latest", None):
+            self._signals.install()
             if init is not None:
                 return init(), 0
             if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
@@ -144,27 +174,21 @@ class CheckpointCallback(Generic[S]):
             return like, 0
         out = restoring.restore(self.directory, like, step=step, context=self._context)
         assert out.step is not None
-        self._log_config_changes(out.config_text)
-        _warn_of_other_count(out.step, "was restored", out.state)
+        notices.config_changes(out.config_text, self._config)
+        notices.other_count(out.step, "was restored", out.state)
         self._begin(out.step)
         self._timer.start(self._saver.now())
         return out.state, out.step
 
     def _begin(self, after: int) -> None:
         """The run goes on after this step: what is later on disk is not of it."""
+        if self._replaced:
+            raise StateError(
+                f"this callback was replaced by a later one for {self.directory}: use that one"
+            )
         self._after, self._begun = after, True
+        self._signals.install()
         self._saver.begin(after)
-
-    def _log_config_changes(self, saved: str | None) -> None:
-        if self._config is None or saved is None:
-            return
-        try:
-            changes = configs.diff(protos.text_to_message(saved), self._config)
-        except (FormatError, ConfigError) as error:
-            logger.warning("the saved config cannot be compared with this run's: %s", error)
-            return
-        if changes:
-            logger.info("config changed since the checkpoint: %s", "; ".join(changes))
 
     def should_save(self, step: int) -> bool:
         """Whether `on_step_end` will save at this step; decided once per step."""
@@ -192,15 +216,62 @@ class CheckpointCallback(Generic[S]):
 
         Raises:
             SaveFailedError: an earlier save failed in the background.
+            Preempted: the process was told to end, and the step is saved.
         """
         self._guard(self._saver.notice)
+        due = self.should_save(step) or force
         self._seen = step, state, metrics
-        if not (self.should_save(step) or force) or self._is_saved(step):
+        preempted = self._is_preempted(step)
+        if not (due or preempted):
             return False
-        self._save(step, state, metrics)
-        return True
+        saves = not self._is_saved(step)
+        if saves:
+            self._save(step, state, metrics)
+        elif force:
+            logger.info("step %d is not saved again: it is saved", step)
+        if preempted:
+            self._leave(step)
+        return saves
 
     __call__ = on_step_end
+
+    def poll(self, step: int | None = None, state: S | None = None) -> None:
+        """Call it now and then in what takes long between two steps, such as an evaluation.
+
+        If the process was told to end, it saves and leaves as `on_step_end` would. Without a
+        `state` it saves the last one seen, if that is whole: neither donated since nor an object
+        that changes in place; else the next `on_step_end` does. Several processes have to agree on
+        a step, and leave there.
+
+        Raises:
+            Preempted: the process was told to end, and the step is saved.
+        """
+        if self.should_stop or self._signals.received is None:
+            return
+        if step is not None and state is not None:
+            self._seen = step, state, None
+        elif self._seen is None or not (self._is_saved(self._seen[0]) or self._seen_is_whole()):
+            return
+        if not self._is_saved(self._seen[0]):
+            self._save(*self._seen)
+        self._leave(self._seen[0])
+
+    def _is_preempted(self, step: int) -> bool:
+        told = self._signals.received is not None or hosts.reached_preemption(step)
+        return told and not self.should_stop
+
+    def _leave(self, step: int) -> None:
+        self.should_stop = True
+        self.wait()
+        logger.warning("this process was told to end: step %d is saved, %s", step, self.directory)
+        if self._on_preemption == "exit":
+            raise Preempted(128 + (self._signals.received or signal.SIGTERM), step)
+
+    def _seen_is_whole(self) -> bool:
+        if self._seen is None or states.changes_in_place(self._seen[1]):
+            return False
+        leaves = jax.tree.leaves(self._seen[1])
+        return not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)
 
     def _is_saved(self, step: int) -> bool:
         return any(saved.step == step for saved in self._saver.history)
@@ -215,12 +286,18 @@ class CheckpointCallback(Generic[S]):
             self._superseded = True
         parts = {name: tree for name, tree in states.split(state).items() if tree is not None}
         trees = list(parts)
-        if self._config is not None:
-            parts[restoring.CONFIG] = self._config
+        parts[restoring.CONFIG] = configs.add_provenance(
+            self._config, {"mesh": provenance.mesh(parts)}
+        )
         if metrics is not None:
             metrics = {name: metadata.number(name, value) for name, value in metrics.items()}
-        self._saver.save(step, parts, trees, force=True, metrics=metrics)
-        self._warned = self._warned or _warn_of_other_count(step, "is saved", state)
+        custom = None
+        if self._best is not None:
+            custom = {"flax_ckpt": {"best": {"metric": self._best.metric, "mode": self._best.mode}}}
+            told = self._warned_of_best
+            self._warned_of_best = told or notices.no_metric(step, self._best.metric, metrics)
+        self._saver.save(step, parts, trees, force=True, metrics=metrics, custom_metadata=custom)
+        self._warned = self._warned or notices.other_count(step, "is saved", state)
 
     def wait(self) -> None:
         """Returns when the save in flight is durable.
@@ -238,6 +315,10 @@ class CheckpointCallback(Generic[S]):
             if self._on_error == "raise":
                 raise
             logger.warning("%s", failure, exc_info=failure.__cause__)
+        while self._saver.finished:
+            figures = self._saver.finished.popleft()
+            if self._writer is not None:
+                self._writer.write_scalars(*figures)
 
     def close(self) -> None:
         """Saves the last state seen if `at_end` and it is not saved yet; waits for all saves.
@@ -245,6 +326,12 @@ class CheckpointCallback(Generic[S]):
         Raises:
             SaveFailedError: a save failed.
         """
+        try:
+            self._finish()
+        finally:
+            self._release()
+
+    def _finish(self) -> None:
         failure: SaveFailedError | None = None
         try:
             self.wait()
@@ -265,64 +352,49 @@ class CheckpointCallback(Generic[S]):
             self.close()
             return
         try:
-            self.wait()  # the state may be torn: it is not saved
+            if isinstance(error, KeyboardInterrupt):
+                self._save_interrupted()
+            self.wait()  # after any other error the state may be torn: it is not saved
         except SaveFailedError as failure:
             error.add_note(str(failure))
+        finally:
+            self._release()
+
+    def _save_interrupted(self) -> None:
+        """After Ctrl-C the last state seen is saved, if it is whole."""
+        if self._seen is None or not self._at_end or self._is_saved(self._seen[0]):
+            return
+        step = self._seen[0]
+        if self._seen_is_whole():
+            self._save(*self._seen)
+            logger.info("interrupted: step %d, the last one seen, is saved", step)
+        else:
+            text = "interrupted: step %d is not saved, since %s. The newest saved step is %s"
+            why = "its arrays were donated to the next step, or it changes in place"
+            logger.warning(text, step, why, self.latest_step)
+
+    def _release(self) -> None:
+        """Signals and the directory are others' again."""
+        self._signals.restore()
+        self._saver.release()
+        if _open.get(os.path.realpath(self.directory)) is self:
+            del _open[os.path.realpath(self.directory)]
+
+    def _make_way(self) -> None:
+        """For a later callback of the same directory, made by a notebook's cell that ran again."""
+        self._replaced, self._begun = True, False
+        try:
+            self._saver.wait()
+        except SaveFailedError as failure:
+            logger.warning("%s", failure, exc_info=failure.__cause__)
+        self._release()
 
     def __repr__(self) -> str:
         state = "saving" if self._saver.is_saving else "idle"
         return f"CheckpointCallback({self.directory!r}, latest_step={self.latest_step}, {state})"
 
 
-_NEVER = datetime.datetime.max.replace(tzinfo=datetime.UTC)
-
-
-@dataclasses.dataclass
-class _Timer:
-    """A save-decision policy: so many seconds after the last save began, or the run.
-
-    Attributes:
-        secs: how many.
-        since: when the run began.
-    """
-
-    secs: float
-    since: datetime.datetime = _NEVER
-
-    def start(self, nsecs: int) -> None:
-        """The run begins now, in ns since the epoch."""
-        self.since = datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
-
-    def should_save(self, step: Step, previous_steps: Steps, *, context: Any) -> bool:
-        last = previous_steps[-1].time if previous_steps else self.since
-        return (step.time - max(last, self.since)).total_seconds() >= self.secs
-
-
-def _schedule(
-    every_n_steps: int | None, every_secs: float | None
-) -> tuple[SaveDecisionPolicy, _Timer]:
-    steps.require_at_least(1, every_n_steps=every_n_steps)
-    if every_secs is not None and not every_secs > 0:
-        raise ValueError(f"every_secs must be positive, got {every_secs}")
-    timer = _Timer(600.0 if every_secs is None else every_secs)
-    if every_n_steps is None:
-        return timer, timer
-    fixed = deciding.FixedIntervalPolicy(every_n_steps)
-    return (fixed if every_secs is None else deciding.AnySavePolicy([fixed, timer])), timer
-
-
-_ADVICE = {
-    "was restored": "if it was saved under the index of its last update, go on from"
-    " `int(state.step)`",
-    "is saved": "pass the number of completed updates, `i + 1` in `for i in range(…)`",
-}
-
-
-def _warn_of_other_count(step: int, event: str, state: Any) -> bool:
-    """Warns if a state counts another number of updates than its step, and says whether."""
-    counted = states.step_of(state)
-    if counted is None or np.ndim(counted) or int(counted) == step:
-        return False
-    text = "step %d %s, but the state counts %d updates: %s"
-    logger.warning(text, step, event, counted, _ADVICE[event])
-    return True
+def _require(**choices: tuple[str, ...]) -> None:
+    for name, (value, *allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")

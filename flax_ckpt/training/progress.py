@@ -1,12 +1,21 @@
-"""What the one INFO line of a save or a restore says."""
+"""What is told of a save or a restore: the one INFO line, and figures for `jax.monitoring`."""
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 
 from flax_ckpt.format import tree
 from flax_ckpt.handlers import keypaths
+
+
+class Writer(Protocol):
+    """What takes scalars: one of CLU's metric writers, or any object with this method."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Takes the scalars of a step."""
+        ...
 
 
 def line(path: str, step: int | None, nbytes: int, seconds: float, *more: str) -> str:
@@ -25,6 +34,21 @@ def line(path: str, step: int | None, nbytes: int, seconds: float, *more: str) -
     return " · ".join([what, f"{size(nbytes)} in {duration(seconds)}{rate}", *more, place])
 
 
+def record(event: str, **figures: float) -> dict[str, float]:
+    """Gives figures to `jax.monitoring`: `/flax_ckpt/save/duration_secs` and the like.
+
+    Returns:
+        The same, named as a writer of scalars takes them: `checkpoint/save/duration_secs`.
+    """
+    for name, value in figures.items():
+        is_time = name.endswith("_secs")
+        tell = (
+            jax.monitoring.record_event_duration_secs if is_time else jax.monitoring.record_scalar
+        )
+        tell(f"/flax_ckpt/{event}/{name}", value)
+    return {f"checkpoint/{event}/{name}": float(value) for name, value in figures.items()}
+
+
 def size(nbytes: float) -> str:
     """Bytes for people: `1.2 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -41,7 +65,10 @@ def duration(seconds: float) -> str:
 
 def nbytes(value: Any) -> int:
     """Bytes of the arrays of a tree; of one that is sharded over processes, all of them."""
-    return sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(value))
+    leaves = jax.tree.leaves(value)
+    return sum(
+        getattr(leaf, "nbytes", 8 * isinstance(leaf, int | float | complex)) for leaf in leaves
+    )
 
 
 def leaf_names(value: Any) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import operator
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from flax_ckpt import _delete, _save, errors
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt.context import Context, applied
 from flax_ckpt.format import names
-from flax_ckpt.storage import commit, hosts, kinds
+from flax_ckpt.storage import commit, hosts, kinds, lock
 from flax_ckpt.storage.files import local_path
 from flax_ckpt.training import progress, steps
 from flax_ckpt.training import save_decision_policies as deciding
@@ -50,6 +51,7 @@ class Saver:
         hosts: the processes that take part.
         response: of the save in flight, or of the last one until its end was noticed.
         deletion: the same, of a step.
+        finished: of each save that is durable, its step and figures; who reads them takes them out.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class Saver:
         self.hosts = hosts.current(context.multiprocessing, context.asynchronous, what)
         self.response: AsyncResponse[bool] | None = None
         self.deletion: AsyncResponse[bool] | None = None
+        self.finished: deque[tuple[int, dict[str, float]]] = deque(maxlen=100)
+        self._lock: lock.RunLock | None = None
         self._save_policy = save_policy
         self._preservation_policy = preservation_policy
         self._name_format = name_format or steps.naming(self.directory)
@@ -101,6 +105,23 @@ class Saver:
         """Removes what killed saves and deletions left of the run's steps."""
         if self.hosts.is_primary:
             steps.clean(self.directory, self._name_format.build_name)
+
+    def claim(self) -> None:
+        """Makes sure that no other process saves here, from now until `release`.
+
+        Raises:
+            RunInUseError: one does.
+        """
+        if self._lock is not None:
+            self._lock.check()
+        elif self.hosts.is_primary:
+            self._lock = lock.acquire(self.directory)
+
+    def release(self) -> None:
+        """Lets other processes save here."""
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
 
     def path_of(self, step: int) -> str:
         """Where a step will be."""
@@ -172,6 +193,7 @@ class Saver:
             return None
         began = time.perf_counter()
         self.wait()
+        self.claim()
         parts = dict(checkpointables)
         nbytes = progress.nbytes(parts)
         if metrics is not None:
@@ -191,11 +213,16 @@ class Saver:
         self._cancelled = cancelled
         self._saves += 1
         replaced = self._enter(step, path, now, custom_metadata, parts.get(names.METRICS))
-        blocked = f"blocked {progress.duration(time.perf_counter() - began)}"
+        blocked = time.perf_counter() - began
 
         def finish(_: bool) -> None:
             seconds = time.perf_counter() - began
-            logger.info("saved %s", progress.line(path, step, nbytes, seconds, blocked))
+            shown = f"blocked {progress.duration(blocked)}"
+            logger.info("saved %s", progress.line(path, step, nbytes, seconds, shown))
+            figures = progress.record(
+                "save", duration_secs=seconds, blocked_secs=blocked, bytes=nbytes
+            )
+            self.finished.append((step, figures))
             self.hosts.forget(f"decision {self._saves - 1}")
             if self.hosts.is_primary:
                 self._remove([other for other in replaced if os.fspath(other.path) != path])

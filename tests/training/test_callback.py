@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import os
 import re
 import shutil
 import threading
@@ -16,7 +17,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import flax_ckpt as fc
-from flax_ckpt.training import callback, steps
+from flax_ckpt.training import policies, steps
 from tests.training.states import assert_same, create, train
 
 
@@ -103,7 +104,7 @@ def test_a_period_that_is_not_positive_is_refused(tmp_path: Path, wrong: int):
 def test_seconds_count_from_the_last_save_or_the_beginning(tmp_path: Path):
     hour = datetime.timedelta(hours=1)
     began = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
-    _, timer = callback._schedule(None, 2 * 3600)
+    _, timer = policies.saving(None, 2 * 3600, None)
     timer.start(int(began.timestamp() * 1e9))
 
     def due(hours: float, *previous: int) -> bool:
@@ -236,7 +237,7 @@ def test_a_background_failure_is_raised_at_the_next_call(tmp_path: Path, failing
     assert (caught.value.step, caught.value.path) == (1, str(tmp_path / "1"))
     assert isinstance(caught.value.__cause__, OSError)
     assert ckpt.latest_step is None
-    assert not list(tmp_path.iterdir())
+    assert os.listdir(tmp_path) == [".flax_ckpt.lock"]
 
 
 def test_a_failure_is_raised_by_wait_and_by_leaving_the_block(tmp_path: Path, failing: fc.Context):
@@ -311,7 +312,8 @@ def test_left_overs_of_a_killed_run_are_removed_and_nothing_else(tmp_path: Path)
         (tmp_path / name / "params").mkdir(parents=True)
     (tmp_path / "notes.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "plots").mkdir()
-    fc.CheckpointCallback(tmp_path).restore_or_init(tree(0))
+    with fc.CheckpointCallback(tmp_path) as ckpt:
+        ckpt.restore_or_init(tree(0))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "notes.orbax-checkpoint-tmp",
         "plots",

@@ -19,6 +19,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
 import flax_ckpt as fc
+from flax_ckpt.format.names import LOCK
 from flax_ckpt.storage.commit import Staging
 from flax_ckpt.training import Checkpointer
 from tests.training.test_callback import Held, RefusingHandler
@@ -54,6 +55,11 @@ def held():
 # --- saving and loading --------------------------------------------------------------------
 
 
+def entries(root: Path) -> list[str]:
+    """What is in the root of a run, but for the lock of one that is open."""
+    return [name for name in os.listdir(root) if name != LOCK]
+
+
 def test_what_was_saved_is_loaded_by_number_by_metadata_and_the_latest(tmp_path: Path):
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.latest is None
@@ -70,7 +76,7 @@ def test_what_was_saved_is_loaded_by_number_by_metadata_and_the_latest(tmp_path:
         assert checkpointer.load_async(3).result()["w"].tolist() == [3, 3, 3]
         parts = checkpointer.load_checkpointables_async(3).result()
         assert sorted(parts) == ["state"]
-    assert sorted(os.listdir(tmp_path)) == ["3", "5"]
+    assert sorted(entries(tmp_path)) == ["3", "5"]
 
 
 def test_checkpointables(tmp_path: Path):
@@ -96,7 +102,7 @@ def test_reserved_names_are_refused(tmp_path: Path, name: str):
         pytest.raises(ValueError, match="is a reserved name"),
     ):
         checkpointer.save_checkpointables(1, {name: tree(1)})
-    assert os.listdir(tmp_path) == []
+    assert entries(tmp_path) == []
 
 
 def test_metadata_of_a_step(tmp_path: Path):
@@ -144,7 +150,7 @@ def test_a_step_that_is_there_is_not_saved_again_unless_overwritten(tmp_path: Pa
         checkpointer.save_async(5, tree(5))
         with pytest.raises(fc.training.errors.StepAlreadyExistsError):
             checkpointer.save_async(5, tree(5))
-    assert sorted(os.listdir(tmp_path)) == ["3", "5"]
+    assert sorted(entries(tmp_path)) == ["3", "5"]
 
 
 def test_steps_that_are_not_there_are_named_beside_those_that_are(tmp_path: Path):
@@ -250,7 +256,7 @@ def test_best_and_latest_are_kept(tmp_path: Path):
             for step in steps:
                 checkpointer.save(step, tree(step), metrics={"loss": losses[step]})
     assert steps_of(checkpointer) == [2, 5, 6]
-    assert sorted(os.listdir(tmp_path)) == ["2", "5", "6"]
+    assert sorted(entries(tmp_path)) == ["2", "5", "6"]
 
 
 def test_the_step_just_saved_stays_whatever_the_policy_says(tmp_path: Path):
@@ -306,7 +312,7 @@ def test_a_failure_in_the_background_is_raised_once_at_the_next_call(tmp_path: P
         assert isinstance(caught.value.__cause__, OSError)
         checkpointer.close()
         checkpointer.close()
-    assert os.listdir(tmp_path) == []
+    assert entries(tmp_path) == []
 
 
 def test_a_failure_that_result_told_is_not_told_again(tmp_path: Path):
@@ -339,7 +345,7 @@ def test_a_disk_that_refuses_leaves_nothing_of_the_step(run_child: Any, tmp_path
     """
     done = run_child(program, tmp_path / "run")
     assert done.stdout.splitlines() == ["OSError 2", "[1]"], done.stderr
-    assert os.listdir(tmp_path / "run") == ["1"]
+    assert entries(tmp_path / "run") == ["1"]
 
 
 def test_an_exception_in_the_block_is_the_one_that_is_raised(tmp_path: Path):
@@ -377,7 +383,7 @@ def test_delete(tmp_path: Path):
         assert response.result() is True
         assert checkpointer.delete(3, missing_ok=True) is False
         assert checkpointer.should_save(2), "the policies know"
-    assert os.listdir(tmp_path) == ["1"]
+    assert entries(tmp_path) == ["1"]
 
 
 def test_delete_one_checkpointable(tmp_path: Path):
@@ -403,7 +409,7 @@ def test_cancel_drops_what_is_not_committed(tmp_path: Path, held: fc.Context):
         checkpointer.cancel()
         with pytest.raises(fc.errors.SaveCancelledError, match=f"{tmp_path}/1 was cancelled"):
             response.result()
-        assert os.listdir(tmp_path) == []
+        assert entries(tmp_path) == []
         assert checkpointer.save(1, {}), "and can be saved again"
         checkpointer.cancel()
         assert steps_of(checkpointer) == [1], "what was committed stays"
@@ -432,9 +438,9 @@ def test_left_overs_are_removed_if_asked_and_nothing_else(tmp_path: Path):
     Staging(str(tmp_path / "step_6")).create(["state"])  # by this process, which runs
     names = fc.path.step.standard_name_format(step_prefix="step")
     Checkpointer(tmp_path, step_name_format=names)
-    assert sorted(os.listdir(tmp_path)) == sorted([*ours, *others])
+    assert sorted(entries(tmp_path)) == sorted([*ours, *others])
     Checkpointer(tmp_path, step_name_format=names, cleanup_tmp_directories=True)
-    assert sorted(os.listdir(tmp_path)) == sorted(others)
+    assert sorted(entries(tmp_path)) == sorted(others)
 
 
 # --- names, root, listing, repr -------------------------------------------------------------------
@@ -456,9 +462,9 @@ def test_a_run_goes_on_under_other_names(tmp_path: Path):
         assert checkpointer.load(2)["w"].tolist() == [2, 2, 2]
         checkpointer.save(2, tree(20), overwrite=True)
         assert checkpointer.load(2)["w"].tolist() == [20, 20, 20]
-        assert sorted(os.listdir(tmp_path)) == ["1", "step_0002"]
+        assert sorted(entries(tmp_path)) == ["1", "step_0002"]
         checkpointer.save(3, tree(3))
-    assert sorted(os.listdir(tmp_path)) == ["step_0002", "step_0003"]
+    assert sorted(entries(tmp_path)) == ["step_0002", "step_0003"]
 
 
 def test_a_checkpoint_is_no_root(tmp_path: Path):

@@ -1,0 +1,62 @@
+"""Where a checkpoint comes from: commit, versions, devices, command line.
+
+Kept in the saved config, where `restore(...).provenance` and any text editor find it.
+"""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+_jax: Any = jax  # which says nothing about the type of its devices
+_PACKAGES = ("jax", "flax", "optax", "flax-ckpt")
+
+
+def collect() -> dict[str, Any]:
+    """What is known of this process, but for what it trains.
+
+    >>> sorted(collect())
+    ['argv', 'device', 'git', 'versions']
+    """
+    versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in _PACKAGES}
+    devices = _jax.devices()
+    return {
+        "git": _git(os.path.dirname(os.path.abspath(sys.argv[0])) if sys.argv[0] else os.getcwd()),
+        "versions": {"python": platform.python_version()} | versions,
+        "device": {"kind": devices[0].device_kind, "count": len(devices)},
+        "argv": list(sys.argv),
+    }
+
+
+def mesh(state: Any) -> dict[str, int] | None:
+    """Axes and sizes of the mesh that a state is laid out on; None if it is on none."""
+    for leaf in jax.tree.leaves(state):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            return {str(axis): size for axis, size in sharding.mesh.shape.items()}
+    return None
+
+
+def _git(directory: str) -> dict[str, Any] | None:
+    """The commit that the program's directory is at, and whether tracked files have changed."""
+    try:
+        commit = _run(directory, "rev-parse", "HEAD")
+        dirty = bool(_run(directory, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, no repository, or one that answers too slowly
+    return {"commit": commit, "dirty": dirty}
+
+
+def _run(directory: str, *command: str) -> str:
+    run = subprocess.run(
+        ["git", "-C", directory, *command],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=5,
+    )
+    return run.stdout.strip()
