@@ -34,12 +34,14 @@ from flax_ckpt.handlers import (
 )
 from flax_ckpt.leaves.base import PLACEHOLDER
 from flax_ckpt.training.callback import CheckpointCallback
+from flax_ckpt.training.policies import Best
 from flax_ckpt.training.restore import Report, Restored, restore, restore_train_state
 
 __all__ = [
     "PLACEHOLDER",
     "AbstractCheckpointable",
     "AsyncResponse",
+    "Best",
     "CheckpointCallback",
     "CheckpointMetadata",
     "Checkpointable",

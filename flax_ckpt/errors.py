@@ -24,6 +24,8 @@
     ├── SaveCancelledError        (RuntimeError)  a save was cancelled
     └── BarrierTimeoutError       (TimeoutError)  another process did not arrive
 
+And one that is no error: Preempted (SystemExit), which ends a process that was told to end.
+
 Each one also is the builtin that a caller would catch without knowing us.
 """
 
@@ -175,3 +177,16 @@ class SaveCancelledError(FlaxCkptError, RuntimeError):
 
 class BarrierTimeoutError(FlaxCkptError, TimeoutError):
     """Another process did not reach the same point in time."""
+
+
+class Preempted(SystemExit):
+    """The process was told to end, and the state is saved; see `CheckpointCallback`.
+
+    Attributes:
+        step: the one that is saved.
+        code: exit code of the process: 128 and the number of the signal, as shells have it.
+    """
+
+    def __init__(self, code: int, step: int) -> None:
+        super().__init__(code)
+        self.step = step

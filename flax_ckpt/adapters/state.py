@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar, cast
 
+import jax
+
 PARAMS: Final = "params"
 OPT_STATE: Final = "opt_state"
 TRAIN_STATE: Final = "train_state"
@@ -61,6 +63,7 @@ def step_of(state: Any) -> Any:
     return fields(state).get("step")
 
 
-def changes_in_place(state: Any) -> bool:
-    """Whether a state is an object that training changes, rather than replaces."""
-    return False
+def is_whole(state: Any) -> bool:
+    """Whether a state seen earlier is still what it was: none of its arrays was donated."""
+    leaves = jax.tree.leaves(state)
+    return not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)

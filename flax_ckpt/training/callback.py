@@ -22,11 +22,11 @@ import jax
 from flax_ckpt.adapters import config as configs
 from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
-from flax_ckpt.errors import SaveFailedError, StateError
+from flax_ckpt.errors import Preempted, SaveFailedError, StateError
 from flax_ckpt.storage import hosts
 from flax_ckpt.training import metadata, notices, policies, progress, provenance, steps
 from flax_ckpt.training import restore as restoring
-from flax_ckpt.training.preemption import Preempted, Signals
+from flax_ckpt.training.preemption import Signals
 from flax_ckpt.training.preservation_policies import PreservationPolicy
 from flax_ckpt.training.save_decision_policies import SaveDecisionPolicy
 from flax_ckpt.training.saver import Saver, step_number
@@ -107,7 +107,7 @@ class CheckpointCallback(Generic[S]):
         writer: progress.Writer | None = None,
         context: Context | None = None,
     ) -> None:
-        _require(
+        policies.require_choice(
             on_error=(on_error, "raise", "warn"), on_preemption=(on_preemption, "exit", "stop")
         )
         self._at_end, self._on_error, self._on_preemption = at_end, on_error, on_preemption
@@ -190,10 +190,13 @@ class CheckpointCallback(Generic[S]):
         self._signals.install()
         self._saver.begin(after)
 
-    def should_save(self, step: int) -> bool:
-        """Whether `on_step_end` will save at this step; decided once per step."""
+    def _begin_at(self, step: int) -> None:
         if not self._begun:
             self._begin(step_number(step) - 1)
+
+    def should_save(self, step: int) -> bool:
+        """Whether `on_step_end` will save at this step; decided once per step."""
+        self._begin_at(step)
         if self._decided is None or self._decided[0] != step:
             self._decided = step, self._saver.is_due(step)
         return self._decided[1]
@@ -250,7 +253,9 @@ class CheckpointCallback(Generic[S]):
             return
         if step is not None and state is not None:
             self._seen = step, state, None
-        elif self._seen is None or not (self._is_saved(self._seen[0]) or self._seen_is_whole()):
+        elif self._seen is None or not (
+            self._is_saved(self._seen[0]) or states.is_whole(self._seen[1])
+        ):
             return
         if not self._is_saved(self._seen[0]):
             self._save(*self._seen)
@@ -267,17 +272,12 @@ class CheckpointCallback(Generic[S]):
         if self._on_preemption == "exit":
             raise Preempted(128 + (self._signals.received or signal.SIGTERM), step)
 
-    def _seen_is_whole(self) -> bool:
-        if self._seen is None or states.changes_in_place(self._seen[1]):
-            return False
-        leaves = jax.tree.leaves(self._seen[1])
-        return not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)
-
     def _is_saved(self, step: int) -> bool:
         return any(saved.step == step for saved in self._saver.history)
 
     def _save(self, step: int, state: S, metrics: Mapping[str, Any] | None) -> None:
         step = step_number(step)
+        self._begin_at(step)
         self.wait()
         if not self._superseded:
             if self._saver.hosts.is_primary:
@@ -365,7 +365,7 @@ class CheckpointCallback(Generic[S]):
         if self._seen is None or not self._at_end or self._is_saved(self._seen[0]):
             return
         step = self._seen[0]
-        if self._seen_is_whole():
+        if states.is_whole(self._seen[1]):
             self._save(*self._seen)
             logger.info("interrupted: step %d, the last one seen, is saved", step)
         else:
@@ -392,9 +392,3 @@ class CheckpointCallback(Generic[S]):
     def __repr__(self) -> str:
         state = "saving" if self._saver.is_saving else "idle"
         return f"CheckpointCallback({self.directory!r}, latest_step={self.latest_step}, {state})"
-
-
-def _require(**choices: tuple[str, ...]) -> None:
-    for name, (value, *allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")

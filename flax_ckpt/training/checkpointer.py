@@ -342,8 +342,11 @@ class Checkpointer:
         self._saver.wait()
 
     def close(self) -> None:
-        """As `wait`; may be called again."""
-        self.wait()
+        """As `wait`; other processes may save here then. May be called again."""
+        try:
+            self.wait()
+        finally:
+            self._saver.release()
 
     def __enter__(self) -> Checkpointer:
         return self

@@ -129,3 +129,10 @@ def keeping(
     if best is not None:
         asked.append(KeepBest(best))
     return asked[0] if len(asked) == 1 else preserving.AnyPreservationPolicy(asked)
+
+
+def require_choice(**choices: tuple[str, ...]) -> None:
+    """Checks keywords: for each its value, and then those that it may have."""
+    for name, (value, *allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")

@@ -13,19 +13,6 @@ from types import FrameType
 from typing import Any
 
 
-class Preempted(SystemExit):
-    """The process was told to end, and the state is saved; see `CheckpointCallback`.
-
-    Attributes:
-        step: the one that is saved.
-        code: exit code of the process: 128 and the number of the signal, as shells have it.
-    """
-
-    def __init__(self, code: int, step: int) -> None:
-        super().__init__(code)
-        self.step = step
-
-
 class Signals:
     """Takes note of signals, in the main thread.
 
