@@ -56,8 +56,8 @@ def is_canonical(dtype: np.dtype[Any]) -> bool:
 def convert(array: NDArray[Any], wanted: np.dtype[Any], target: Target) -> NDArray[Any]:
     """The array in another dtype; in a strict load a rank-0 number has to fit.
 
-    Integers must be in range, and exact when they come from or become floats; floats may be
-    rounded, but not to infinity.
+    Integers must be in range, and exact when they come from or become floats; 64-bit floats,
+    Python's among them, may be rounded, but not to infinity.
 
     Raises:
         TreeMismatchError: the value does not fit.

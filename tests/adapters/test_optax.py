@@ -224,8 +224,8 @@ def test_every_constructor_of_optax_is_known():
 
 def test_every_name_in_the_tables_is_one_of_optax():
     names = {use.partition(":")[0] for use in [*ARGUMENTS, *EXTRA, *PARAMS_OF, *PRIVATE]}
-    assert not names - CONSTRUCTORS.keys()
-    assert not [n for n in OTHERS if not hasattr(optax, n) and not hasattr(optax.contrib, n)]
+    assert sorted(names - CONSTRUCTORS.keys()) == []
+    assert [n for n in OTHERS if not hasattr(optax, n) and not hasattr(optax.contrib, n)] == []
     assert not set(OTHERS) & CONSTRUCTORS.keys()
 
 
