@@ -35,7 +35,7 @@ def matches(
     """Whether an array saved in one dtype may come back in the other.
 
     A cast that the caller names is done, except complex to real. In a strict load only rank-0
-    numbers change their dtype, if the value fits.
+    numbers change their dtype, if the value fits; but not from one of JAX's precisions to another.
     """
     if saved == wanted:
         return True
@@ -43,6 +43,8 @@ def matches(
     if not strict:
         return a != "complex" or b == "complex"
     numbers = ("int", "float", "complex")
+    if a == b and a in ("float", "complex") and not {saved, wanted} & _WIDE:
+        return False
     return shape == () and (a == b or (a in numbers and b in numbers))
 
 
@@ -54,8 +56,8 @@ def is_canonical(dtype: np.dtype[Any]) -> bool:
 def convert(array: NDArray[Any], wanted: np.dtype[Any], target: Target) -> NDArray[Any]:
     """The array in another dtype; in a strict load a rank-0 number has to fit.
 
-    Integers must be in range, and exact when they come from or become floats; floats may be
-    rounded, but not to infinity.
+    Integers must be in range, and exact when they come from or become floats; 64-bit floats,
+    Python's among them, may be rounded, but not to infinity.
 
     Raises:
         TreeMismatchError: the value does not fit.

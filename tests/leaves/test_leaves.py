@@ -531,6 +531,9 @@ def test_restore_gives_numbers_in_the_kind_of_like(saved: Any, like: Any) -> Non
         (1e300, jnp.float32(0)),
         (True, 0),
         (1, True),
+        (jnp.float32(0.1), jnp.bfloat16(0)),
+        (jnp.bfloat16(1), jnp.float32(0)),
+        (np.float32(0.1), np.float16(0)),
     ],
     ids=str,
 )
