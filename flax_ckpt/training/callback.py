@@ -114,14 +114,14 @@ class CheckpointCallback(Generic[S]):
         like: S,
         *,
         init: Callable[[], S] | None = None,
-        step: int | Literal["latest"] | None = "latest",
+        step: int | Literal["latest", "best"] | None = "latest",
     ) -> tuple[S, int]:
         """The state to go on with, and the number of updates it has behind it.
 
         Args:
             like: a state of the wanted type, concrete or abstract.
             init: makes the first state; called only if there is nothing to restore.
-            step: which step to resume from.
+            step: which step to resume from, as for :func:`restore`.
 
         Returns:
             The state and its step: restored, or `init()`, or `like` itself, and 0.
@@ -133,7 +133,7 @@ class CheckpointCallback(Generic[S]):
             DamagedCheckpointError: the step asked for, or every one, is damaged.
         """
         self._saver.clean()
-        if not steps.committed(self.directory) and step in ("latest", None):
+        if not steps.committed(self.directory) and step in ("latest", "best", None):
             if init is not None:
                 return init(), 0
             if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
