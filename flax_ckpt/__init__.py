@@ -33,8 +33,8 @@ from flax_ckpt.handlers import (
     StatefulCheckpointable,
 )
 from flax_ckpt.leaves.base import PLACEHOLDER
+from flax_ckpt.training.best import Best
 from flax_ckpt.training.callback import CheckpointCallback
-from flax_ckpt.training.policies import Best
 from flax_ckpt.training.restore import Report, Restored, restore, restore_train_state
 
 __all__ = [

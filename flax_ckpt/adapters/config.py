@@ -76,6 +76,8 @@ def provenance_of(message: Message) -> dict[str, Any]:
 def from_message(message: Message) -> Any:
     """Turns a message into a config: our own into a `ConfigDict`, any other into itself.
 
+    None: ours has nothing but provenance.
+
     The `ConfigDict` keeps the saved order of its keys and is not locked.
 
     Raises:
@@ -86,6 +88,8 @@ def from_message(message: Message) -> Any:
     """
     if not isinstance(message, RunConfig):
         return message
+    if message.provenance and not message.item:
+        return None
     from ml_collections import ConfigDict
 
     return _read_items(message.item, "", ConfigDict)

@@ -96,10 +96,6 @@ class SavedTree(contextlib.ExitStack):
             described.append(handler.describe(leaf) if handler else tree.EMPTY[leaf.value_type]())
         return self._build(described)
 
-    def narrow(self, keys: Container[str]) -> None:
-        """Leaves alone from now on what is not under one of these keys of the outermost node."""
-        self.leaves = {p: leaf for p, leaf in self.leaves.items() if tree.name_of(p[:1]) in keys}
-
     def prepare(
         self, abstract: Any, rules: LoadRules, *, partial: bool = False
     ) -> Callable[[], Any]:
@@ -118,8 +114,20 @@ class SavedTree(contextlib.ExitStack):
         else:
             paths, wanted = keypaths.flatten(abstract)
             build = keypaths.structure(abstract).unflatten
+        read = self.prepare_leaves(paths, wanted, rules, partial=partial)
+        return lambda: build(read())
+
+    def prepare_leaves(
+        self,
+        paths: Sequence[tree.KeyPath],
+        wanted: Sequence[Any],
+        rules: LoadRules,
+        *,
+        partial: bool = False,
+    ) -> Callable[[], list[Any]]:
+        """As :meth:`prepare`, of leaves by key path; the keys of `leaves` may have been changed."""
         handlers, values = self._match(paths, wanted, rules, partial)
-        return lambda: build(self._read(handlers, values, rules))
+        return lambda: self._read(handlers, values, rules)
 
     def _build(self, values: Sequence[Any]) -> Any:
         return tree.build(zip(self.leaves, values, strict=True), self.directory)

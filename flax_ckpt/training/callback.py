@@ -26,6 +26,7 @@ from flax_ckpt.errors import Preempted, SaveFailedError, StateError
 from flax_ckpt.storage import hosts
 from flax_ckpt.training import metadata, notices, policies, progress, provenance, steps
 from flax_ckpt.training import restore as restoring
+from flax_ckpt.training.best import Best
 from flax_ckpt.training.preemption import Signals
 from flax_ckpt.training.preservation_policies import PreservationPolicy
 from flax_ckpt.training.save_decision_policies import SaveDecisionPolicy
@@ -97,7 +98,7 @@ class CheckpointCallback(Generic[S]):
         save_policy: SaveDecisionPolicy | None = None,
         keep_last: int | None = 3,
         keep_every_n_steps: int | None = None,
-        keep_best: policies.Best | tuple[Any, ...] | None = None,
+        keep_best: Best | tuple[Any, ...] | None = None,
         preservation_policy: PreservationPolicy | None = None,
         config: Any = None,
         at_end: bool = True,
@@ -113,7 +114,7 @@ class CheckpointCallback(Generic[S]):
         self._at_end, self._on_error, self._on_preemption = at_end, on_error, on_preemption
         self._context = resolve(context)
         self._config = configs.to_message({} if config is None else config)
-        self._best = None if keep_best is None else policies.checked_best(keep_best)
+        self._best = None if keep_best is None else Best.of(keep_best)
         save, self._timer = policies.saving(every_n_steps, every_secs, save_policy)
         keep = policies.keeping(keep_last, keep_every_n_steps, self._best, preservation_policy)
         self._saver = Saver(directory, self._context, save, keep)
@@ -141,14 +142,14 @@ class CheckpointCallback(Generic[S]):
         like: S,
         *,
         init: Callable[[], S] | None = None,
-        step: int | Literal["latest"] | None = "latest",
+        step: int | Literal["latest", "best"] | None = "latest",
     ) -> tuple[S, int]:
         """The state to go on with, and the number of updates it has behind it.
 
         Args:
             like: a state of the wanted type, concrete or abstract.
             init: makes the first state; called only if there is nothing to restore.
-            step: which step to resume from.
+            step: which step to resume from, as for :func:`restore`.
 
         Returns:
             The state and its step: restored, or `init()`, or `like` itself, and 0.
@@ -162,7 +163,7 @@ class CheckpointCallback(Generic[S]):
         """
         self._saver.claim()
         self._saver.clean()
-        if not steps.committed(self.directory) and step in ("latest", None):
+        if not steps.committed(self.directory) and step in ("latest", "best", None):
             self._signals.install()
             if init is not None:
                 return init(), 0
@@ -293,7 +294,7 @@ class CheckpointCallback(Generic[S]):
             metrics = {name: metadata.number(name, value) for name, value in metrics.items()}
         custom = None
         if self._best is not None:
-            custom = {"flax_ckpt": {"best": {"metric": self._best.metric, "mode": self._best.mode}}}
+            custom = self._best.to_metadata()
             told = self._warned_of_best
             self._warned_of_best = told or notices.no_metric(step, self._best.metric, metrics)
         self._saver.save(step, parts, trees, force=True, metrics=metrics, custom_metadata=custom)

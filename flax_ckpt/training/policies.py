@@ -1,66 +1,19 @@
-"""The keywords of `CheckpointCallback` as policies: what to save, what to keep, which is best."""
+"""The keywords of `CheckpointCallback` as policies: what to save and what to keep."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import math
-from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from flax_ckpt.training import preservation_policies as preserving
 from flax_ckpt.training import save_decision_policies as deciding
-from flax_ckpt.training.metadata import CheckpointMetadata
+from flax_ckpt.training.best import Best
 from flax_ckpt.training.preservation_policies import Checkpoints, PreservationPolicy
 from flax_ckpt.training.save_decision_policies import SaveDecisionPolicy
 from flax_ckpt.training.steps import require_at_least
 
 _NEVER = datetime.datetime.max.replace(tzinfo=datetime.UTC)
-
-
-class Best(NamedTuple):
-    """Which steps are the best, and how many of them to keep; a plain tuple works too.
-
-    Attributes:
-        metric: its name among those given to `on_step_end`.
-        mode: "min" or "max": which is better.
-        n: how many to keep.
-
-    >>> Best("eval/loss")
-    Best(metric='eval/loss', mode='min', n=1)
-    """
-
-    metric: str
-    mode: Literal["min", "max"] = "min"
-    n: int = 1
-
-    def ranked(self, checkpoints: Iterable[CheckpointMetadata[Any]]) -> list[int]:
-        """Steps from the best to the worst, of equal ones the later first.
-
-        A step without the metric, or whose metric is NaN or no number, is not among them.
-        """
-        sign = 1 if self.mode == "min" else -1
-        worth = {c.step: sign * self._value(c.metrics) for c in checkpoints}
-        candidates = [step for step, value in worth.items() if not math.isnan(value)]
-        return sorted(candidates, key=lambda step: (worth[step], -step))
-
-    def _value(self, metrics: dict[str, Any] | None) -> float:
-        value = (metrics or {}).get(self.metric)
-        return value if isinstance(value, int | float) else math.nan
-
-
-def checked_best(best: tuple[Any, ...]) -> Best:
-    """The `keep_best` that was given.
-
-    Raises:
-        ValueError: it is no metric, mode and number of steps.
-    """
-    if isinstance(best, str) or not 0 < len(best) <= 3 or not isinstance(best[0], str):
-        raise ValueError(f'keep_best is like ("eval/loss", "min", 2), got {best!r}')
-    best = Best(*best)
-    if best.mode not in ("min", "max") or best.n < 1:
-        raise ValueError(f"keep_best needs the mode 'min' or 'max' and n of at least 1, got {best}")
-    return best
 
 
 @dataclasses.dataclass(frozen=True)

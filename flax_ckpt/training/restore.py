@@ -5,56 +5,39 @@ out = fc.restore("/runs/7/checkpoints", abstract_state, step=1500)
 out.state, out.step, out.config
 """
 
-import contextlib
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from etils import epath
 from google.protobuf.message import Message
 
 from flax_ckpt import errors
-from flax_ckpt._load import Layout, load_layout, open_tree, steadily
+from flax_ckpt._load import Layout, load_layout, steadily
 from flax_ckpt._metadata import CheckpointMetadata
 from flax_ckpt.adapters import config as configs
-from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
-from flax_ckpt.format import names, protos, tree
+from flax_ckpt.format import names, protos
 from flax_ckpt.handlers.pytree import log_fallbacks
-from flax_ckpt.handlers.saved_tree import mismatch
 from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.storage import kinds
 from flax_ckpt.storage.files import local_path
 from flax_ckpt.storage.record import Record
-from flax_ckpt.training import progress, steps
+from flax_ckpt.training import best, progress, steps
+from flax_ckpt.training.filling import fill
+from flax_ckpt.training.report import Damaged, Report
+from flax_ckpt.training.selection import Missing, Rename, Selection, Selector, Unexpected
 
 S = TypeVar("S")
 PathLike = str | os.PathLike[str]
 logger = logging.getLogger("flax_ckpt")
 
+Step: TypeAlias = int | Literal["latest", "best"] | CheckpointMetadata[Any] | None
+
 CONFIG = "config"
-_BY_NAME = "Load them by name with flax_ckpt.load_checkpointables, and put the state together"
-Damaged = tuple[tuple[int, str], ...]  # steps that were passed over, each with the reason
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a restore did.
-
-    Attributes:
-        loaded: names of the leaves that were read, such as `params/dense/kernel`.
-        nbytes: size of what was loaded, in bytes.
-        seconds: how long it took.
-        damaged: steps that were passed over, each with the reason.
-    """
-
-    loaded: tuple[str, ...]
-    nbytes: int
-    seconds: float
-    damaged: Damaged = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +51,7 @@ class Restored(Generic[S]):
         config: the run's config: an `ml_collections.ConfigDict`, or the user's own message if its
             class was given or is registered in this process; else None.
         config_text: the config as it is in the file.
+        provenance: commit, versions, devices and command line of the run; empty if not saved.
         report: what was done.
     """
 
@@ -76,6 +60,7 @@ class Restored(Generic[S]):
     metrics: dict[str, Any] | None
     config: Any
     config_text: str | None
+    provenance: dict[str, Any]
     report: Report
 
 
@@ -83,9 +68,14 @@ def restore_train_state(
     path: PathLike,
     like: S,
     *,
-    step: int | Literal["latest"] | CheckpointMetadata[Any] | None = None,
+    step: Step = None,
+    only: Selector | None = None,
+    exclude: Selector | None = None,
+    rename: Rename | None = None,
+    missing: Missing = "error",
+    unexpected: Unexpected = "error",
+    init: Callable[[], S] | None = None,
     cast: bool = False,
-    unexpected: Literal["error", "ignore"] = "error",
     context: Context | None = None,
 ) -> S:
     """The state of :func:`restore`, which has the arguments and errors.
@@ -98,16 +88,22 @@ def restore_train_state(
     >>> fc.restore_train_state(root, {"params": {"w": jnp.zeros(2)}, "step": 0})
     {'params': {'w': Array([1., 1.], dtype=float32)}, 'step': 1}
     """
-    return restore(path, like, step=step, cast=cast, unexpected=unexpected, context=context).state
+    chosen = Selection(only, exclude, rename, missing, unexpected, init)
+    return _restore(path, like, step, _Rules(cast, chosen, None, resolve(context))).state
 
 
 def restore(
     path: PathLike,
     like: S | None = None,
     *,
-    step: int | Literal["latest"] | CheckpointMetadata[Any] | None = None,
+    step: Step = None,
+    only: Selector | None = None,
+    exclude: Selector | None = None,
+    rename: Rename | None = None,
+    missing: Missing = "error",
+    unexpected: Unexpected = "error",
+    init: Callable[[], S] | None = None,
     cast: bool = False,
-    unexpected: Literal["error", "ignore"] = "error",
     config: type[Message] | None = None,
     context: Context | None = None,
 ) -> Restored[S]:
@@ -121,21 +117,59 @@ def restore(
             alone; or any tree that was saved as it is. Parts of the checkpoint that it has no
             place for are not read. It is not changed. None: everything, in dicts and lists.
         step: which step of a root; None or "latest": the newest, or if that is damaged the newest
-            whole one, with a warning.
+            whole one, with a warning; "best": by the metric that the run's callback kept the best
+            of, as each step says.
+        only: which leaves to read: a name such as "params" or "params/encoder", a glob such as
+            "params/*/bias" (`*` within one part of a path, `**` for any number of parts), a
+            predicate of the path, or a sequence of these. What a name or glob fits is taken with
+            all that is beneath it. The others stay as they are in `like`, and must be concrete
+            there.
+        exclude: which of them not to read, likewise.
+        rename: where saved leaves go: a dict of prefixes of paths, saved to wanted, of which the
+            longest that fits counts; or pairs of a regular expression and a replacement, for
+            `re.sub` in turn. `only`, `exclude` and all errors are about the paths after it.
+        missing: wanted leaves that are not saved: "error", "keep": they stay as they are in
+            `like`, or "init": they are taken from `init()`.
+        unexpected: saved leaves that `like` lacks, in parts that it has: "error", or "ignore".
+        init: makes a whole state. Called at most once, only if it is needed: for what is missing,
+            and for what is not selected and abstract in `like`.
         cast: whether a dtype that differs is cast. Rank-0 numbers match anyway if they fit.
-        unexpected: "ignore" to leave alone saved leaves that `like` lacks in parts that it has.
         config: class of the config's message; None: the one that the file names.
         context: options; None: the active ones.
 
     Raises:
-        CheckpointNotFoundError: no such path, step or part; says what is there.
-        StateError: the state is in one tree, and its fields are called otherwise.
+        CheckpointNotFoundError: no such path, step or part, or no best step; says what is there.
+        StateError: a selection or renaming that fits nothing; a leaf that would stay abstract; or
+            the state is in one tree, and its fields are called otherwise.
         InvalidLayoutError: one checkpointable of a checkpoint, or something unfinished.
         TreeMismatchError: lists every leaf that differs; no data was read.
-        DamagedCheckpointError: an explicit step is damaged, or every one is.
+        DamagedCheckpointError: an explicit or the best step is damaged, or every one is.
+
+    >>> import tempfile, flax_ckpt as fc, numpy as np
+    >>> root = tempfile.mkdtemp()
+    >>> with fc.CheckpointCallback(root, every_n_steps=1) as ckpt:
+    ...     ckpt.on_step_end(1, {"params": {"encoder": np.ones(2), "head": np.ones(3)}})
+    True
+    >>> new = {"params": {"encoder": np.zeros(2), "head": np.zeros(5)}}
+    >>> fc.restore(root, new, only="params/encoder").state
+    {'params': {'encoder': array([1., 1.]), 'head': array([0., 0., 0., 0., 0.])}}
     """
+    chosen = Selection(only, exclude, rename, missing, unexpected, init)
+    return _restore(
+        path, like, step, _Rules(like is None or cast, chosen, config, resolve(context))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+    cast: bool
+    chosen: Selection
+    config: type[Message] | None
+    context: Context
+
+
+def _restore(path: PathLike, like: S | None, step: Step, rules: _Rules) -> Restored[S]:
     here = local_path(path)
-    rules = _Rules(like is None or cast, unexpected == "ignore", config, resolve(context))
     if isinstance(step, CheckpointMetadata):
         here, step = local_path(step.path), None
     if kinds.owner(here):
@@ -143,7 +177,7 @@ def restore(
     if steps.is_checkpoint(here):
         named = names.step_of(os.path.basename(here))
         number = named[1] if named else None
-        if isinstance(step, int) and step != number:
+        if step not in (None, "latest", number):
             message = f"{here} is one checkpoint, not a root with step {step}"
             raise errors.CheckpointNotFoundError(message)
     elif isinstance(step, int):
@@ -152,33 +186,30 @@ def restore(
             there = ", ".join(map(str, found))
             raise errors.CheckpointNotFoundError(f"{here} has no step {step}; it has: {there}")
         here, number = steps.path_of(here, step), step
-    elif step not in (None, "latest"):
-        raise ValueError(f"step must be a number or 'latest', got {step!r}")
+    elif step not in (None, "latest", "best"):
+        raise ValueError(f"step must be a number, 'latest' or 'best', got {step!r}")
     else:
-        return _restore_newest(here, like, rules)
+        return _restore_first(here, like, rules, is_best=step == "best")
     return steadily(here, lambda: _restore_one(here, like, number, rules))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rules:
-    cast: bool
-    ignore_unexpected: bool
-    config: type[Message] | None
-    context: Context
-
-
-def _restore_newest(root: str, like: S | None, rules: _Rules) -> Restored[S]:
-    """The newest whole step, of a run that may go on saving and deleting meanwhile."""
+def _restore_first(root: str, like: S | None, rules: _Rules, *, is_best: bool) -> Restored[S]:
+    """The newest whole or the best step, of a run that may go on saving and deleting meanwhile."""
     damaged: Damaged = ()
     while True:
-        found = [step for step in steps.require_steps(root) if step not in dict(damaged)]
-        number = found[-1]
+        order = best.ranked(root) if is_best else steps.require_steps(root)[::-1]
+        found = [step for step in order if step not in dict(damaged)]
+        number = found[0]
         try:
             return _restore_one(steps.path_of(root, number), like, number, rules, damaged)
         except (errors.DamagedCheckpointError, FileNotFoundError) as error:
             if number not in steps.committed(root):
                 continue  # deleted, or moved aside
             if not isinstance(error, errors.DamagedCheckpointError):
+                raise
+            if is_best:
+                others = f"the next best is step {found[1]}" if found[1:] else "it is the only one"
+                error.add_note(f"step {number} is the best of {root}; {others}")
                 raise
             if len(found) == 1:
                 error.add_note(f"none of the steps {steps.committed(root)} of {root} is whole")
@@ -192,96 +223,30 @@ def _restore_one(
 ) -> Restored[S]:
     started = time.perf_counter()
     layout, load_rules = Layout.of(path), LoadRules(strict=not rules.cast)
-    state, read = _load_state(layout, like, rules, load_rules)
+    state, done = fill(layout, like, rules.chosen, load_rules, rules.context)
     log_fallbacks(epath.Path(path), load_rules)
-    loaded, nbytes = progress.leaf_names(read), progress.nbytes(read)
-    report = Report(loaded, nbytes, time.perf_counter() - started, damaged)
-    logger.info("restored %s", progress.line(path, number, nbytes, report.seconds))
-    config_text, config = _load_config(layout, rules.config)
+    seconds = time.perf_counter() - started
+    report = dataclasses.replace(done, seconds=seconds, damaged=damaged)
+    logger.info("restored %s", progress.line(path, number, report.nbytes, seconds))
+    progress.record("restore", duration_secs=seconds, bytes=report.nbytes)
+    text, config, provenance = _load_config(layout, rules.config)
     metrics = None
     if names.METRICS in layout.items:
         metrics = load_layout(layout, {names.METRICS: None}, rules.context)[names.METRICS]
-    return Restored(state, number, metrics, config, config_text, report)
+    return Restored(state, number, metrics, config, text, provenance, report)
 
 
-def _load_state(layout: Layout, like: Any, rules: _Rules, load_rules: LoadRules) -> tuple[Any, Any]:
-    """The state, and what was read for it, by the names that a report gives it.
-
-    The parts of a state are trees of their own, as we save them, or fields of one tree, as Orbax's
-    users do. A wanted tree without a field `params` is itself the params, if there are such.
-    """
-    if like is None:
-        found = _load_parts(layout, dict.fromkeys(layout.trees), rules, load_rules)
-        return found.get("", found), found
-    if not {states.PARAMS, states.OPT_STATE} & layout.items.keys():
-        return _load_whole(layout, like, rules, load_rules)
-    wanted = {name: tree for name, tree in states.split(like).items() if tree is not None}
-    if states.WHOLE in wanted:
-        found = _load_parts(layout, {states.PARAMS: like}, rules, load_rules)
-        return found[states.PARAMS], found
-    found = _load_parts(layout, wanted, rules, load_rules)
-    return states.merge(like, found), found
-
-
-def _load_parts(
-    layout: Layout, wanted: Mapping[str, Any], rules: _Rules, load_rules: LoadRules
-) -> dict[str, Any]:
-    if missing := [name for name in wanted if name not in layout.items]:
-        raise errors.CheckpointNotFoundError(
-            f"{layout.path} has no {missing[0]!r}, which the wanted state has; it has:"
-            f" {', '.join(layout.items)}. {_BY_NAME}"
-        )
-    differences: list[errors.Difference] = []
-    reads: dict[str, Callable[[], Any]] = {}
-    with contextlib.ExitStack() as opened:
-        for name, part in wanted.items():
-            saved = opened.enter_context(open_tree(layout, name, rules.context))
-            try:
-                reads[name] = saved.prepare(part, load_rules, partial=rules.ignore_unexpected)
-            except errors.TreeMismatchError as error:
-                differences += [
-                    dataclasses.replace(d, path=f"{name}/{d.path}") for d in error.differences
-                ]
-        if differences:
-            raise mismatch(layout.path, differences)
-        return {name: read() for name, read in reads.items()}
-
-
-def _load_whole(layout: Layout, like: Any, rules: _Rules, load_rules: LoadRules) -> tuple[Any, Any]:
-    """As :func:`_load_state`, from one tree; of a state's fields only the wanted ones are read."""
-    try:
-        name = layout.tree_name(names.AUTO)
-    except errors.InvalidLayoutError as error:
-        raise errors.CheckpointNotFoundError(
-            f"{layout.path} has neither a tree 'params' nor one that would hold a whole state; it"
-            f" has: {', '.join(layout.items)}. {_BY_NAME}"
-        ) from error
-    fields = {name for name, part in states.fields(like).items() if part is not None}
-    with open_tree(layout, name, rules.context) as saved:
-        there = {tree.name_of(path[:1]) for path in saved.leaves}
-        if states.PARAMS in fields - there:
-            raise errors.StateError(
-                f"{saved.directory} has no field 'params', which the wanted state has; it has:"
-                f" {', '.join(sorted(there))}. Load a tree of this form with flax_ckpt.load, and"
-                " put the state together"
-            )
-        is_params = states.PARAMS in there - fields
-        wanted = {states.PARAMS: like} if is_params else like
-        if states.PARAMS in there:
-            saved.narrow({states.PARAMS} if is_params else fields)
-        found = saved.prepare(wanted, load_rules, partial=rules.ignore_unexpected)()
-    return (found[states.PARAMS] if is_params else found), found
-
-
-def _load_config(layout: Layout, message_type: type[Message] | None) -> tuple[str | None, Any]:
+def _load_config(layout: Layout, kind: type[Message] | None) -> tuple[str | None, Any, Any]:
+    """The config as text and as what it stands for, and where it comes from."""
     record = Record(layout.items[CONFIG]) if CONFIG in layout.items else None
     if record is None or not record.lists(names.PROTO_FILE):
-        return None, None
+        return None, None, {}
     text = record.read(names.PROTO_FILE).decode()
     try:
-        return text, configs.from_message(protos.text_to_message(text, message_type))
+        message = protos.text_to_message(text, kind)
+        return text, configs.from_message(message), configs.provenance_of(message)
     except (errors.FormatError, errors.ConfigError) as error:
-        if message_type is not None:
+        if kind is not None:
             raise
         logger.debug("%s: the config stays text: %s", layout.path, error)
-        return text, None
+        return text, None, {}

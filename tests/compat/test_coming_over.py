@@ -318,7 +318,8 @@ def test_states_under_other_names_are_explained(written: Path) -> None:
         fc.restore_train_state(written / "v1_model", abstract())
     assert str(caught.value) == (
         f"{written}/v1_model/4/state has no field 'params', which the wanted state has; it has:"
-        " config, model. Load a tree of this form with flax_ckpt.load, and put the state together"
+        " config, model. Say with rename= which leaves are the params, or load a tree of this form"
+        " with flax_ckpt.load, and put the state together"
     )
     with pytest.raises(fc.errors.CheckpointNotFoundError) as missing:
         fc.restore_train_state(written / "v1_apart", abstract())

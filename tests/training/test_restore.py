@@ -282,5 +282,5 @@ def test_wrong_paths_say_what_is_there(tmp_path: Path):
         fc.restore(tmp_path / "run" / "1", abstract(), step=2)
     with pytest.raises(FileNotFoundError):
         fc.restore(os.fspath(tmp_path / "rum"), abstract())
-    with pytest.raises(ValueError, match="step must be a number or 'latest', got 'best'"):
-        fc.restore(tmp_path / "run", abstract(), step="best")
+    with pytest.raises(ValueError, match="step must be a number, 'latest' or 'best', got 'last'"):
+        fc.restore(tmp_path / "run", abstract(), step="last")

@@ -1,0 +1,104 @@
+"""Which steps of a run are the best, by what its steps say themselves.
+
+best.ranked("/run")    # [1500, 500, 1000]: the best one first
+
+In the custom metadata of a step stands which metric was meant, and which way:
+`{"flax_ckpt": {"best": {"metric": "eval/loss", "mode": "min"}}}`. The newest word counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+from flax_ckpt.errors import CheckpointNotFoundError
+from flax_ckpt.training import steps
+from flax_ckpt.training.metadata import CheckpointMetadata
+
+
+class Best(NamedTuple):
+    """Which steps are the best, and how many of them to keep; a plain tuple works too.
+
+    Attributes:
+        metric: its name among those given to `on_step_end`.
+        mode: "min" or "max": which is better.
+        n: how many to keep.
+
+    >>> Best("eval/loss")
+    Best(metric='eval/loss', mode='min', n=1)
+    """
+
+    metric: str
+    mode: Literal["min", "max"] = "min"
+    n: int = 1
+
+    @classmethod
+    def of(cls, given: tuple[Any, ...]) -> Best:
+        """What was given as `keep_best`.
+
+        Raises:
+            ValueError: it is no metric, mode and number of steps.
+        """
+        if isinstance(given, str) or not 0 < len(given) <= 3 or not isinstance(given[0], str):
+            raise ValueError(f'keep_best is like ("eval/loss", "min", 2), got {given!r}')
+        best = cls(*given)
+        if best.mode not in ("min", "max") or best.n < 1:
+            raise ValueError(
+                f"keep_best needs the mode 'min' or 'max' and n of at least 1, got {best}"
+            )
+        return best
+
+    def ranked(self, checkpoints: Iterable[CheckpointMetadata[Any]]) -> list[int]:
+        """Steps from the best to the worst, of equal ones the later first.
+
+        A step without the metric, or whose metric is NaN or no number, is not among them.
+        """
+        sign = 1 if self.mode == "min" else -1
+        worth = {c.step: sign * self._value(c.metrics) for c in checkpoints}
+        candidates = [step for step, value in worth.items() if not math.isnan(value)]
+        return sorted(candidates, key=lambda step: (worth[step], -step))
+
+    def _value(self, metrics: dict[str, Any] | None) -> float:
+        value = (metrics or {}).get(self.metric)
+        return value if isinstance(value, int | float) else math.nan
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Custom metadata of a step, which say what is best."""
+        return {"flax_ckpt": {"best": {"metric": self.metric, "mode": self.mode}}}
+
+
+def ranked(root: str) -> list[int]:
+    """The committed steps that have the metric, the best first; of equal ones the later.
+
+    Raises:
+        CheckpointNotFoundError: no steps, or none says what is best, or none has the metric.
+    """
+    steps.require_steps(root)
+    found = sorted(steps.naming(root).find_all(root), key=lambda step: -step.step)
+    there = ", ".join(sorted({name for step in found for name in step.metrics or {}}))
+    there = f"The metrics of its steps: {there or 'none'}"
+    best = next(filter(None, map(_wish, found)), None)
+    if best is None:
+        raise CheckpointNotFoundError(
+            f"no step of {root} says by which metric it may be the best, as those of a"
+            f" CheckpointCallback with keep_best= do. {there}. Give the number of a step"
+        )
+    if order := best.ranked(found):
+        return order
+    raise CheckpointNotFoundError(
+        f"no step of {root} has a number as {best.metric!r}, by which the best is chosen. {there}"
+    )
+
+
+def _wish(found: CheckpointMetadata[None]) -> Best | None:
+    """What a step says is best, if it does."""
+    try:
+        custom = found.custom_metadata
+    except FileNotFoundError:  # the run has deleted it
+        return None
+    match custom:
+        case {"flax_ckpt": {"best": {"metric": str(metric), "mode": "min" | "max" as mode}}}:
+            return Best(metric, mode)
+        case _:
+            return None

@@ -1,0 +1,218 @@
+"""A wanted state, filled from one checkpoint: what becomes of each of its leaves, and a report.
+
+chosen, rules = Selection(only="params"), LoadRules(strict=True)
+state, report = fill(Layout.of("/run/1500"), like, chosen, rules, context)
+"""
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_ckpt._load import Layout
+from flax_ckpt.adapters import state as states
+from flax_ckpt.context import Context
+from flax_ckpt.errors import StateError
+from flax_ckpt.format import tree
+from flax_ckpt.handlers import keypaths
+from flax_ckpt.handlers.saved_tree import SavedTree
+from flax_ckpt.leaves import dtypes
+from flax_ckpt.leaves.base import PLACEHOLDER, LoadRules, SavedLeaf, show_array
+from flax_ckpt.training import progress
+from flax_ckpt.training.report import Report
+from flax_ckpt.training.selection import Missing, Selection, shortened, without_gaps
+from flax_ckpt.training.source import TRAINED, Form, Moved, Source, back, view
+
+logger = logging.getLogger("flax_ckpt")
+
+
+class _Wish:
+    """The wanted leaves and empty nodes, in order, and what becomes of each, by its place.
+
+    Attributes:
+        paths: key path of each in the checkpoint, after renaming.
+        names: the same as text.
+        values: what each is in the wanted state; then what it becomes.
+        read: those that are read, by the tree that has them.
+        kept: those that stay as they are.
+        initialised: those that `init` makes.
+    """
+
+    def __init__(self, paths: Sequence[tree.KeyPath], values: list[Any]) -> None:
+        self.paths = paths
+        self.values = values
+        self.names = [tree.show(path) for path in paths]
+        self.read: dict[str, list[int]] = {}
+        self.kept: list[int] = []
+        self.initialised: list[int] = []
+
+    def share_out(
+        self, picked: Sequence[bool], trees: Mapping[str, SavedTree], missing: Missing
+    ) -> None:
+        """Decides what becomes of each leaf; to compare one that is missing will be an error."""
+        self.read = {name: [] for name in trees}
+        owners = {path: name for name, saved in trees.items() for path in saved.leaves}
+        fates = {"keep": self.kept, "init": self.initialised}
+        for i, path in enumerate(self.paths):
+            if not picked[i]:
+                self.kept.append(i)
+            elif path in owners:
+                self.read[owners[path]].append(i)
+            elif not _is_nothing(self.values[i]):
+                part = tree.name_of(path[:1])
+                fate = fates.get(missing)
+                if fate is None:
+                    fate = self.read[part if part in trees else next(iter(trees))]
+                fate.append(i)
+
+    def initialise(self, init: Callable[[], Any] | None, form: Form) -> None:
+        """Takes from `init` what is missing, and what would stay abstract; calls it only for these.
+
+        Raises:
+            StateError: there is no `init`, or what it makes does not fit.
+        """
+        abstract = {i for i in self.kept if _is_abstract(self.values[i])}
+        if abstract and init is None:
+            named = shortened([self.names[i] for i in sorted(abstract)])
+            raise StateError(
+                f"these leaves are not read, and are abstract in the wanted state: {named}. Give a"
+                " concrete state, or init=, a function that makes one"
+            )
+        self.kept = [i for i in self.kept if i not in abstract]
+        self.initialised = sorted([*self.initialised, *abstract])
+        if not self.initialised or init is None:
+            return
+        made = dict(zip(*keypaths.flatten(view(init(), form)), strict=True))
+        wrong: list[str] = []
+        for i in self.initialised:
+            found, wish = made.get(self.paths[i]), self.values[i]
+            if _is_nothing(found) or _is_abstract(found) or not _fits(found, wish):
+                wrong.append(f"{self.names[i]}: {_show(found)}, wanted {_show(wish)}")
+            self.values[i] = found
+        if wrong:
+            raise StateError(f"init() does not make the wanted leaves: {shortened(wrong)}")
+
+    def leaves(self, which: Sequence[int]) -> tuple[list[tree.KeyPath], list[Any]]:
+        """Paths and values of some of them."""
+        return [self.paths[i] for i in which], [self.values[i] for i in which]
+
+    def summary(self, which: Sequence[int]) -> tuple[tuple[str, ...], int]:
+        """Names and size of some of them, empty nodes left out."""
+        shown = [i for i in which if not _is_nothing(self.values[i])]
+        size = progress.nbytes([self.values[i] for i in shown])
+        return tuple([self.names[i] for i in shown]), size
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is PLACEHOLDER or keypaths.is_empty(value)
+
+
+def _is_abstract(value: Any) -> bool:
+    if isinstance(value, type | np.dtype):
+        return True
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    return is_array and not isinstance(value, jax.Array) and not hasattr(value, "__array__")
+
+
+def _fits(value: Any, wish: Any) -> bool:
+    """Whether a value can stand for a wanted leaf; numbers of rank 0 may be of another kind."""
+    shape = np.shape(value)
+    return shape == np.shape(wish) and (shape == () or value.dtype == wish.dtype)
+
+
+def _show(value: Any) -> str:
+    kind = getattr(value, "dtype", type(value).__name__)
+    return "nothing" if value is None else show_array(np.shape(value), kind)
+
+
+def fill(
+    layout: Layout, like: Any, chosen: Selection, rules: LoadRules, context: Context
+) -> tuple[Any, Report]:
+    """A state of the type of `like`, and what was done for it, in an unknown time.
+
+    Raises:
+        CheckpointNotFoundError: a part that is wanted is not there.
+        StateError: the selection fits nothing, or a leaf would stay abstract.
+        TreeMismatchError: with every difference; nothing was read.
+        DamagedCheckpointError: the data is not what was saved.
+    """
+    with Source(layout, context, chosen) as source:
+        form = "tree" if like is None else source.form(like)
+        wanted = view(like, form)
+        if like is None:
+            source.open_all()
+            moved = source.move({}, None)
+            paths = [path for saved in source.trees.values() for path in saved.leaves]
+            wish, picked = _Wish(paths, [None] * len(paths)), [True] * len(paths)
+        else:
+            wish = _Wish(*keypaths.flatten(wanted))
+            picked = chosen.picks(wish.names)
+            if form == "parts":
+                parts = {path[0].key for path in itertools.compress(wish.paths, picked)}
+                source.open_parts(parts)
+            places = dict(zip(wish.names, wish.paths, strict=True))
+            moved = source.move(places, None if form == "tree" else wanted.keys())
+        if not any(picked) and (chosen.only, chosen.exclude) != (None, None):
+            raise StateError(f"only= and exclude= select no leaf of {source.where}")
+        wish.share_out(picked, source.trees, chosen.missing)
+        reads = source.compare(
+            {name: wish.leaves(group) for name, group in wish.read.items()}, rules
+        )
+        wish.initialise(chosen.init, form)
+        for name, read in reads.items():
+            for i, value in zip(wish.read[name], read(), strict=True):
+                wish.values[i] = value
+    report = _report(wish, moved)
+    if like is None:
+        leaves = zip(without_gaps(wish.paths), wish.values, strict=True)
+        return tree.build(leaves, source.where), report
+    if chosen.only is not None and form != "tree":
+        _warn_of_unread(wish)
+    return back(like, keypaths.structure(wanted).unflatten(wish.values), form), report
+
+
+def _report(wish: _Wish, moved: Sequence[Moved]) -> Report:
+    loaded, nbytes = wish.summary(sorted(itertools.chain(*wish.read.values())))
+    kept, kept_nbytes = wish.summary(wish.kept)
+    made, made_nbytes = wish.summary(wish.initialised)
+    read = {wish.paths[i] for group in wish.read.values() for i in group}
+    ignored = [leaf for leaf in moved if leaf.after not in read and not leaf.saved.is_empty]
+    renamed = [leaf for leaf in moved if leaf.after in read and leaf.after != leaf.before]
+    return Report(
+        loaded,
+        nbytes,
+        seconds=0.0,
+        kept=kept,
+        kept_nbytes=kept_nbytes,
+        initialised=made,
+        initialised_nbytes=made_nbytes,
+        ignored=tuple([tree.show(leaf.before) for leaf in ignored]),
+        ignored_nbytes=sum(_size(leaf.saved) for leaf in ignored),
+        renamed=tuple([(tree.show(leaf.before), tree.show(leaf.after)) for leaf in renamed]),
+    )
+
+
+def _size(leaf: SavedLeaf) -> int:
+    return 8 if leaf.dtype is None else math.prod(leaf.shape or ()) * leaf.dtype.itemsize
+
+
+def _warn_of_unread(wish: _Wish) -> None:
+    """Warns of collections of arrays, such as `batch_stats`, of which nothing is selected."""
+    read = {i for group in wish.read.values() for i in group}
+    collections: dict[str, bool] = {}
+    for i, (path, value) in enumerate(zip(wish.paths, wish.values, strict=True)):
+        depth = 2 if path[0].key == states.TRAIN_STATE else 1
+        is_float = hasattr(value, "dtype") and dtypes.kind(value.dtype) == "float"
+        if path[0].key not in TRAINED and len(path) > depth and is_float:
+            name = tree.show(path[:depth])
+            collections[name] = collections.get(name, False) or i in read
+    if unread := [name for name, was_read in collections.items() if not was_read]:
+        logger.warning(
+            "only= selects nothing of %s: what was read may need what was saved with it there; if"
+            " so, name it in only= as well",
+            ", ".join(unread),
+        )

@@ -1,0 +1,71 @@
+"""What a restore did, to print and to assert on.
+
+out = fc.restore(path, state, only="params/encoder")
+print(out.report)
+assert out.report.kept == ("params/head/bias", "params/head/kernel")
+"""
+
+import dataclasses
+
+from flax_ckpt.training import progress
+
+Damaged = tuple[tuple[int, str], ...]  # steps that were passed over, each with the reason
+
+_SHOWN = 3  # names in a row of the table; all of them are in the attributes
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a restore did; two are equal if they differ in nothing but time.
+
+    Attributes:
+        loaded: names of the leaves that were read, such as `params/dense/kernel`.
+        nbytes: size of what was loaded, in bytes.
+        seconds: how long it took.
+        damaged: steps that were passed over, each with the reason.
+        kept: leaves that stayed as they were in the wanted state.
+        kept_nbytes: their size.
+        initialised: leaves that `init` made.
+        initialised_nbytes: their size.
+        ignored: saved leaves that were not read, of the parts that something was read of.
+        ignored_nbytes: their size.
+        renamed: the saved and the wanted name of leaves that were read under another one.
+
+    >>> print(Report(("params/w",), 8, 0.002, kept=("params/head/w",), kept_nbytes=4000))
+    restored 8 B in 2 ms
+                 leaves    bytes
+    loaded            1      8 B  params/w
+    kept              1   4.0 kB  params/head/w
+    initialised       0      0 B
+    ignored           0      0 B
+    renamed           0
+    """
+
+    loaded: tuple[str, ...]
+    nbytes: int
+    seconds: float = dataclasses.field(compare=False)
+    damaged: Damaged = ()
+    kept: tuple[str, ...] = ()
+    kept_nbytes: int = 0
+    initialised: tuple[str, ...] = ()
+    initialised_nbytes: int = 0
+    ignored: tuple[str, ...] = ()
+    ignored_nbytes: int = 0
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        rows = [
+            ("loaded", self.loaded, progress.size(self.nbytes)),
+            ("kept", self.kept, progress.size(self.kept_nbytes)),
+            ("initialised", self.initialised, progress.size(self.initialised_nbytes)),
+            ("ignored", self.ignored, progress.size(self.ignored_nbytes)),
+            ("renamed", [f"{old} → {new}" for old, new in self.renamed], ""),
+        ]
+        lines = [f"restored {rows[0][2]} in {progress.duration(self.seconds)}"]
+        lines += [f"{'':11} {'leaves':>7} {'bytes':>8}"]
+        for what, names, nbytes in rows:
+            more = [f"… {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+            shown = ", ".join([*names[:_SHOWN], *more])
+            lines.append(f"{what:11} {len(names):7} {nbytes:>8}  {shown}".rstrip())
+        lines += [f"step {step} was passed over: {reason}" for step, reason in self.damaged]
+        return "\n".join(lines)

@@ -1,0 +1,200 @@
+"""Which leaves a restore reads and where each of them goes: decided by path, before any is read.
+
+    chosen = Selection(only="params/encoder", rename={"params/backbone": "params/encoder"})
+    chosen.picks(["params/encoder/kernel", "params/head/kernel"])    # [True, False]
+
+No I/O: what is here knows paths alone.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, NoReturn, TypeAlias
+
+from flax_ckpt.errors import StateError
+from flax_ckpt.format import tree
+
+Test: TypeAlias = Callable[[str], bool]
+Selector: TypeAlias = str | Test | Sequence[str | Test]
+Rename: TypeAlias = Mapping[str, str] | Sequence[tuple[str, str]]
+Missing: TypeAlias = Literal["error", "keep", "init"]
+Unexpected: TypeAlias = Literal["error", "ignore"]
+
+SHOWN = 8  # leaves in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What is to be restored, and what becomes of the rest.
+
+    A name, such as `params` or `params/encoder`, is a glob without stars. A glob stands for the
+    nodes it fits and for all that is beneath them; in it `*` is any text within one part of a
+    path, and `**` any number of parts. A predicate is asked about each leaf.
+
+    Attributes:
+        only: what to read: a glob, a predicate, or a sequence of them; None: everything.
+        exclude: what of that not to read.
+        rename: the wanted path for saved ones: prefixes, of which the longest that fits counts,
+            or pairs of a regular expression and a replacement, for `re.sub`, one after the other.
+        missing: what to do about wanted leaves that are not saved.
+        unexpected: what to do about saved leaves that are not wanted.
+        init: makes a whole state, for leaves that are not read.
+
+    Raises:
+        StateError: `missing="init"` without `init`.
+
+    >>> chosen = Selection(only=["params/encoder", "**/bias"], exclude="params/*/Dense_1")
+    >>> chosen.picks(["params/encoder/Dense_0/kernel", "params/head/bias", "params/head/kernel"])
+    [True, True, False]
+    >>> chosen.picks(["params/encoder/Dense_1/kernel"])
+    [False]
+    """
+
+    only: Selector | None = None
+    exclude: Selector | None = None
+    rename: Rename | None = None
+    missing: Missing = "error"
+    unexpected: Unexpected = "error"
+    init: Callable[[], Any] | None = None
+
+    def __post_init__(self) -> None:
+        known = self.missing in ("error", "keep", "init")
+        if not known or self.unexpected not in ("error", "ignore"):
+            raise ValueError(
+                "missing must be 'error', 'keep' or 'init' and unexpected 'error' or 'ignore', got"
+                f" {self.missing!r} and {self.unexpected!r}"
+            )
+        if self.missing == "init" and self.init is None:
+            raise StateError("missing='init' needs init=, a function that makes a whole state")
+
+    def picks(self, paths: Sequence[str]) -> list[bool]:
+        """For each path of a leaf whether it is selected."""
+        only, exclude = _test(self.only, True), _test(self.exclude, False)
+        return [only(path) and not exclude(path) for path in paths]
+
+    def check(self, paths: Collection[str], where: str) -> None:
+        """Checks that every glob fits one of these paths, and that some leaf is selected.
+
+        Args:
+            paths: of leaves, and of parts that were not looked into.
+            where: they are.
+
+        Raises:
+            StateError: says which paths are nearest.
+        """
+        for option, selector in (("only", self.only), ("exclude", self.exclude)):
+            for glob in _parts(selector):
+                if isinstance(glob, str) and not any(map(_glob(glob), paths)):
+                    _no_such(f"{option}={glob!r}", glob, paths, where)
+
+    def destinations(
+        self, saved: Sequence[tree.KeyPath], wanted: Mapping[str, tree.KeyPath], where: str
+    ) -> list[tree.KeyPath]:
+        """Where each saved leaf goes: its path in the wanted state, or where it would be there.
+
+        Args:
+            saved: key path of each saved leaf.
+            wanted: key path of each wanted leaf, by its text.
+            where: the saved ones are.
+
+        Raises:
+            StateError: a rule of `rename` fits no leaf, or two leaves go to one place.
+        """
+        if self.rename is None:
+            return list(saved)
+        texts = [tree.show(path) for path in saved]
+        found: dict[tree.KeyPath, str] = {}
+        clashes: list[str] = []
+        result: list[tree.KeyPath] = []
+        for path, old, new in zip(saved, texts, self._renamed(texts, where), strict=True):
+            if new != old:
+                made = (tree.Key(part, tree.DICT) for part in new.split("/"))
+                path = wanted.get(new) or tuple(made)
+            if (other := found.setdefault(path, old)) is not old:
+                clashes.append(f"{other} and {old} would both be {new}")
+            result.append(path)
+        if clashes:
+            raise StateError(
+                f"rename={self.rename!r} puts two saved leaves into one place:"
+                f" {shortened(clashes)}. Rename the other, too, to a name that is not wanted"
+            )
+        return result
+
+    def _renamed(self, paths: Sequence[str], where: str) -> list[str]:
+        """The paths after renaming."""
+        if not isinstance(self.rename, Mapping):
+            result = list(paths)
+            for pattern, replacement in self.rename or ():
+                found = [re.subn(pattern, replacement, path) for path in result]
+                if not any(count for _, count in found):
+                    _no_such(f"the pattern {pattern!r} of rename=", pattern, paths, where)
+                result = [path for path, _ in found]
+            return result
+        rules = {f"{old.strip('/')}/".lstrip("/"): new for old, new in self.rename.items()}
+        longest_first = sorted(rules, key=len, reverse=True)
+        used: set[str] = set()
+        result: list[str] = []
+        for path in paths:
+            fitting = (prefix for prefix in longest_first if f"{path}/".startswith(prefix))
+            if (prefix := next(fitting, None)) is not None:
+                used.add(prefix)
+                path = f"{rules[prefix]}/{path[len(prefix) :]}".strip("/")
+            result.append(path)
+        for prefix in rules:
+            if prefix in used:
+                continue
+            _no_such(f"the prefix {prefix[:-1]!r} of rename=", prefix[:-1], paths, where)
+        return result
+
+
+def without_gaps(paths: Sequence[tree.KeyPath]) -> list[tree.KeyPath]:
+    """The same key paths; a list that lacks elements among them becomes a dict by index."""
+    children: dict[tree.KeyPath, set[str]] = {}
+    for path in paths:
+        for i, key in enumerate(path):
+            children.setdefault(path[:i], set()).add(key.key)
+    gaps = {node for node, keys in children.items() if keys != set(map(str, range(len(keys))))}
+    return [
+        tuple(tree.Key(k.key, tree.DICT) if path[:i] in gaps else k for i, k in enumerate(path))
+        for path in paths
+    ]
+
+
+def shortened(items: Sequence[str]) -> str:
+    """The first of several, as messages list them."""
+    more = f", … and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(items[:SHOWN]) + more
+
+
+def _parts(selector: Selector | None) -> Iterator[str | Test]:
+    if isinstance(selector, str) or callable(selector):
+        yield selector
+    elif selector is not None:
+        yield from selector
+
+
+def _test(selector: Selector | None, default: bool) -> Test:
+    if selector is None:
+        return lambda path: default
+    tests = [_glob(part) if isinstance(part, str) else part for part in _parts(selector)]
+    return tests[0] if len(tests) == 1 else lambda path: any(test(path) for test in tests)
+
+
+def _glob(glob: str) -> Test:
+    """A predicate: whether a path is one of a glob's nodes, or beneath one."""
+    parts = glob.strip("/").split("/")
+    fits = [re.escape(part).replace(r"\*", "[^/]*") + "/" for part in parts]
+    pattern = "".join(
+        "(?:[^/]*/)*" if p == "**" else fit for p, fit in zip(parts, fits, strict=True)
+    )
+    match = re.compile(pattern).match
+    return lambda path: match(f"{path}/") is not None
+
+
+def _no_such(what: str, path: str, paths: Collection[str], where: str) -> NoReturn:
+    """Raises the error for a path that fits nothing: it names those that are nearest."""
+    wish = path.strip("/").removesuffix("/**")
+    nodes = {"/".join(other.split("/")[: wish.count("/") + 1]) for other in paths}
+    near = difflib.get_close_matches(wish, sorted(nodes), 3) or sorted(nodes)[:SHOWN]
+    raise StateError(f"{what} fits no leaf of {where}; nearest: {', '.join(near) or 'nothing'}")

@@ -1,0 +1,195 @@
+"""The trees of a checkpoint that a restore looks into, and how a state is laid out in them.
+
+with Source(Layout.of("/run/1500"), context, Selection(only="params")) as source:
+    view = source.form(like).view(like)
+    source.open_parts({"params"})
+    source.trees["params"].leaves  # by their whole paths: params/dense/kernel
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping, Set
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from flax_ckpt import errors
+from flax_ckpt._load import Layout, open_tree
+from flax_ckpt.adapters import state as states
+from flax_ckpt.context import Context
+from flax_ckpt.format import names, tree
+from flax_ckpt.handlers.saved_tree import SavedTree, mismatch
+from flax_ckpt.leaves.base import LoadRules, SavedLeaf
+from flax_ckpt.training.selection import Selection
+
+_BY_NAME = "Load them by name with flax_ckpt.load_checkpointables, and put the state together"
+_OPTIONS = (
+    "flax_ckpt.restore takes missing= and unexpected= for leaves that one side lacks, rename= for"
+    " those that are called otherwise, only= and exclude= to leave some alone"
+)
+TRAINED = (states.PARAMS, states.OPT_STATE)
+
+
+Form: TypeAlias = Literal["parts", "fields", "tree"]
+
+
+def view(state: Any, form: Form) -> Any:
+    """A state as a checkpoint has it.
+
+    Args:
+        state: of any type.
+        form: "parts": in a tree for each, "fields": with what is in `train_state` beside the other
+            parts, in one tree, as Orbax's users have it; "tree": as it is.
+
+    Returns:
+        Its parts or fields that are there; of a tree that is no state, itself as the params.
+    """
+    if form == "tree":
+        return state
+    parts = states.split(state)
+    if states.WHOLE in parts:
+        return {states.PARAMS: state}
+    if form == "fields":
+        parts |= parts.pop(states.TRAIN_STATE, {})
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def back(like: Any, found: Any, form: Form) -> Any:
+    """A state of the type of `like` from what :func:`view` makes of it."""
+    if form == "tree":
+        return found
+    if states.WHOLE in states.split(like):
+        return found[states.PARAMS]
+    parts = {name: found[name] for name in found if form == "parts" or name in TRAINED}
+    rest = {name: found[name] for name in found if name not in parts}
+    return states.merge(like, parts | ({states.TRAIN_STATE: rest} if rest else {}))
+
+
+class Moved(NamedTuple):
+    """A saved leaf, with its path in the checkpoint and the one under which it is wanted."""
+
+    before: tree.KeyPath
+    saved: SavedLeaf
+    after: tree.KeyPath
+
+
+class Source(contextlib.ExitStack):
+    """The trees of a checkpoint; their leaves have the path from the checkpoint on.
+
+    Attributes:
+        where: the path of the checkpoint, or of its only tree.
+        trees: those that are open.
+    """
+
+    def __init__(self, layout: Layout, context: Context, chosen: Selection) -> None:
+        super().__init__()
+        self.where = layout.path
+        self.trees: dict[str, SavedTree] = {}
+        self._layout = layout
+        self._context = context
+        self._chosen = chosen
+
+    def _open(self, name: str, *mount: tree.Key) -> SavedTree:
+        saved = self.enter_context(open_tree(self._layout, name, self._context))
+        saved.leaves = {(*mount, *path): leaf for path, leaf in saved.leaves.items()}
+        self.trees[name] = saved
+        return saved
+
+    def form(self, like: Any) -> Form:
+        """How the checkpoint has a state; opens the tree, if one has all of it.
+
+        A wanted tree without a field `params` is itself the params, if there are such.
+        """
+        if not self._layout.items.keys().isdisjoint(TRAINED):
+            return "parts"
+        try:
+            name = self._layout.tree_name(names.AUTO)
+        except errors.InvalidLayoutError as error:
+            raise errors.CheckpointNotFoundError(
+                f"{self.where} has neither a tree 'params' nor one that would hold a whole state;"
+                f" it has: {', '.join(self._layout.items)}. {_BY_NAME}"
+            ) from error
+        saved = self._open(name)
+        self.where = saved.directory
+        there = {tree.name_of(path[:1]) for path in saved.leaves}
+        if states.PARAMS in there:
+            return "fields"
+        if states.WHOLE in states.split(like):
+            return "tree"
+        if self._chosen.rename is not None:
+            return "fields"
+        raise errors.StateError(
+            f"{self.where} has no field 'params', which the wanted state has; it has:"
+            f" {', '.join(sorted(there))}. Say with rename= which leaves are the params, or load a"
+            " tree of this form with flax_ckpt.load, and put the state together"
+        )
+
+    def open_parts(self, wanted: Set[str]) -> None:
+        """Opens the parts that are wanted; all that there are, if leaves may move.
+
+        Raises:
+            CheckpointNotFoundError: one is not there, and nothing is said about missing leaves.
+        """
+        there, moving = self._layout.items, self._chosen.rename is not None
+        absent = sorted(wanted - there.keys())
+        if absent and not moving and self._chosen.missing == "error":
+            raise errors.CheckpointNotFoundError(
+                f"{self.where} has no {absent[0]!r}, which the wanted state has; it has:"
+                f" {', '.join(there)}. {_BY_NAME}"
+            )
+        for name in self._layout.trees if moving else sorted(wanted & there.keys()):
+            self._open(name, tree.Key(name, tree.DICT))
+
+    def open_all(self) -> None:
+        """Opens every tree that there is."""
+        for name in self._layout.trees:
+            self._open(name, *[tree.Key(name, tree.DICT)] * (name != ""))
+
+    def move(self, wanted: Mapping[str, tree.KeyPath], areas: Set[str] | None) -> list[Moved]:
+        """Gives the saved leaves the paths that are wanted, and drops what is not selected.
+
+        Args:
+            wanted: paths of the wanted leaves, by their text.
+            areas: first keys of all that is wanted; None: any.
+
+        Returns:
+            Every leaf that there was.
+        """
+        found = [item for saved in self.trees.values() for item in saved.leaves.items()]
+        after = self._chosen.destinations([path for path, _ in found], wanted, self.where)
+        places = [tree.show(path) for path in after]
+        self._chosen.check({*wanted, *places, *self._layout.trees}, self.where)
+        moved = [Moved(*item, path) for item, path in zip(found, after, strict=True)]
+        picked = zip(moved, self._chosen.picks(places), strict=True)
+        for saved in self.trees.values():
+            saved.leaves = {
+                leaf.after: leaf.saved
+                for leaf, pick in itertools.islice(picked, len(saved.leaves))
+                if pick and (areas is None or tree.name_of(leaf.after[:1]) in areas)
+            }
+        return moved
+
+    def compare(
+        self, wanted: Mapping[str, tuple[list[tree.KeyPath], list[Any]]], rules: LoadRules
+    ) -> dict[str, Callable[[], list[Any]]]:
+        """Compares wanted leaves with the tree that has them; what is returned reads them.
+
+        Args:
+            wanted: paths and values of the leaves, by the name of the tree.
+            rules: how far the leaves may differ.
+
+        Raises:
+            TreeMismatchError: with the differences of all trees; nothing was read.
+        """
+        partial = self._chosen.unexpected == "ignore"
+        reads: dict[str, Callable[[], list[Any]]] = {}
+        differences: list[errors.Difference] = []
+        for name, leaves in wanted.items():
+            try:
+                reads[name] = self.trees[name].prepare_leaves(*leaves, rules, partial=partial)
+            except errors.TreeMismatchError as error:
+                differences += error.differences
+        if not differences:
+            return reads
+        error = mismatch(self.where, differences)
+        if any("nothing" in (found.saved, found.wanted) for found in differences):
+            error = errors.TreeMismatchError(f"{error}\n{_OPTIONS}", differences)
+        raise error
