@@ -24,8 +24,8 @@ from flax_ckpt.adapters import config as configs
 from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import ConfigError, FormatError, SaveFailedError, StateError
-from flax_ckpt.format import protos
-from flax_ckpt.training import metadata, steps
+from flax_ckpt.format import names, protos
+from flax_ckpt.training import data, metadata, steps
 from flax_ckpt.training import restore as restoring
 from flax_ckpt.training import save_decision_policies as deciding
 from flax_ckpt.training.preservation_policies import LatestN
@@ -50,6 +50,9 @@ class CheckpointCallback(Generic[S]):
         keep_last: how many of the newest steps to keep; None: all.
         config: the run's config, saved with each step: a `ConfigDict`, dict, dataclass, or a
             protocol-buffer message.
+        data_iterator: where the batches come from; its position is saved with each step, and
+            `restore_or_init` puts it there, in place: an iterator of Grain, any object with
+            `get_state` and `set_state`, or a `StatefulCheckpointable`.
         at_end: whether leaving the `with` block without an exception, or `close`, saves the last
             state seen if it is not saved yet.
         on_error: "raise": a save that failed in the background raises at the next call; "warn":
@@ -59,6 +62,7 @@ class CheckpointCallback(Generic[S]):
     Raises:
         InvalidLayoutError: `directory` is one checkpoint, not the root of a run.
         ConfigError: lists every key of the config that cannot be saved.
+        StateError: the position of `data_iterator` cannot be saved.
 
     >>> import tempfile, flax_ckpt as fc, jax.numpy as jnp
     >>> root = tempfile.mkdtemp()
@@ -82,6 +86,7 @@ class CheckpointCallback(Generic[S]):
         every_secs: float | None = None,
         keep_last: int | None = 3,
         config: Any = None,
+        data_iterator: Any = None,
         at_end: bool = True,
         on_error: Literal["raise", "warn"] = "raise",
         context: Context | None = None,
@@ -95,6 +100,8 @@ class CheckpointCallback(Generic[S]):
         self._on_error = on_error
         self._context = resolve(context)
         self._config = None if config is None else configs.to_message(config)
+        self._data_iterator = data_iterator
+        data.require_iterator(data_iterator, self._context)
         save_policy, self._timer = _schedule(every_n_steps, every_secs)
         self._saver = Saver(directory, self._context, save_policy, LatestN(keep_last))
         self.directory = self._saver.directory
@@ -115,6 +122,7 @@ class CheckpointCallback(Generic[S]):
         *,
         init: Callable[[], S] | None = None,
         step: int | Literal["latest"] | None = "latest",
+        restart_data: bool = False,
     ) -> tuple[S, int]:
         """The state to go on with, and the number of updates it has behind it.
 
@@ -122,13 +130,15 @@ class CheckpointCallback(Generic[S]):
             like: a state of the wanted type, concrete or abstract.
             init: makes the first state; called only if there is nothing to restore.
             step: which step to resume from.
+            restart_data: whether the data iterator stays where it is, instead of being put where
+                it was: for a run that was saved without it, or by another number of processes.
 
         Returns:
             The state and its step: restored, or `init()`, or `like` itself, and 0.
 
         Raises:
             StateError: nothing to restore, `like` is abstract, and there is no `init`.
-            CheckpointNotFoundError: there is no such step.
+            CheckpointNotFoundError: there is no such step, or it has no position of the data.
             TreeMismatchError: the checkpoint does not fit `like`.
             DamagedCheckpointError: the step asked for, or every one, is damaged.
         """
@@ -142,7 +152,10 @@ class CheckpointCallback(Generic[S]):
                     " pass init=, a function that makes the first state"
                 )
             return like, 0
-        out = restoring.restore(self.directory, like, step=step, context=self._context)
+        iterator = None if restart_data else self._data_iterator
+        out = restoring.restore(
+            self.directory, like, step=step, data_iterator=iterator, context=self._context
+        )
         assert out.step is not None
         self._log_config_changes(out.config_text)
         _warn_of_other_count(out.step, "was restored", out.state)
@@ -217,6 +230,8 @@ class CheckpointCallback(Generic[S]):
         trees = list(parts)
         if self._config is not None:
             parts[restoring.CONFIG] = self._config
+        if self._data_iterator is not None:
+            parts[names.DATA] = self._data_iterator
         if metrics is not None:
             metrics = {name: metadata.number(name, value) for name, value in metrics.items()}
         self._saver.save(step, parts, trees, force=True, metrics=metrics)

@@ -29,7 +29,7 @@ from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.storage import kinds
 from flax_ckpt.storage.files import local_path
 from flax_ckpt.storage.record import Record
-from flax_ckpt.training import progress, steps
+from flax_ckpt.training import data, progress, steps
 
 S = TypeVar("S")
 PathLike = str | os.PathLike[str]
@@ -109,6 +109,7 @@ def restore(
     cast: bool = False,
     unexpected: Literal["error", "ignore"] = "error",
     config: type[Message] | None = None,
+    data_iterator: Any = None,
     context: Context | None = None,
 ) -> Restored[S]:
     """Restores a training state.
@@ -125,17 +126,22 @@ def restore(
         cast: whether a dtype that differs is cast. Rank-0 numbers match anyway if they fit.
         unexpected: "ignore" to leave alone saved leaves that `like` lacks in parts that it has.
         config: class of the config's message; None: the one that the file names.
+        data_iterator: is put where it was when the step was saved, in place, after all else was
+            loaded; None: the position is not read.
         context: options; None: the active ones.
 
     Raises:
         CheckpointNotFoundError: no such path, step or part; says what is there.
-        StateError: the state is in one tree, and its fields are called otherwise.
+        StateError: the state is in one tree, and its fields are called otherwise; or the iterator
+            does not take its position, which another number of processes may have saved.
         InvalidLayoutError: one checkpointable of a checkpoint, or something unfinished.
         TreeMismatchError: lists every leaf that differs; no data was read.
         DamagedCheckpointError: an explicit step is damaged, or every one is.
     """
     here = local_path(path)
-    rules = _Rules(like is None or cast, unexpected == "ignore", config, resolve(context))
+    rules = _Rules(
+        like is None or cast, unexpected == "ignore", config, data_iterator, resolve(context)
+    )
     if isinstance(step, CheckpointMetadata):
         here, step = local_path(step.path), None
     if kinds.owner(here):
@@ -164,6 +170,7 @@ class _Rules:
     cast: bool
     ignore_unexpected: bool
     config: type[Message] | None
+    data_iterator: Any
     context: Context
 
 
@@ -192,6 +199,7 @@ def _restore_one(
 ) -> Restored[S]:
     started = time.perf_counter()
     layout, load_rules = Layout.of(path), LoadRules(strict=not rules.cast)
+    data.require(layout, rules.data_iterator)
     state, read = _load_state(layout, like, rules, load_rules)
     log_fallbacks(epath.Path(path), load_rules)
     loaded, nbytes = progress.leaf_names(read), progress.nbytes(read)
@@ -201,6 +209,7 @@ def _restore_one(
     metrics = None
     if names.METRICS in layout.items:
         metrics = load_layout(layout, {names.METRICS: None}, rules.context)[names.METRICS]
+    data.restore(layout, rules.data_iterator, rules.context)
     return Restored(state, number, metrics, config, config_text, report)
 
 
