@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as v0
@@ -127,6 +128,18 @@ def test_each_step_has_the_position_at_its_own_end(tmp_path: Path, kind: str) ->
             next(straight)
         np.testing.assert_array_equal(next(back), next(straight))
         np.testing.assert_array_equal(next(back), next(straight))
+
+
+def test_what_grain_prefetches_itself_is_accounted_for(tmp_path: Path) -> None:
+    source = grain.MapDataset.source(np.arange(40)).shuffle(seed=1).batch(2).to_iter_dataset()
+    ahead = grain.experimental.device_put(source, jax.devices()[0], device_buffer_size=4)
+    iterator, back, straight = iter(ahead), iter(ahead), iter(source)
+    save(tmp_path, iterator)
+    fc.restore(tmp_path, LIKE, data_iterator=back)
+    for _ in range(3):
+        next(straight)
+    assert [x.tolist() for x in back] == [x.tolist() for x in straight]
+    iterator.close(), back.close()
 
 
 def test_the_position_is_one_json_file_for_each_process(tmp_path: Path) -> None:
