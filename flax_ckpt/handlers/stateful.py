@@ -23,11 +23,9 @@ class HasState(Protocol):
 
     def get_state(self) -> Any:
         """Where it is; see :func:`flax_ckpt.format.position.encode` for what it may be of."""
-        ...
 
     def set_state(self, state: Any) -> None:
         """Goes on from there."""
-        ...
 
 
 Stateful: TypeAlias = StatefulCheckpointable | HasState
