@@ -30,6 +30,7 @@ MARKS: Final = frozenset({INDICATOR, CHECKPOINT_METADATA, INTEGRITY, "_METADATA"
 
 # Checkpointables.
 STATE: Final = "state"
+DATA: Final = "data"  # the iterator of a run
 LEGACY_STATES: Final = ("state", "pytree", "default")
 METRICS: Final = "metrics"
 AUTO: Final = "AUTO"
@@ -85,6 +86,24 @@ JSON_TYPES: Final = _types(
 def is_unfinished(name: str) -> bool:
     """Whether a directory of that name is a save that has not come to its end."""
     return TMP_SUFFIX in name or PARTIAL_SUFFIX in name
+
+
+_POSITION_FILE = re.compile(r"process_[0-9]+-of-([0-9]+)\.json")
+
+
+def position_file(index: int, count: int) -> str:
+    """The file in which a process keeps the position of its data iterator, as Grain calls it."""
+    return f"process_{index}-of-{count}.json"
+
+
+def process_count_of(name: str) -> int | None:
+    """How many processes saved positions of data iterators, as the name of such a file says.
+
+    >>> process_count_of("process_0-of-2.json"), process_count_of("row.json")
+    (2, None)
+    """
+    match = _POSITION_FILE.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 _STEP = re.compile(r"(?:(.+)_)?([0-9]+)")

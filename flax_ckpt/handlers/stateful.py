@@ -1,55 +1,117 @@
-"""The handler of objects that save and load themselves."""
+"""The handler of objects that keep a state of their own: data iterators.
 
+fc.save_checkpointables("/ckpt/100", {"params": params, "data": iterator})
+fc.load_checkpointables("/ckpt/100", {"data": iterator})     # changes it in place
+"""
+
+import os
 from collections.abc import Awaitable
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Protocol, TypeAlias, final, runtime_checkable
 
 from etils import epath
 
-from flax_ckpt.errors import NotHandleableError
-from flax_ckpt.format import names
+from flax_ckpt.errors import NotHandleableError, StateError
+from flax_ckpt.format import names, position
 from flax_ckpt.handlers.base import PathAwaitingCreation, StatefulCheckpointable
+from flax_ckpt.storage import files, hosts
+from flax_ckpt.storage.record import Record
+
+
+@runtime_checkable
+class HasState(Protocol):
+    """An iterator that says where it is, and can be put there."""
+
+    def get_state(self) -> Any:
+        """Where it is; see :func:`flax_ckpt.format.position.encode` for what it may be of."""
+
+    def set_state(self, state: Any) -> None:
+        """Goes on from there."""
+
+
+Stateful: TypeAlias = StatefulCheckpointable | HasState
 
 
 @final
 class StatefulHandler:
-    """Passes on to the `save` and `load` of a :class:`StatefulCheckpointable`."""
+    """Passes on to an object's own `save` and `load`, else to its `get_state` and `set_state`.
+
+    For the latter it writes one JSON file for each process, `process_<index>-of-<count>.json`.
+    Grain's iterators have both, and write such files themselves.
+    """
 
     TYPESTR: ClassVar = names.TYPE_STATEFUL
 
     async def save(
-        self, directory: PathAwaitingCreation, checkpointable: StatefulCheckpointable
+        self, directory: PathAwaitingCreation, checkpointable: Stateful
     ) -> Awaitable[None]:
-        """See :class:`CheckpointableHandler`."""
-        return await checkpointable.save(directory)
+        """See :class:`CheckpointableHandler`.
+
+        Raises:
+            NotHandleableError: the state is of something that JSON cannot hold.
+        """
+        if isinstance(checkpointable, StatefulCheckpointable):
+            return await checkpointable.save(directory)
+        what = f"a {type(checkpointable).__name__}"
+        return self._write(directory, position.encode(checkpointable.get_state(), what))
+
+    async def _write(self, directory: PathAwaitingCreation, data: bytes) -> None:
+        path = await directory.await_creation()
+        files.write(os.fspath(path / file_name()), data)
 
     async def load(
-        self, directory: epath.Path, abstract_checkpointable: StatefulCheckpointable | None = None
-    ) -> Awaitable[StatefulCheckpointable]:
+        self, directory: epath.Path, abstract_checkpointable: Stateful | None = None
+    ) -> Awaitable[Stateful]:
         """See :class:`CheckpointableHandler`; the object given is changed and returned.
 
         Raises:
             NotHandleableError: no object is given.
+            StateError: another number of processes saved it.
+            FormatError: the file is not such a state.
         """
-        if abstract_checkpointable is None:
+        target = abstract_checkpointable
+        if target is None:
             raise NotHandleableError(
                 f"checkpointable {directory.name!r} loads its state into an object: give one, e.g."
                 f" load_checkpointables(path, {{{directory.name!r}: iterator}})"
             )
-        return self._load(await abstract_checkpointable.load(directory), abstract_checkpointable)
+        _require_processes(os.fspath(directory))
+        if isinstance(target, StatefulCheckpointable):
+            return self._load(await target.load(directory), target)
+        return self._read(os.fspath(directory), target)
 
-    async def _load(
-        self, rest: Awaitable[None], target: StatefulCheckpointable
-    ) -> StatefulCheckpointable:
+    async def _load(self, rest: Awaitable[None], target: Stateful) -> Stateful:
         await rest
+        return target
+
+    async def _read(self, directory: str, target: HasState) -> Stateful:
+        data = Record(directory).read(file_name())
+        target.set_state(position.decode(data, os.path.join(directory, file_name())))
         return target
 
     async def metadata(self, directory: epath.Path) -> None:
         """None: only the object knows."""
 
     def is_handleable(self, checkpointable: Any) -> bool:
-        """True for objects with `save` and `load`."""
-        return isinstance(checkpointable, StatefulCheckpointable)
+        """True for objects with `save` and `load`, or with `get_state` and `set_state`."""
+        return isinstance(checkpointable, Stateful)
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Likewise."""
-        return isinstance(abstract_checkpointable, StatefulCheckpointable)
+        return isinstance(abstract_checkpointable, Stateful)
+
+
+def file_name() -> str:
+    """The file of this process."""
+    return names.position_file(hosts.process_index(), hosts.process_count())
+
+
+def _require_processes(directory: str) -> None:
+    """Checks that as many processes load as have saved, if files say how many that were."""
+    count = hosts.process_count()
+    saved = {n for n in map(names.process_count_of, os.listdir(directory)) if n}
+    if saved and count not in saved:
+        raise StateError(
+            f"{directory} has the positions of {max(saved)} process(es), and this run has {count}:"
+            " each of them has read a part of the data of its own, so that these do not fit. Resume"
+            " with as many, or begin the data anew: restore_or_init(..., restart_data=True)"
+        )

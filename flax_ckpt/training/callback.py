@@ -19,14 +19,13 @@ from typing import Any, Generic, Literal, TypeVar
 
 import jax
 
-from flax_ckpt.adapters import config as configs
-from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import Preempted, SaveFailedError, StateError
 from flax_ckpt.storage import hosts
-from flax_ckpt.training import metadata, notices, policies, progress, provenance, steps
+from flax_ckpt.training import notices, policies, progress, steps
 from flax_ckpt.training import restore as restoring
 from flax_ckpt.training.best import Best
+from flax_ckpt.training.contents import Contents
 from flax_ckpt.training.preemption import Signals
 from flax_ckpt.training.preservation_policies import PreservationPolicy
 from flax_ckpt.training.save_decision_policies import SaveDecisionPolicy
@@ -58,6 +57,9 @@ class CheckpointCallback(Generic[S]):
         config: the run's config, saved with each step: a `ConfigDict`, dict, dataclass, or a
             protocol-buffer message. Versions, commit, devices and command line go with it, but not
             with a message of your own.
+        data_iterator: where the batches come from; its position is saved with each step, and
+            `restore_or_init` puts it there, in place: an iterator of Grain, any object with
+            `get_state` and `set_state`, or a `StatefulCheckpointable`.
         at_end: whether leaving the `with` block without an exception, or `close`, saves the last
             state seen if it is not saved yet.
         on_error: "raise": a save that failed in the background raises at the next call; "warn":
@@ -74,6 +76,7 @@ class CheckpointCallback(Generic[S]):
         InvalidLayoutError: `directory` is one checkpoint, not the root of a run.
         ValueError: an argument makes no sense.
         ConfigError: lists every key of the config that cannot be saved.
+        StateError: the position of `data_iterator` cannot be saved.
 
     >>> import tempfile, flax_ckpt as fc, jax.numpy as jnp
     >>> root = tempfile.mkdtemp()
@@ -101,6 +104,7 @@ class CheckpointCallback(Generic[S]):
         keep_best: Best | tuple[Any, ...] | None = None,
         preservation_policy: PreservationPolicy | None = None,
         config: Any = None,
+        data_iterator: Any = None,
         at_end: bool = True,
         on_error: Literal["raise", "warn"] = "raise",
         on_preemption: Literal["exit", "stop"] = "exit",
@@ -113,10 +117,11 @@ class CheckpointCallback(Generic[S]):
         )
         self._at_end, self._on_error, self._on_preemption = at_end, on_error, on_preemption
         self._context = resolve(context)
-        self._config = configs.to_message({} if config is None else config)
-        self._best = None if keep_best is None else Best.of(keep_best)
+        self._contents = Contents(config, data_iterator, keep_best, self._context)
         save, self._timer = policies.saving(every_n_steps, every_secs, save_policy)
-        keep = policies.keeping(keep_last, keep_every_n_steps, self._best, preservation_policy)
+        keep = policies.keeping(
+            keep_last, keep_every_n_steps, self._contents.best, preservation_policy
+        )
         self._saver = Saver(directory, self._context, save, keep)
         self.directory = self._saver.directory
         self._timer.start(self._saver.now())
@@ -125,9 +130,8 @@ class CheckpointCallback(Generic[S]):
         self._decided: tuple[int, bool] | None = None
         self._seen: tuple[int, S, Mapping[str, Any] | None] | None = None
         self._after = -1
-        self._begun = self._warned = self._warned_of_best = self._superseded = False
+        self._begun = self._superseded = False
         self._replaced = self.should_stop = False
-        configs.add_provenance(self._config, provenance.collect())
         if (older := _open.pop(os.path.realpath(self.directory), None)) is not None:
             older._make_way()
         _open[os.path.realpath(self.directory)] = self
@@ -143,6 +147,7 @@ class CheckpointCallback(Generic[S]):
         *,
         init: Callable[[], S] | None = None,
         step: int | Literal["latest", "best"] | None = "latest",
+        restart_data: bool = False,
     ) -> tuple[S, int]:
         """The state to go on with, and the number of updates it has behind it.
 
@@ -150,6 +155,8 @@ class CheckpointCallback(Generic[S]):
             like: a state of the wanted type, concrete or abstract.
             init: makes the first state; called only if there is nothing to restore.
             step: which step to resume from, as for :func:`restore`.
+            restart_data: whether the data iterator stays where it is, instead of being put where
+                it was: for a run that was saved without it, or by another number of processes.
 
         Returns:
             The state and its step: restored, or `init()`, or `like` itself, and 0.
@@ -157,7 +164,7 @@ class CheckpointCallback(Generic[S]):
         Raises:
             StateError: nothing to restore, `like` is abstract, and there is no `init`.
             RunInUseError: another process saves here.
-            CheckpointNotFoundError: there is no such step.
+            CheckpointNotFoundError: there is no such step, or it has no position of the data.
             TreeMismatchError: the checkpoint does not fit `like`.
             DamagedCheckpointError: the step asked for, or every one, is damaged.
         """
@@ -173,9 +180,12 @@ class CheckpointCallback(Generic[S]):
                     " pass init=, a function that makes the first state"
                 )
             return like, 0
-        out = restoring.restore(self.directory, like, step=step, context=self._context)
+        iterator = None if restart_data else self._contents.data_iterator
+        out = restoring.restore(
+            self.directory, like, step=step, data_iterator=iterator, context=self._context
+        )
         assert out.step is not None
-        notices.config_changes(out.config_text, self._config)
+        notices.config_changes(out.config_text, self._contents.config)
         notices.other_count(out.step, "was restored", out.state)
         self._begin(out.step)
         self._timer.start(self._saver.now())
@@ -255,7 +265,7 @@ class CheckpointCallback(Generic[S]):
         if step is not None and state is not None:
             self._seen = step, state, None
         elif self._seen is None or not (
-            self._is_saved(self._seen[0]) or states.is_whole(self._seen[1])
+            self._is_saved(self._seen[0]) or self._contents.is_whole(self._seen[1])
         ):
             return
         if not self._is_saved(self._seen[0]):
@@ -280,25 +290,13 @@ class CheckpointCallback(Generic[S]):
         step = step_number(step)
         self._begin_at(step)
         self.wait()
+        self._saver.claim()
         if not self._superseded:
             if self._saver.hosts.is_primary:
                 steps.supersede(self.directory, self._after)
             self._saver.hosts.barrier("superseded")
             self._superseded = True
-        parts = {name: tree for name, tree in states.split(state).items() if tree is not None}
-        trees = list(parts)
-        parts[restoring.CONFIG] = configs.add_provenance(
-            self._config, {"mesh": provenance.mesh(parts)}
-        )
-        if metrics is not None:
-            metrics = {name: metadata.number(name, value) for name, value in metrics.items()}
-        custom = None
-        if self._best is not None:
-            custom = self._best.to_metadata()
-            told = self._warned_of_best
-            self._warned_of_best = told or notices.no_metric(step, self._best.metric, metrics)
-        self._saver.save(step, parts, trees, force=True, metrics=metrics, custom_metadata=custom)
-        self._warned = self._warned or notices.other_count(step, "is saved", state)
+        self._saver.save(step, force=True, **self._contents.of(step, state, metrics))
 
     def wait(self) -> None:
         """Returns when the save in flight is durable.
@@ -366,12 +364,12 @@ class CheckpointCallback(Generic[S]):
         if self._seen is None or not self._at_end or self._is_saved(self._seen[0]):
             return
         step = self._seen[0]
-        if states.is_whole(self._seen[1]):
+        if self._contents.is_whole(self._seen[1]):
             self._save(*self._seen)
             logger.info("interrupted: step %d, the last one seen, is saved", step)
         else:
             text = "interrupted: step %d is not saved, since %s. The newest saved step is %s"
-            why = "its arrays were donated to the next step, or it changes in place"
+            why = "its arrays were donated, or it or the data went on, to the next step"
             logger.warning(text, step, why, self.latest_step)
 
     def _release(self) -> None:

@@ -26,7 +26,8 @@ from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.storage import kinds
 from flax_ckpt.storage.files import local_path
 from flax_ckpt.storage.record import Record
-from flax_ckpt.training import best, progress, steps
+from flax_ckpt.training import best, data, progress, steps
+from flax_ckpt.training.contents import CONFIG
 from flax_ckpt.training.filling import fill
 from flax_ckpt.training.report import Damaged, Report
 from flax_ckpt.training.selection import Missing, Rename, Selection, Selector, Unexpected
@@ -36,8 +37,6 @@ PathLike = str | os.PathLike[str]
 logger = logging.getLogger("flax_ckpt")
 
 Step: TypeAlias = int | Literal["latest", "best"] | CheckpointMetadata[Any] | None
-
-CONFIG = "config"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,7 @@ def restore_train_state(
     {'params': {'w': Array([1., 1.], dtype=float32)}, 'step': 1}
     """
     chosen = Selection(only, exclude, rename, missing, unexpected, init)
-    return _restore(path, like, step, _Rules(cast, chosen, None, resolve(context))).state
+    return _restore(path, like, step, _Rules(cast, chosen, None, None, resolve(context))).state
 
 
 def restore(
@@ -105,6 +104,7 @@ def restore(
     init: Callable[[], S] | None = None,
     cast: bool = False,
     config: type[Message] | None = None,
+    data_iterator: Any = None,
     context: Context | None = None,
 ) -> Restored[S]:
     """Restores a training state.
@@ -135,12 +135,15 @@ def restore(
             and for what is not selected and abstract in `like`.
         cast: whether a dtype that differs is cast. Rank-0 numbers match anyway if they fit.
         config: class of the config's message; None: the one that the file names.
+        data_iterator: is put where it was when the step was saved, in place, after all else was
+            loaded; None: the position is not read.
         context: options; None: the active ones.
 
     Raises:
         CheckpointNotFoundError: no such path, step or part, or no best step; says what is there.
         StateError: a selection or renaming that fits nothing; a leaf that would stay abstract; or
-            the state is in one tree, and its fields are called otherwise.
+            the state is in one tree, and its fields are called otherwise; or the iterator does not
+            take its position.
         InvalidLayoutError: one checkpointable of a checkpoint, or something unfinished.
         TreeMismatchError: lists every leaf that differs; no data was read.
         DamagedCheckpointError: an explicit or the best step is damaged, or every one is.
@@ -155,9 +158,9 @@ def restore(
     {'params': {'encoder': array([1., 1.]), 'head': array([0., 0., 0., 0., 0.])}}
     """
     chosen = Selection(only, exclude, rename, missing, unexpected, init)
-    return _restore(
-        path, like, step, _Rules(like is None or cast, chosen, config, resolve(context))
-    )
+    cast = like is None or cast
+    rules = _Rules(cast, chosen, config, data_iterator, resolve(context))
+    return _restore(path, like, step, rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +168,7 @@ class _Rules:
     cast: bool
     chosen: Selection
     config: type[Message] | None
+    data_iterator: Any
     context: Context
 
 
@@ -223,6 +227,7 @@ def _restore_one(
 ) -> Restored[S]:
     started = time.perf_counter()
     layout, load_rules = Layout.of(path), LoadRules(strict=not rules.cast)
+    data.require(layout, rules.data_iterator)
     state, done = fill(layout, like, rules.chosen, load_rules, rules.context)
     log_fallbacks(epath.Path(path), load_rules)
     seconds = time.perf_counter() - started
@@ -233,6 +238,7 @@ def _restore_one(
     metrics = None
     if names.METRICS in layout.items:
         metrics = load_layout(layout, {names.METRICS: None}, rules.context)[names.METRICS]
+    data.restore(layout, rules.data_iterator, rules.context)
     return Restored(state, number, metrics, config, text, provenance, report)
 
 

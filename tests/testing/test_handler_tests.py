@@ -124,6 +124,36 @@ class TestStatefulHandler(HandlerTests):
         return found.value == saved.value
 
 
+class Place:
+    """Says where it is, and can be put there."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def get_state(self) -> Any:
+        return self.value
+
+    def set_state(self, state: Any) -> None:
+        self.value = state
+
+
+class TestStatefulHandlerOfStates(TestStatefulHandler):
+    def values(self) -> Sequence[Any]:
+        return [Place(5), Place({"rows": [1, 2], "rng": (b"\x00\xff", None)})]
+
+    def abstracts(self, value: Any) -> Sequence[Any]:
+        return [Place()]
+
+    def refused(self) -> Sequence[Any]:
+        return [object(), {"a": 1}, [1]]
+
+    def change(self, value: Any) -> None:
+        if isinstance(value.value, dict):
+            value.value["rows"].append(3)
+        else:
+            value.value += 1
+
+
 # A handler of a user's, which passes; each of its subclasses breaks one rule.
 
 

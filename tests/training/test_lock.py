@@ -55,7 +55,7 @@ def test_the_second_is_told_who_has_the_directory_and_since_when(tmp_path: Path)
         )
         for use in (
             lambda ckpt: ckpt.restore_or_init(tree(0)),
-            lambda ckpt: ckpt.on_step_end(2, tree(2)),
+            lambda ckpt: ckpt.on_step_end(1, tree(2)),  # it would move step 1 aside
         ):
             with pytest.raises(
                 RunInUseError, match="^" + re.escape(message) + r" \d{4}-\d\d-\d\dT"
