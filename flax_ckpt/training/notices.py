@@ -37,7 +37,7 @@ def config_changes(saved: str | None, current: Message) -> None:
 def other_count(step: int, event: str, state: Any) -> bool:
     """Warns if a state counts another number of updates than its step, and says whether."""
     counted = states.step_of(state)
-    if counted is None or np.ndim(counted) or int(counted) == step:
+    if counted is None or np.ndim(counted) or not states.is_whole(counted) or int(counted) == step:
         return False
     text = "step %d %s, but the state counts %d updates: %s"
     logger.warning(text, step, event, counted, _ADVICE[event])

@@ -332,3 +332,15 @@ def test_logging_is_quiet_by_default(tmp_path: Path, capfd):
     shutil.rmtree(tmp_path / "1")
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger("flax_ckpt").handlers == []
+
+
+def test_it_works_inside_a_running_event_loop(tmp_path: Path):
+    async def cell() -> int:
+        with fc.CheckpointCallback(tmp_path, every_n_steps=1) as ckpt:
+            _, step = ckpt.restore_or_init(tree(0))
+            ckpt.on_step_end(step + 1, tree(step + 1))
+        found = fc.restore_train_state(tmp_path, tree(0))["params"]["w"]
+        np.testing.assert_array_equal(found, tree(step + 1)["params"]["w"])
+        return step + 1
+
+    assert [asyncio.run(cell()), asyncio.run(cell())] == [1, 2]
