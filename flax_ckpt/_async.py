@@ -11,16 +11,18 @@ import atexit
 import concurrent.futures
 import contextlib
 import contextvars
+import inspect
 import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 
 _jax: Any = jax  # which says nothing about the types of its settings
+P = ParamSpec("P")
 T = TypeVar("T")
 
 logger = logging.getLogger("flax_ckpt")
@@ -138,6 +140,18 @@ class AsyncResponse(Generic[T]):
         return f"<AsyncResponse {self.what}: {state}>"
 
 
+def parameters_of(other: Callable[P, object]) -> Callable[[Callable[..., T]], Callable[P, T]]:
+    """Gives a function that hands all its arguments on to another the parameters of that one."""
+
+    def decorate(function: Callable[..., T]) -> Callable[P, T]:
+        shown: Any = function
+        returned = inspect.signature(function).return_annotation
+        shown.__signature__ = inspect.signature(other).replace(return_annotation=returned)
+        return shown
+
+    return decorate
+
+
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Runs a coroutine to its end, in this thread, or beside a loop that runs here already."""
     if asyncio._get_running_loop() is None:
@@ -149,11 +163,8 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def _drive(coroutine: Coroutine[Any, Any, T]) -> T:
     """As `asyncio.run`, but the event loop that the caller has set stays the one that is set."""
-    loop = asyncio.new_event_loop()
-    try:
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
         return loop.run_until_complete(coroutine)
-    finally:
-        loop.close()
 
 
 def with_settings(work: Callable[[], T]) -> Callable[[], T]:

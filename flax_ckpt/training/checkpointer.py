@@ -14,7 +14,7 @@ from typing import Any, final
 from etils import epath
 
 from flax_ckpt import _load
-from flax_ckpt._async import AsyncResponse
+from flax_ckpt._async import AsyncResponse, parameters_of
 from flax_ckpt.context import Context, applied, resolve
 from flax_ckpt.errors import SaveFailedError, StepNotFoundError
 from flax_ckpt.format import names
@@ -113,7 +113,7 @@ class Checkpointer:
         self._saver.notice()
         return self._saver.is_due(step_number(step))
 
-    def save(
+    def save_async(
         self,
         step: int,
         state: Any,
@@ -123,7 +123,13 @@ class Checkpointer:
         overwrite: bool = False,
         metrics: dict[str, Any] | None = None,
         custom_metadata: dict[str, Any] | None = None,
-    ) -> bool:
+    ) -> AsyncResponse[bool] | None:
+        """Saves one PyTree in the background; None if the policy says no. See :meth:`save`."""
+        parts = {checkpointable_name: state}
+        return self._saver.save(step, parts, parts, force, overwrite, metrics, custom_metadata)
+
+    @parameters_of(save_async)
+    def save(self, *args: Any, **named: Any) -> bool:
         """Saves one PyTree as a step, if the policy says so.
 
         Args:
@@ -144,39 +150,7 @@ class Checkpointer:
             SaveFailedError: an earlier save failed in the background.
             UnsupportedLeafError, DuplicateNameError, OSError: as :func:`flax_ckpt.save`.
         """
-        parts = {checkpointable_name: state}
-        save = self._saver.save
-        response = save(step, parts, parts, force, overwrite, metrics, custom_metadata)
-        return response is not None and response.result()
-
-    def save_async(
-        self,
-        step: int,
-        state: Any,
-        *,
-        checkpointable_name: str = names.STATE,
-        force: bool = False,
-        overwrite: bool = False,
-        metrics: dict[str, Any] | None = None,
-        custom_metadata: dict[str, Any] | None = None,
-    ) -> AsyncResponse[bool] | None:
-        """Saves one PyTree in the background; None if the policy says no. See :meth:`save`."""
-        parts = {checkpointable_name: state}
-        return self._saver.save(step, parts, parts, force, overwrite, metrics, custom_metadata)
-
-    def save_checkpointables(
-        self,
-        step: int,
-        checkpointables: Mapping[str, Any],
-        *,
-        force: bool = False,
-        overwrite: bool = False,
-        metrics: dict[str, Any] | None = None,
-        custom_metadata: dict[str, Any] | None = None,
-    ) -> bool:
-        """Saves several checkpointables as a step, if the policy says so; see :meth:`save`."""
-        parts = checkpointables
-        response = self._saver.save(step, parts, (), force, overwrite, metrics, custom_metadata)
+        response = self.save_async(*args, **named)
         return response is not None and response.result()
 
     def save_checkpointables_async(
@@ -193,6 +167,12 @@ class Checkpointer:
         return self._saver.save(
             step, checkpointables, (), force, overwrite, metrics, custom_metadata
         )
+
+    @parameters_of(save_checkpointables_async)
+    def save_checkpointables(self, *args: Any, **named: Any) -> bool:
+        """Saves several checkpointables as a step, if the policy says so; see :meth:`save`."""
+        response = self.save_checkpointables_async(*args, **named)
+        return response is not None and response.result()
 
     def load(
         self,
@@ -278,9 +258,21 @@ class Checkpointer:
             directory=self.directory, custom_metadata=metadata.read_root(self._root)
         )
 
-    def delete(
+    def delete_async(
         self, step: Step, *, checkpointable_name: str | None = None, missing_ok: bool = False
-    ) -> bool:
+    ) -> AsyncResponse[bool]:
+        """Deletes in the background; it leaves the listing at once. See :meth:`delete`."""
+        self.wait()
+        try:
+            found = self._saver.find(step)
+        except StepNotFoundError:
+            if not missing_ok:
+                raise
+            return AsyncResponse(lambda: False, f"deletion of step {step}")
+        return self._saver.delete(found, checkpointable_name, missing_ok)
+
+    @parameters_of(delete_async)
+    def delete(self, *args: Any, **named: Any) -> bool:
         """Deletes a step, whatever the preservation policy says, after what is in flight.
 
         Args:
@@ -296,21 +288,7 @@ class Checkpointer:
             CheckpointNotFoundError: the step has no such checkpointable.
             ValueError: the name cannot be one, or is that of the only checkpointable.
         """
-        name = checkpointable_name
-        return self.delete_async(step, checkpointable_name=name, missing_ok=missing_ok).result()
-
-    def delete_async(
-        self, step: Step, *, checkpointable_name: str | None = None, missing_ok: bool = False
-    ) -> AsyncResponse[bool]:
-        """Deletes in the background; it leaves the listing at once. See :meth:`delete`."""
-        self.wait()
-        try:
-            found = self._saver.find(step)
-        except StepNotFoundError:
-            if not missing_ok:
-                raise
-            return AsyncResponse(lambda: False, f"deletion of step {step}")
-        return self._saver.delete(found, checkpointable_name, missing_ok)
+        return self.delete_async(*args, **named).result()
 
     def cancel(self, step: Step | None = None) -> None:
         """Ends the save in flight; it leaves nothing, unless it was committed just before.
