@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Generator
 from typing import Any, Final, final, get_type_hints
 
@@ -25,6 +26,7 @@ _ACTIVE: contextvars.ContextVar[tuple[Context, ...]] = contextvars.ContextVar(
 
 
 @final
+@dataclasses.dataclass(init=False, eq=False)
 class Context:
     """A set of options, mutable until it is entered and while it is active frozen.
 
@@ -83,10 +85,6 @@ class Context:
         _ACTIVE.set(_ACTIVE.get()[:-1])
         for group in vars(self).values():
             options.freeze(group, -1)
-
-    def __repr__(self) -> str:
-        groups = ", ".join(f"{name}={group!r}" for name, group in vars(self).items())
-        return f"Context({groups})"
 
 
 _GROUPS: Final[dict[str, Any]] = get_type_hints(Context)

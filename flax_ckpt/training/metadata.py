@@ -61,15 +61,12 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
         custom_metadata: dict[str, Any] | None = None,
         metrics: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(
-            path,
-            metadata=metadata,
-            init_timestamp_nsecs=init_timestamp_nsecs,
-            commit_timestamp_nsecs=commit_timestamp_nsecs,
-            custom_metadata=custom_metadata,
-        )
-        self.step = step
-        self.metrics = metrics
+        times = {
+            "init_timestamp_nsecs": init_timestamp_nsecs,
+            "commit_timestamp_nsecs": commit_timestamp_nsecs,
+        }
+        super().__init__(path, metadata=metadata, custom_metadata=custom_metadata, **times)
+        self.step, self.metrics = step, metrics
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any] | None:
