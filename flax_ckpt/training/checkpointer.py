@@ -8,8 +8,8 @@ with fc.training.Checkpointer(root, save_decision_policy=every_1000) as checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, final
 
 from etils import epath
 
@@ -26,6 +26,7 @@ from flax_ckpt.training.metadata import CheckpointMetadata, RootMetadata
 from flax_ckpt.training.name_formats import NameFormat, PathLike
 from flax_ckpt.training.saver import Saver, step_number
 
+T = TypeVar("T")
 Step = int | CheckpointMetadata[Any]
 
 
@@ -193,21 +194,14 @@ class Checkpointer:
             CheckpointNotFoundError: the step has no such checkpointable.
             TreeMismatchError, DamagedCheckpointError: as :func:`flax_ckpt.load`.
         """
-        path = self._saver.find(step).path
-        with applied(self._context):
-            return _load.load(path, abstract_state, checkpointable_name=checkpointable_name)
+        name = checkpointable_name
+        return self._read(_load.load, step, abstract_state, checkpointable_name=name)
 
-    def load_async(
-        self,
-        step: Step | None = None,
-        abstract_state: Any = None,
-        *,
-        checkpointable_name: str = names.STATE,
-    ) -> AsyncResponse[Any]:
+    @parameters_of(load)
+    def load_async(self, *args: Any, **named: Any) -> AsyncResponse[Any]:
         """Loads one PyTree in the background; see :meth:`load`."""
-        path, name = self._saver.find(step).path, checkpointable_name
-        with applied(self._context):
-            return _load.load_async(path, abstract_state, checkpointable_name=name)
+        named.setdefault("checkpointable_name", names.STATE)
+        return self._read(_load.load_async, *args, **named)
 
     def load_checkpointables(
         self, step: Step | None = None, abstract_checkpointables: Mapping[str, Any] | None = None
@@ -222,17 +216,20 @@ class Checkpointer:
             StepNotFoundError: says which steps there are.
             NoEntryError, TreeMismatchError, DamagedCheckpointError: as there.
         """
-        path = self._saver.find(step).path
-        with applied(self._context):
-            return _load.load_checkpointables(path, abstract_checkpointables)
+        return self._read(_load.load_checkpointables, step, abstract_checkpointables)
 
-    def load_checkpointables_async(
-        self, step: Step | None = None, abstract_checkpointables: Mapping[str, Any] | None = None
-    ) -> AsyncResponse[dict[str, Any]]:
+    @parameters_of(load_checkpointables)
+    def load_checkpointables_async(self, *args: Any, **named: Any) -> AsyncResponse[dict[str, Any]]:
         """Loads several checkpointables in the background; see :meth:`load_checkpointables`."""
+        return self._read(_load.load_checkpointables_async, *args, **named)
+
+    def _read(
+        self, read: Callable[..., T], step: Step | None = None, *args: Any, **named: Any
+    ) -> T:
+        """What one of the functions that read a checkpoint returns for a step."""
         path = self._saver.find(step).path
         with applied(self._context):
-            return _load.load_checkpointables_async(path, abstract_checkpointables)
+            return read(path, *args, **named)
 
     def metadata(self, step: Step | None = None) -> CheckpointMetadata[Any]:
         """What the PyTree of a step looks like; see :func:`flax_ckpt.metadata`.
