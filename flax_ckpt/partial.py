@@ -136,9 +136,6 @@ def _put_together(root: str, parts: Sequence[str], target: str) -> None:
 
 def _merged(first: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
     """Nested dicts merged; where both have a value, that of `then`."""
-    merged = dict(first)
-    for key, value in then.items():
-        before: Any = first.get(key)
-        both = jsons.is_object(before) and jsons.is_object(value)
-        merged[key] = _merged(before, value) if both else value
-    return merged
+    both = first.keys() & then.keys()
+    nested = {key for key in both if jsons.is_object(first[key]) and jsons.is_object(then[key])}
+    return first | then | {key: _merged(first[key], then[key]) for key in nested}
