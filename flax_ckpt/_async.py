@@ -56,7 +56,6 @@ class AsyncResponse(Generic[T]):
         reported: bool = True,
         then: Sequence[Callable[[T], None]] = (),
     ) -> None:
-        self._work = contextvars.copy_context()
         self.what = what
         self.verb = verb
         self._value: T | None = None
@@ -72,7 +71,7 @@ class AsyncResponse(Generic[T]):
         # GIL, and one that was interrupted there would not know that the work goes on.
         self._decided, self._begun = threading.Event(), False
         thread = threading.Thread(
-            target=self._work.run, args=(self._run, work), name=f"flax_ckpt {what}"
+            target=contextvars.copy_context().run, args=(self._run, work), name=f"flax_ckpt {what}"
         )
         try:
             thread.start()
@@ -94,7 +93,7 @@ class AsyncResponse(Generic[T]):
                 with _lock:
                     if not self._callbacks:
                         _unsurfaced.discard(self)
-                        self._work = None
+                        self.ended.set()
                         return
                     callback = self._callbacks.pop(0)
                 callback(self._value)  # type: ignore[arg-type]
@@ -129,7 +128,7 @@ class AsyncResponse(Generic[T]):
     def on_complete(self, callback: Callable[[T], None]) -> None:
         """Calls `callback` with the result after success, at once if it is there already."""
         with _lock:
-            if self._work is not None and self.error is None:
+            if not self.ended.is_set():
                 self._callbacks.append(callback)
                 return
         if self.error is None:

@@ -263,8 +263,7 @@ class Layout:
     @property
     def trees(self) -> list[str]:
         """The checkpointables that are PyTrees."""
-        found = self.items.items()
-        return [name for name, path in found if Record(path).lists(names.TREE_METADATA)]
+        return [n for n, path in self.items.items() if Record(path).lists(names.TREE_METADATA)]
 
     @property
     def is_flat(self) -> bool:

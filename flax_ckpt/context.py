@@ -18,12 +18,6 @@ from typing import Any, Final, final, get_type_hints
 
 from flax_ckpt import options
 
-# The stack of active contexts of this thread and task. Tasks inherit it; a new thread begins with
-# the defaults.
-_ACTIVE: contextvars.ContextVar[tuple[Context, ...]] = contextvars.ContextVar(
-    "flax_ckpt_contexts", default=()
-)
-
 
 @final
 @dataclasses.dataclass(init=False, eq=False)
@@ -88,15 +82,16 @@ class Context:
 
 
 _GROUPS: Final[dict[str, Any]] = get_type_hints(Context)
-_DEFAULT: Final = Context()  # nobody gets it to change it
+
+# The stack of active contexts of this thread and task. Tasks inherit it; a new thread begins with
+# the defaults, which nobody gets to change them.
+_ACTIVE: contextvars.ContextVar[tuple[Context, ...]]
+_ACTIVE = contextvars.ContextVar("flax_ckpt_contexts", default=(Context(),))
 
 
 def resolve(context: Context | None = None) -> Context:
     """The context to use: the one given, else the active one, else the defaults."""
-    if context is not None:
-        return context
-    active = _ACTIVE.get()
-    return active[-1] if active else _DEFAULT
+    return _ACTIVE.get()[-1] if context is None else context
 
 
 @contextlib.contextmanager

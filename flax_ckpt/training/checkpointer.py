@@ -165,9 +165,8 @@ class Checkpointer:
         custom_metadata: dict[str, Any] | None = None,
     ) -> AsyncResponse[bool] | None:
         """Saves several checkpointables in the background; None if the policy says no."""
-        return self._saver.save(
-            step, checkpointables, (), force, overwrite, metrics, custom_metadata
-        )
+        parts, save = checkpointables, self._saver.save
+        return save(step, parts, (), force, overwrite, metrics, custom_metadata)
 
     @parameters_of(save_checkpointables_async)
     def save_checkpointables(self, *args: Any, **named: Any) -> bool:
@@ -251,9 +250,8 @@ class Checkpointer:
 
     def root_metadata(self) -> RootMetadata:
         """What was given as `custom_metadata` when the run began."""
-        return RootMetadata(
-            directory=self.directory, custom_metadata=metadata.read_root(self._root)
-        )
+        custom = metadata.read_root(self._root)
+        return RootMetadata(directory=self.directory, custom_metadata=custom)
 
     def delete_async(
         self, step: Step, *, checkpointable_name: str | None = None, missing_ok: bool = False
