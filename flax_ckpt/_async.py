@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
@@ -39,7 +39,7 @@ class AsyncResponse(Generic[T]):
         what: names the work in error messages, e.g. `checkpoint /ckpt/100`.
         verb: what it does to it, for messages at the end of the process.
         reported: whether a failure that nobody asks for fails the process at its end.
-        then: called with the result, in the same thread; see `on_complete`.
+        then: called after success, in the same thread, before what `on_complete` is given.
 
     Attributes:
         completed: whether the work itself has ended well, whatever becomes of what follows it.
@@ -54,7 +54,7 @@ class AsyncResponse(Generic[T]):
         *,
         verb: str = "saved",
         reported: bool = True,
-        then: Sequence[Callable[[T], None]] = (),
+        then: Callable[[], None] | None = None,
     ) -> None:
         self.what = what
         self.verb = verb
@@ -62,7 +62,7 @@ class AsyncResponse(Generic[T]):
         self.error: BaseException | None = None
         self.completed = self.told = False
         self.ended = threading.Event()
-        self._callbacks: list[Callable[[T], None]] = list(then)
+        self._callbacks: list[Callable[[T], None]] = [lambda _: then()] if then else []
         if reported:
             with _lock:
                 _unsurfaced.add(self)
@@ -70,9 +70,8 @@ class AsyncResponse(Generic[T]):
         # Its work begins when `start` has returned: else the caller would wait up to 5 ms for the
         # GIL, and one that was interrupted there would not know that the work goes on.
         self._decided, self._begun = threading.Event(), False
-        thread = threading.Thread(
-            target=contextvars.copy_context().run, args=(self._run, work), name=f"flax_ckpt {what}"
-        )
+        name, within = f"flax_ckpt {what}", contextvars.copy_context().run
+        thread = threading.Thread(target=within, args=(self._run, work), name=name)
         try:
             thread.start()
             self._begun = True

@@ -15,11 +15,9 @@ from flax_ckpt.format.checkpoint import DeletionRecord
 from flax_ckpt.storage import commit, deletion, files, hosts, kinds
 from flax_ckpt.storage.record import Record
 
-PathLike = str | os.PathLike[str]
-
 
 def delete_async(
-    path: PathLike, *, checkpointable_name: str | None = None, missing_ok: bool = False
+    path: files.PathLike, *, checkpointable_name: str | None = None, missing_ok: bool = False
 ) -> AsyncResponse[bool]:
     """Deletes in the background; arguments and errors as :func:`delete`.
 

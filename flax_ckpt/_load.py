@@ -31,10 +31,9 @@ from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.pytree import PyTreeHandler
 from flax_ckpt.handlers.saved_tree import SavedTree
 from flax_ckpt.storage import deletion, kinds
-from flax_ckpt.storage.files import local_path
+from flax_ckpt.storage.files import PathLike, local_path
 from flax_ckpt.storage.record import Record
 
-PathLike = str | os.PathLike[str]
 logger = logging.getLogger("flax_ckpt")
 T = TypeVar("T")
 _jax: Any = jax  # which says nothing about the types of its trees

@@ -36,8 +36,6 @@ from flax_ckpt.handlers.registry import Handler
 from flax_ckpt.storage import files, hosts
 from flax_ckpt.storage.commit import DeferredPath, Staging
 
-PathLike = str | os.PathLike[str]
-
 
 class _Turn:
     """The place of a save among those to one path, which come one after another."""
@@ -61,7 +59,7 @@ _async.forget_in_child(_lock, _in_flight.clear)
 
 
 def save_async(
-    path: PathLike,
+    path: files.PathLike,
     state: Any,
     *,
     checkpointable_name: str = names.STATE,
@@ -105,7 +103,7 @@ def save(*args: Any, **named: Any) -> None:
 
 
 def save_checkpointables_async(
-    path: PathLike,
+    path: files.PathLike,
     checkpointables: Mapping[str, Any],
     *,
     overwrite: bool = False,
@@ -133,7 +131,7 @@ def save_checkpointables(*args: Any, **named: Any) -> None:
 
 
 def start(
-    path: PathLike,
+    path: files.PathLike,
     checkpointables: Mapping[str, Any],
     context: Context,
     overwrite: bool = False,
@@ -191,11 +189,8 @@ def start(
             root = checkpoint.RootMetadata(types, started, custom_metadata=custom)
             work = _Save(target, staging, together, root)
             _async.run(work.take(handlers, checkpointables))
-            return AsyncResponse(
-                lambda: work.finish(turn, cancelled) or result,
-                f"checkpoint {target}",
-                then=[] if after is None else [lambda _: after()],
-            )
+            what = f"checkpoint {target}"
+            return AsyncResponse(lambda: work.finish(turn, cancelled) or result, what, then=after)
     except BaseException:
         with _lock:
             if before is not None and _in_flight.get(place) is turn:

@@ -72,11 +72,11 @@ class Context:
     def __enter__(self) -> Context:
         for group in vars(self).values():
             options.freeze(group, +1)
-        _ACTIVE.set((*_ACTIVE.get(), self))
+        _active.set((*_active.get(), self))
         return self
 
     def __exit__(self, *error: object) -> None:
-        _ACTIVE.set(_ACTIVE.get()[:-1])
+        _active.set(_active.get()[:-1])
         for group in vars(self).values():
             options.freeze(group, -1)
 
@@ -85,20 +85,20 @@ _GROUPS: Final[dict[str, Any]] = get_type_hints(Context)
 
 # The stack of active contexts of this thread and task. Tasks inherit it; a new thread begins with
 # the defaults, which nobody gets to change them.
-_ACTIVE: contextvars.ContextVar[tuple[Context, ...]]
-_ACTIVE = contextvars.ContextVar("flax_ckpt_contexts", default=(Context(),))
+_active: contextvars.ContextVar[tuple[Context, ...]]
+_active = contextvars.ContextVar("flax_ckpt_contexts", default=(Context(),))
 
 
 def resolve(context: Context | None = None) -> Context:
     """The context to use: the one given, else the active one, else the defaults."""
-    return _ACTIVE.get()[-1] if context is None else context
+    return _active.get()[-1] if context is None else context
 
 
 @contextlib.contextmanager
 def applied(context: Context) -> Generator[None]:
     """Within it `resolve` gives this context; unlike in the user's own `with`, nothing freezes."""
-    before = _ACTIVE.set((*_ACTIVE.get(), context))
+    before = _active.set((*_active.get(), context))
     try:
         yield
     finally:
-        _ACTIVE.reset(before)
+        _active.reset(before)

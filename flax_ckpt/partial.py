@@ -20,12 +20,11 @@ from flax_ckpt.errors import CheckpointNotFoundError
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers.parts import Session, merge
 from flax_ckpt.storage import hosts
-from flax_ckpt.storage.files import local_path
+from flax_ckpt.storage.files import PathLike, local_path
 from flax_ckpt.storage.record import Record
 
 __all__ = ["finalize", "save", "save_async"]
 
-PathLike = str | os.PathLike[str]
 
 _responses: dict[str, list[AsyncResponse[None]]] = {}  # by target: those finalize waits for
 

@@ -75,13 +75,10 @@ class Checkpointer:
         lightweight_initialize: bool = False,
     ) -> None:
         self._context = resolve(context)
-        self._saver = Saver(
-            directory,
-            self._context,
-            save_decision_policy or deciding.AS_OFTEN_AS_POSSIBLE,
-            preservation_policy or preserving.PreserveAll(),
-            step_name_format or name_formats.standard_name_format(),
-        )
+        when = save_decision_policy or deciding.AS_OFTEN_AS_POSSIBLE
+        keep = preservation_policy or preserving.PreserveAll()
+        names_of = step_name_format or name_formats.standard_name_format()
+        self._saver = Saver(directory, self._context, when, keep, names_of)
         self._root = self._saver.directory
         if self._saver.hosts.is_primary:
             files.make_directory(self._root)

@@ -49,6 +49,7 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
     """
 
     step: int
+    _shown = ("step", "path", "metadata", "time", "custom_metadata", "metrics")
 
     def __init__(
         self,
@@ -89,12 +90,6 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
         if self.commit_timestamp is not None:
             return self.commit_timestamp
         return datetime.datetime.fromtimestamp(os.stat(self.path).st_mtime, tz=datetime.UTC)
-
-    def __repr__(self) -> str:
-        return (
-            f"CheckpointMetadata(step={self.step}, path={self.path}, metadata={self.metadata},"
-            f" time={self.time}, custom_metadata={self.custom_metadata}, metrics={self.metrics})"
-        )
 
 
 def listed(step: int, path: epath.Path) -> CheckpointMetadata[None]:
@@ -137,7 +132,6 @@ def number(name: str, value: Any) -> Any:
     return (array.astype(np.float64) if kind == "float" else array).tolist()
 
 
-@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RootMetadata:
     """Metadata of a whole run.

@@ -14,8 +14,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from flax_ckpt.storage.files import PathLike
 from flax_ckpt.training.metadata import CheckpointMetadata
-from flax_ckpt.training.steps import PathLike, StandardNameFormat, require_at_least
+from flax_ckpt.training.steps import StandardNameFormat, require_at_least
 
 M_co = TypeVar("M_co", covariant=True, bound=CheckpointMetadata[Any])
 

@@ -153,10 +153,8 @@ class EveryNSteps:
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        if self.exact_interval:
-            kept = [step % self.interval_steps == 0 for step in steps]
-        else:
-            kept = _spaced(steps, self.interval_steps)
+        exact = [step % self.interval_steps == 0 for step in steps]
+        kept = exact if self.exact_interval else _spaced(steps, self.interval_steps)
         return _latest(kept, self.max_to_keep)
 
 
@@ -180,13 +178,13 @@ class EveryNStepsClosest:
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
-        closest: dict[int, tuple[int, int]] = {}  # by multiple: how far, and which
-        for i, checkpoint in enumerate(checkpoints):
-            multiple = round(checkpoint.step / self.interval_steps)
-            far = abs(checkpoint.step - multiple * self.interval_steps)
-            if multiple not in closest or far <= closest[multiple][0]:
-                closest[multiple] = far, i
-        kept = {i for _, i in closest.values()} | {len(checkpoints) - 1}
+        multiples = [round(checkpoint.step / self.interval_steps) for checkpoint in checkpoints]
+
+        def far(i: int) -> tuple[int, int]:  # of two that are as far, the later
+            return abs(checkpoints[i].step - multiples[i] * self.interval_steps), -i
+
+        groups = itertools.groupby(range(len(checkpoints)), key=multiples.__getitem__)
+        kept = {min(group, key=far) for _, group in groups} | {len(checkpoints) - 1}
         return _latest([i in kept for i in range(len(checkpoints))], self.max_to_keep)
 
 
