@@ -11,16 +11,18 @@ import atexit
 import concurrent.futures
 import contextlib
 import contextvars
+import inspect
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 
 _jax: Any = jax  # which says nothing about the types of its settings
+P = ParamSpec("P")
 T = TypeVar("T")
 
 logger = logging.getLogger("flax_ckpt")
@@ -37,7 +39,7 @@ class AsyncResponse(Generic[T]):
         what: names the work in error messages, e.g. `checkpoint /ckpt/100`.
         verb: what it does to it, for messages at the end of the process.
         reported: whether a failure that nobody asks for fails the process at its end.
-        then: called with the result, in the same thread; see `on_complete`.
+        then: called after success, in the same thread, before what `on_complete` is given.
 
     Attributes:
         completed: whether the work itself has ended well, whatever becomes of what follows it.
@@ -52,16 +54,15 @@ class AsyncResponse(Generic[T]):
         *,
         verb: str = "saved",
         reported: bool = True,
-        then: Sequence[Callable[[T], None]] = (),
+        then: Callable[[], None] | None = None,
     ) -> None:
-        self._work = contextvars.copy_context()
         self.what = what
         self.verb = verb
         self._value: T | None = None
         self.error: BaseException | None = None
         self.completed = self.told = False
         self.ended = threading.Event()
-        self._callbacks: list[Callable[[T], None]] = list(then)
+        self._callbacks: list[Callable[[T], None]] = [lambda _: then()] if then else []
         if reported:
             with _lock:
                 _unsurfaced.add(self)
@@ -69,9 +70,8 @@ class AsyncResponse(Generic[T]):
         # Its work begins when `start` has returned: else the caller would wait up to 5 ms for the
         # GIL, and one that was interrupted there would not know that the work goes on.
         self._decided, self._begun = threading.Event(), False
-        thread = threading.Thread(
-            target=self._work.run, args=(self._run, work), name=f"flax_ckpt {what}"
-        )
+        name, within = f"flax_ckpt {what}", contextvars.copy_context().run
+        thread = threading.Thread(target=within, args=(self._run, work), name=name)
         try:
             thread.start()
             self._begun = True
@@ -92,7 +92,7 @@ class AsyncResponse(Generic[T]):
                 with _lock:
                     if not self._callbacks:
                         _unsurfaced.discard(self)
-                        self._work = None
+                        self.ended.set()
                         return
                     callback = self._callbacks.pop(0)
                 callback(self._value)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ class AsyncResponse(Generic[T]):
     def on_complete(self, callback: Callable[[T], None]) -> None:
         """Calls `callback` with the result after success, at once if it is there already."""
         with _lock:
-            if self._work is not None and self.error is None:
+            if not self.ended.is_set():
                 self._callbacks.append(callback)
                 return
         if self.error is None:
@@ -136,6 +136,18 @@ class AsyncResponse(Generic[T]):
     def __repr__(self) -> str:
         state = "running" if not self.done() else "failed" if self.error else "done"
         return f"<AsyncResponse {self.what}: {state}>"
+
+
+def parameters_of(other: Callable[P, object]) -> Callable[[Callable[..., T]], Callable[P, T]]:
+    """Gives a function that hands all its arguments on to another the parameters of that one."""
+
+    def decorate(function: Callable[..., T]) -> Callable[P, T]:
+        shown: Any = function
+        returned = inspect.signature(function).return_annotation
+        shown.__signature__ = inspect.signature(other).replace(return_annotation=returned)
+        return shown
+
+    return decorate
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -149,11 +161,8 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def _drive(coroutine: Coroutine[Any, Any, T]) -> T:
     """As `asyncio.run`, but the event loop that the caller has set stays the one that is set."""
-    loop = asyncio.new_event_loop()
-    try:
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
         return loop.run_until_complete(coroutine)
-    finally:
-        loop.close()
 
 
 def with_settings(work: Callable[[], T]) -> Callable[[], T]:

@@ -7,7 +7,7 @@ fc.delete("/ckpt/200", checkpointable_name="opt_state")
 import os
 from typing import Any
 
-from flax_ckpt._async import AsyncResponse
+from flax_ckpt._async import AsyncResponse, parameters_of
 from flax_ckpt.context import resolve
 from flax_ckpt.errors import CheckpointNotFoundError, DeletionRecoveryError, InvalidLayoutError
 from flax_ckpt.format import jsons, names
@@ -15,12 +15,36 @@ from flax_ckpt.format.checkpoint import DeletionRecord
 from flax_ckpt.storage import commit, deletion, files, hosts, kinds
 from flax_ckpt.storage.record import Record
 
-PathLike = str | os.PathLike[str]
+
+def delete_async(
+    path: files.PathLike, *, checkpointable_name: str | None = None, missing_ok: bool = False
+) -> AsyncResponse[bool]:
+    """Deletes in the background; arguments and errors as :func:`delete`.
+
+    What can be refused is refused at once; when it returns, a checkpointable is hidden already.
+    """
+    target, name, context = files.local_path(path), checkpointable_name, resolve()
+    together = hosts.current(context.multiprocessing, context.asynchronous, f"{target} delete")
+    there = _is_there(target, name, missing_ok)
+    record = _record(target, name) if there and name is not None else None
+    together.barrier("looked")
+    if together.is_primary and record and not deletion.read(target):
+        deletion.begin(target, record)
+    together.barrier("published")
+
+    def work() -> bool:
+        if together.is_primary and record is not None:
+            deletion.finish(target, record)
+        elif together.is_primary and there:
+            commit.remove(target)
+        together.barrier("deleted")
+        return there
+
+    return AsyncResponse(work, f"checkpoint {target}", verb="deleted")
 
 
-def delete(
-    path: PathLike, *, checkpointable_name: str | None = None, missing_ok: bool = False
-) -> bool:
+@parameters_of(delete_async)
+def delete(*args: Any, **named: Any) -> bool:
     """Deletes a checkpoint, or one of its checkpointables.
 
     A whole checkpoint leaves its name before its first byte goes. While one checkpointable goes,
@@ -52,36 +76,7 @@ def delete(
     >>> fc.delete(path), fc.delete(path, missing_ok=True)
     (True, False)
     """
-    return delete_async(
-        path, checkpointable_name=checkpointable_name, missing_ok=missing_ok
-    ).result()
-
-
-def delete_async(
-    path: PathLike, *, checkpointable_name: str | None = None, missing_ok: bool = False
-) -> AsyncResponse[bool]:
-    """Deletes in the background; arguments and errors as :func:`delete`.
-
-    What can be refused is refused at once; when it returns, a checkpointable is hidden already.
-    """
-    target, name, context = files.local_path(path), checkpointable_name, resolve()
-    together = hosts.current(context.multiprocessing, context.asynchronous, f"{target} delete")
-    there = _is_there(target, name, missing_ok)
-    record = _record(target, name) if there and name is not None else None
-    together.barrier("looked")
-    if together.is_primary and record and not deletion.read(target):
-        deletion.begin(target, record)
-    together.barrier("published")
-
-    def work() -> bool:
-        if together.is_primary and record is not None:
-            deletion.finish(target, record)
-        elif together.is_primary and there:
-            commit.remove(target)
-        together.barrier("deleted")
-        return there
-
-    return AsyncResponse(work, f"checkpoint {target}", verb="deleted")
+    return delete_async(*args, **named).result()
 
 
 def _is_there(target: str, name: str | None, missing_ok: bool) -> bool:

@@ -31,10 +31,9 @@ from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.pytree import PyTreeHandler
 from flax_ckpt.handlers.saved_tree import SavedTree
 from flax_ckpt.storage import deletion, kinds
-from flax_ckpt.storage.files import local_path
+from flax_ckpt.storage.files import PathLike, local_path
 from flax_ckpt.storage.record import Record
 
-PathLike = str | os.PathLike[str]
 logger = logging.getLogger("flax_ckpt")
 T = TypeVar("T")
 _jax: Any = jax  # which says nothing about the types of its trees
@@ -77,7 +76,7 @@ def load(
     def read() -> Any:
         layout = Layout.of(path)
         name = layout.tree_name(checkpointable_name)
-        return _async.run(_load_items(layout, {name: abstract}, resolve()))[name]
+        return _async.run(_load_items(layout, {name: abstract}))[name]
 
     return steadily(path, read)
 
@@ -153,8 +152,7 @@ def metadata(
     def read() -> CheckpointMetadata[Any]:
         layout = Layout.of(path)
         name = layout.tree_name(checkpointable_name)
-        found = _async.run(_describe(layout, [name], resolve()))
-        return layout.wrap(found[name])
+        return layout.wrap(_async.run(_describe(layout, [name]))[name])
 
     return steadily(path, read)
 
@@ -165,7 +163,7 @@ def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any
     def read() -> CheckpointMetadata[dict[str, Any]]:
         layout = Layout.of(path)
         wanted = [name for name in layout.items if name != names.METRICS]
-        return layout.wrap(_async.run(_describe(layout, wanted, resolve())))
+        return layout.wrap(_async.run(_describe(layout, wanted)))
 
     return steadily(path, read)
 
@@ -210,13 +208,11 @@ def load_layout(layout: Layout, abstract: Any, context: Context) -> dict[str, An
         )
     if wanted is None:
         if layout.deleting:
-            logger.warning(
-                "%s: the checkpointable %r is left out, as its deletion was not finished",
-                layout.path,
-                layout.deleting,
-            )
+            text = "%s: the checkpointable %r is left out, as its deletion was not finished"
+            logger.warning(text, layout.path, layout.deleting)
         wanted = {name: None for name in layout.items if name != names.METRICS}
-    return _async.run(_load_items(layout, wanted, context))
+    with applied(context):
+        return _async.run(_load_items(layout, wanted))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,8 +253,8 @@ class Layout:
         found = {entry.name: entry.path for entry in os.scandir(here) if kinds.is_item(entry)}
         if data is None and not any(map(kinds.is_item_tree, found.values())):
             raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
-        damaged = [n for n in root.item_handlers if record.listed(f"{n}/") and n not in found]
-        items = found | {name: os.path.join(here, name) for name in damaged}
+        saved = {n: os.path.join(here, n) for n in root.item_handlers if record.listed(f"{n}/")}
+        items = saved | found
         deleting = _being_deleted(here)
         items.pop(deleting or "", None)
         return cls(here, dict(sorted(items.items())), root, deleting)
@@ -266,8 +262,7 @@ class Layout:
     @property
     def trees(self) -> list[str]:
         """The checkpointables that are PyTrees."""
-        found = self.items.items()
-        return [name for name, path in found if Record(path).lists(names.TREE_METADATA)]
+        return [n for n, path in self.items.items() if Record(path).lists(names.TREE_METADATA)]
 
     @property
     def is_flat(self) -> bool:
@@ -312,13 +307,9 @@ class Layout:
 
     def wrap(self, found: Any) -> CheckpointMetadata[Any]:
         """Metadata of this checkpoint around `found`."""
-        return CheckpointMetadata(
-            resolve().file.path_class(self.path),
-            metadata=found,
-            init_timestamp_nsecs=self.root.init_timestamp_nsecs,
-            commit_timestamp_nsecs=self.root.commit_timestamp_nsecs,
-            custom_metadata=self.root.custom_metadata,
-        )
+        path, said = resolve().file.path_class(self.path), dict(vars(self.root))
+        del said["item_handlers"]
+        return CheckpointMetadata(path, metadata=found, **said)
 
 
 def _being_deleted(path: str) -> str | None:
@@ -340,8 +331,8 @@ def _unwrapped(abstract: Any) -> Any:
     return abstract
 
 
-def _handler(layout: Layout, name: str, abstract: Any, context: Context) -> Any:
-    registry = context.checkpointables.registry or handler_registry.global_registry()
+def _handler(layout: Layout, name: str, abstract: Any) -> Any:
+    registry = resolve().checkpointables.registry or handler_registry.global_registry()
     is_tree = kinds.holds_tree(os.fspath(layout.item(name)))
     types = layout.root.item_handlers
     recorded = types if isinstance(types, str) else types.get(name)
@@ -359,23 +350,17 @@ def open_tree(layout: Layout, name: str, context: Context) -> SavedTree:
     return SavedTree(layout.items[name])
 
 
-async def _load_items(
-    layout: Layout, wanted: Mapping[str, Any], context: Context
-) -> dict[str, Any]:
-    with applied(context):
-        handlers = {name: _handler(layout, name, a, context) for name, a in wanted.items()}
-        for name, handler in handlers.items():
-            if not isinstance(handler, PyTreeHandler):  # reads part of a tree, and checks that
-                Record(os.fspath(layout.item(name))).check_all()
-        return {
-            name: await (await handler.load(layout.item(name), wanted[name]))
-            for name, handler in handlers.items()
-        }
+async def _load_items(layout: Layout, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    handlers = {name: _handler(layout, name, abstract) for name, abstract in wanted.items()}
+    for name, handler in handlers.items():
+        if not isinstance(handler, PyTreeHandler):  # reads part of a tree, and checks that
+            Record(os.fspath(layout.item(name))).check_all()
+    return {
+        name: await (await handler.load(layout.item(name), wanted[name]))
+        for name, handler in handlers.items()
+    }
 
 
-async def _describe(layout: Layout, wanted: list[str], context: Context) -> dict[str, Any]:
-    with applied(context):
-        return {
-            name: await _handler(layout, name, None, context).metadata(layout.item(name))
-            for name in wanted
-        }
+async def _describe(layout: Layout, wanted: list[str]) -> dict[str, Any]:
+    handlers = {name: _handler(layout, name, None) for name in wanted}
+    return {name: await h.metadata(layout.item(name)) for name, h in handlers.items()}

@@ -3,7 +3,7 @@
 import datetime
 import functools
 import os
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from etils import epath
 
@@ -30,6 +30,7 @@ class CheckpointMetadata(Generic[T]):
 
     path: epath.Path
     metadata: T
+    _shown: ClassVar = ("path", "metadata", "commit_timestamp", "custom_metadata")
 
     def __init__(
         self,
@@ -82,13 +83,9 @@ class CheckpointMetadata(Generic[T]):
         return _datetime(self.commit_timestamp_nsecs)
 
     def __repr__(self) -> str:
-        return (
-            f"CheckpointMetadata(path={self.path}, metadata={self.metadata},"
-            f" commit_timestamp={self.commit_timestamp}, custom_metadata={self.custom_metadata})"
-        )
+        shown = ", ".join(f"{name}={getattr(self, name)}" for name in self._shown)
+        return f"CheckpointMetadata({shown})"
 
 
 def _datetime(nsecs: int | None) -> datetime.datetime | None:
-    if nsecs is None:
-        return None
-    return datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
+    return None if nsecs is None else datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)

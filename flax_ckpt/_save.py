@@ -25,7 +25,7 @@ from typing import Any
 from etils import epath
 
 from flax_ckpt import _async
-from flax_ckpt._async import AsyncResponse
+from flax_ckpt._async import AsyncResponse, parameters_of
 from flax_ckpt.context import Context, applied, resolve
 from flax_ckpt.errors import CheckpointExistsError, NotHandleableError, SaveCancelledError
 from flax_ckpt.format import checkpoint, jsons, names
@@ -35,8 +35,6 @@ from flax_ckpt.handlers.pytree import PyTreeHandler
 from flax_ckpt.handlers.registry import Handler
 from flax_ckpt.storage import files, hosts
 from flax_ckpt.storage.commit import DeferredPath, Staging
-
-PathLike = str | os.PathLike[str]
 
 
 class _Turn:
@@ -60,14 +58,26 @@ _lock = Lock()
 _async.forget_in_child(_lock, _in_flight.clear)
 
 
-def save(
-    path: PathLike,
+def save_async(
+    path: files.PathLike,
     state: Any,
     *,
     checkpointable_name: str = names.STATE,
     overwrite: bool = False,
     custom_metadata: dict[str, Any] | None = None,
-) -> None:
+) -> AsyncResponse[None]:
+    """Saves one PyTree in the background; arguments and errors as :func:`save`.
+
+    When it returns, the arrays may be donated, deleted or overwritten, but for NumPy memory that a
+    JAX array was made of without a copy: JAX counts on it. A failure of the rest is
+    raised by `result()` of what is returned, or reported when the process ends.
+    """
+    tree = {checkpointable_name: state}
+    return start(path, tree, resolve(), overwrite, custom_metadata, trees=tree)
+
+
+@parameters_of(save_async)
+def save(*args: Any, **named: Any) -> None:
     """Saves one PyTree.
 
     Args:
@@ -89,35 +99,22 @@ def save(
     >>> fc.load(path)
     {'step': 7, 'w': array([1., 1., 1.])}
     """
-    tree = {checkpointable_name: state}
-    start(path, tree, resolve(), overwrite, custom_metadata, trees=tree).result()
+    save_async(*args, **named).result()
 
 
-def save_async(
-    path: PathLike,
-    state: Any,
-    *,
-    checkpointable_name: str = names.STATE,
-    overwrite: bool = False,
-    custom_metadata: dict[str, Any] | None = None,
-) -> AsyncResponse[None]:
-    """Saves one PyTree in the background; arguments and errors as :func:`save`.
-
-    When it returns, the arrays may be donated, deleted or overwritten, but for NumPy memory that a
-    JAX array was made of without a copy: JAX counts on it. A failure of the rest is
-    raised by `result()` of what is returned, or reported when the process ends.
-    """
-    tree = {checkpointable_name: state}
-    return start(path, tree, resolve(), overwrite, custom_metadata, trees=tree)
-
-
-def save_checkpointables(
-    path: PathLike,
+def save_checkpointables_async(
+    path: files.PathLike,
     checkpointables: Mapping[str, Any],
     *,
     overwrite: bool = False,
     custom_metadata: dict[str, Any] | None = None,
-) -> None:
+) -> AsyncResponse[None]:
+    """Saves several checkpointables in the background; see :func:`save_checkpointables`."""
+    return start(path, checkpointables, resolve(), overwrite, custom_metadata)
+
+
+@parameters_of(save_checkpointables_async)
+def save_checkpointables(*args: Any, **named: Any) -> None:
     """Saves several checkpointables in one checkpoint, each in a sub-directory of its name.
 
     Args:
@@ -130,22 +127,11 @@ def save_checkpointables(
         NoEntryError: no handler accepts a value.
         CheckpointExistsError, UnsupportedLeafError, DuplicateNameError, OSError: as :func:`save`.
     """
-    start(path, checkpointables, resolve(), overwrite, custom_metadata).result()
-
-
-def save_checkpointables_async(
-    path: PathLike,
-    checkpointables: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-    custom_metadata: dict[str, Any] | None = None,
-) -> AsyncResponse[None]:
-    """Saves several checkpointables in the background; see :func:`save_checkpointables`."""
-    return start(path, checkpointables, resolve(), overwrite, custom_metadata)
+    save_checkpointables_async(*args, **named).result()
 
 
 def start(
-    path: PathLike,
+    path: files.PathLike,
     checkpointables: Mapping[str, Any],
     context: Context,
     overwrite: bool = False,
@@ -203,11 +189,8 @@ def start(
             root = checkpoint.RootMetadata(types, started, custom_metadata=custom)
             work = _Save(target, staging, together, root)
             _async.run(work.take(handlers, checkpointables))
-            return AsyncResponse(
-                lambda: work.finish(turn, cancelled) or result,
-                f"checkpoint {target}",
-                then=[] if after is None else [lambda _: after()],
-            )
+            what = f"checkpoint {target}"
+            return AsyncResponse(lambda: work.finish(turn, cancelled) or result, what, then=after)
     except BaseException:
         with _lock:
             if before is not None and _in_flight.get(place) is turn:

@@ -12,16 +12,8 @@ from jax.sharding import Sharding
 
 from flax_ckpt.leaves.array import is_key
 
-__all__ = [
-    "AbstractArray",
-    "AbstractScalar",
-    "AbstractShardedArray",
-    "ArrayLike",
-    "DType",
-    "Scalar",
-    "Shape",
-    "to_shape_dtype_struct",
-]
+__all__ = ["ArrayLike", "DType", "Scalar", "Shape", "to_shape_dtype_struct"]
+__all__ += ["AbstractArray", "AbstractScalar", "AbstractShardedArray"]
 
 Shape: TypeAlias = tuple[int, ...]
 DType: TypeAlias = np.dtype[Any]

@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Generator
 from typing import Any, Final, final, get_type_hints
 
 from flax_ckpt import options
 
-# The stack of active contexts of this thread and task. Tasks inherit it; a new thread begins with
-# the defaults.
-_ACTIVE: contextvars.ContextVar[tuple[Context, ...]] = contextvars.ContextVar(
-    "flax_ckpt_contexts", default=()
-)
-
 
 @final
+@dataclasses.dataclass(init=False, eq=False)
 class Context:
     """A set of options, mutable until it is entered and while it is active frozen.
 
@@ -76,36 +72,33 @@ class Context:
     def __enter__(self) -> Context:
         for group in vars(self).values():
             options.freeze(group, +1)
-        _ACTIVE.set((*_ACTIVE.get(), self))
+        _active.set((*_active.get(), self))
         return self
 
     def __exit__(self, *error: object) -> None:
-        _ACTIVE.set(_ACTIVE.get()[:-1])
+        _active.set(_active.get()[:-1])
         for group in vars(self).values():
             options.freeze(group, -1)
 
-    def __repr__(self) -> str:
-        groups = ", ".join(f"{name}={group!r}" for name, group in vars(self).items())
-        return f"Context({groups})"
-
 
 _GROUPS: Final[dict[str, Any]] = get_type_hints(Context)
-_DEFAULT: Final = Context()  # nobody gets it to change it
+
+# The stack of active contexts of this thread and task. Tasks inherit it; a new thread begins with
+# the defaults, which nobody gets to change them.
+_active: contextvars.ContextVar[tuple[Context, ...]]
+_active = contextvars.ContextVar("flax_ckpt_contexts", default=(Context(),))
 
 
 def resolve(context: Context | None = None) -> Context:
     """The context to use: the one given, else the active one, else the defaults."""
-    if context is not None:
-        return context
-    active = _ACTIVE.get()
-    return active[-1] if active else _DEFAULT
+    return _active.get()[-1] if context is None else context
 
 
 @contextlib.contextmanager
 def applied(context: Context) -> Generator[None]:
     """Within it `resolve` gives this context; unlike in the user's own `with`, nothing freezes."""
-    before = _ACTIVE.set((*_ACTIVE.get(), context))
+    before = _active.set((*_active.get(), context))
     try:
         yield
     finally:
-        _ACTIVE.reset(before)
+        _active.reset(before)

@@ -20,12 +20,11 @@ from flax_ckpt.errors import CheckpointNotFoundError
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers.parts import Session, merge
 from flax_ckpt.storage import hosts
-from flax_ckpt.storage.files import local_path
+from flax_ckpt.storage.files import PathLike, local_path
 from flax_ckpt.storage.record import Record
 
 __all__ = ["finalize", "save", "save_async"]
 
-PathLike = str | os.PathLike[str]
 
 _responses: dict[str, list[AsyncResponse[None]]] = {}  # by target: those finalize waits for
 
@@ -136,9 +135,6 @@ def _put_together(root: str, parts: Sequence[str], target: str) -> None:
 
 def _merged(first: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
     """Nested dicts merged; where both have a value, that of `then`."""
-    merged = dict(first)
-    for key, value in then.items():
-        before: Any = first.get(key)
-        both = jsons.is_object(before) and jsons.is_object(value)
-        merged[key] = _merged(before, value) if both else value
-    return merged
+    both = first.keys() & then.keys()
+    nested = {key for key in both if jsons.is_object(first[key]) and jsons.is_object(then[key])}
+    return first | then | {key: _merged(first[key], then[key]) for key in nested}

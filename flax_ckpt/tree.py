@@ -5,7 +5,7 @@ merged = fc.tree.merge({"params": params}, {"step": 7})
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -15,16 +15,8 @@ from flax_ckpt.arrays import AbstractArray, AbstractScalar, AbstractShardedArray
 from flax_ckpt.errors import TreeMismatchError
 from flax_ckpt.handlers import keypaths
 
-__all__ = [
-    "AbstractLeaf",
-    "JsonType",
-    "Leaf",
-    "PyTree",
-    "PyTreeKey",
-    "PyTreeKeyPath",
-    "PyTreeOf",
-    "merge",
-]
+__all__ = ["AbstractLeaf", "JsonType", "Leaf", "merge"]
+__all__ += ["PyTree", "PyTreeKey", "PyTreeKeyPath", "PyTreeOf"]
 
 T = TypeVar("T")
 
@@ -33,20 +25,12 @@ AbstractLeaf: TypeAlias = AbstractArray | AbstractShardedArray | AbstractScalar 
 JsonType: TypeAlias = list["JsonValue"] | dict[str, "JsonValue"]
 JsonValue: TypeAlias = str | int | float | bool | JsonType | None
 
-if TYPE_CHECKING:  # any object is a tree, and jaxlib says nothing about the types of its keys
-    PyTreeOf: TypeAlias = list[T] | Any
-    PyTree: TypeAlias = Any
+PyTree: TypeAlias = Any  # nested containers with any leaves; a leaf alone is one, too
+PyTreeOf: TypeAlias = list[T] | Any  # with leaves of type `T`
+if TYPE_CHECKING:  # jaxlib says nothing about the types of its keys
     PyTreeKey: TypeAlias = Any
 else:
     PyTreeKey = SequenceKey | DictKey | GetAttrKey | FlattenedIndexKey
-
-    class PyTreeOf(Generic[T]):
-        """A tree of nested containers with leaves of type `T`."""
-
-    class PyTree:
-        """A tree of nested containers with any leaves."""
-
-
 PyTreeKeyPath: TypeAlias = tuple[PyTreeKey, ...]
 
 

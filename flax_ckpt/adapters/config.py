@@ -24,6 +24,7 @@ from flax_ckpt.format.config_pb import Entry, RunConfig
 # Each level is two nested messages, and protobuf's own limit for a binary message is 100.
 _MAX_DEPTH: Final = 40
 _CONTAINERS: Final = frozenset({"list", "tuple", "dict", "config"})
+_New = Callable[..., Any] | None  # makes an empty ConfigDict, or says that dicts stay dicts
 
 
 class _Name(str):
@@ -54,9 +55,7 @@ def to_message(config: object) -> Message:
         problems = [f"a {type(config).__name__} is no ConfigDict, dict, dataclass or message"]
     if problems:
         raise ConfigError("\n  ".join(["this config cannot be saved:", *problems]))
-    message = RunConfig()
-    message.item.extend(getattr(root, kind).item)
-    return message
+    return RunConfig(item=getattr(root, kind).item)
 
 
 def add_provenance(message: Message, provenance: Mapping[str, Any]) -> Message:
@@ -111,9 +110,8 @@ def diff(saved: Message, current: Message) -> list[str]:
         was, now = (protos.message_to_text(message).split("\n") for message in (saved, current))
         lines = difflib.unified_diff(was, now, n=0, lineterm="")
         return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
-    old, new = (
-        dict(_leaves(_read_items(message.item, "", None), "")) for message in (saved, current)
-    )
+    configs = (_read_items(message.item, "", None) for message in (saved, current))
+    old, new = (dict(_leaves(config, "")) for config in configs)
     changes: list[str] = []
     for path in old | new:
         if path not in new:
@@ -185,9 +183,7 @@ def _stored(value: Any) -> tuple[str, Any]:
     raise TypeError(f"cannot save a {cls.__name__}; store a name, a number or a list instead")
 
 
-def _read_items(
-    items: Iterable[Entry], path: str, new: Callable[..., Any] | None, *, inside: bool = True
-) -> Any:
+def _read_items(items: Iterable[Entry], path: str, new: _New, *, inside: bool = True) -> Any:
     """Reads a dict: into a `new` ConfigDict, if given, but one that is not `inside` of a list."""
     read: Any = {}
     if new and inside:
@@ -198,7 +194,7 @@ def _read_items(
     return read
 
 
-def _read(entry: Entry, path: str, new: Callable[..., Any] | None, inside: bool) -> object:
+def _read(entry: Entry, path: str, new: _New, inside: bool) -> object:
     kind = entry.WhichOneof("kind")
     if kind is None:
         raise ConfigError(f"{path}: no value; was it written by a newer flax_ckpt?")

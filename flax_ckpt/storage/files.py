@@ -14,8 +14,10 @@ from flax_ckpt.format import names
 if sys.platform == "darwin":
     import fcntl
 
+PathLike = str | os.PathLike[str]
 
-def local_path(path: str | os.PathLike[str]) -> str:
+
+def local_path(path: PathLike) -> str:
     """The absolute path on a local or mounted file system, without a trailing slash.
 
     Raises:

@@ -8,13 +8,13 @@ with fc.training.Checkpointer(root, save_decision_policy=every_1000) as checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, final
 
 from etils import epath
 
 from flax_ckpt import _load
-from flax_ckpt._async import AsyncResponse
+from flax_ckpt._async import AsyncResponse, parameters_of
 from flax_ckpt.context import Context, applied, resolve
 from flax_ckpt.errors import SaveFailedError, StepNotFoundError
 from flax_ckpt.format import names
@@ -26,6 +26,7 @@ from flax_ckpt.training.metadata import CheckpointMetadata, RootMetadata
 from flax_ckpt.training.name_formats import NameFormat, PathLike
 from flax_ckpt.training.saver import Saver, step_number
 
+T = TypeVar("T")
 Step = int | CheckpointMetadata[Any]
 
 
@@ -74,13 +75,10 @@ class Checkpointer:
         lightweight_initialize: bool = False,
     ) -> None:
         self._context = resolve(context)
-        self._saver = Saver(
-            directory,
-            self._context,
-            save_decision_policy or deciding.AS_OFTEN_AS_POSSIBLE,
-            preservation_policy or preserving.PreserveAll(),
-            step_name_format or name_formats.standard_name_format(),
-        )
+        when = save_decision_policy or deciding.AS_OFTEN_AS_POSSIBLE
+        keep = preservation_policy or preserving.PreserveAll()
+        names_of = step_name_format or name_formats.standard_name_format()
+        self._saver = Saver(directory, self._context, when, keep, names_of)
         self._root = self._saver.directory
         if self._saver.hosts.is_primary:
             files.make_directory(self._root)
@@ -113,7 +111,7 @@ class Checkpointer:
         self._saver.notice()
         return self._saver.is_due(step_number(step))
 
-    def save(
+    def save_async(
         self,
         step: int,
         state: Any,
@@ -123,7 +121,13 @@ class Checkpointer:
         overwrite: bool = False,
         metrics: dict[str, Any] | None = None,
         custom_metadata: dict[str, Any] | None = None,
-    ) -> bool:
+    ) -> AsyncResponse[bool] | None:
+        """Saves one PyTree in the background; None if the policy says no. See :meth:`save`."""
+        parts = {checkpointable_name: state}
+        return self._saver.save(step, parts, parts, force, overwrite, metrics, custom_metadata)
+
+    @parameters_of(save_async)
+    def save(self, *args: Any, **named: Any) -> bool:
         """Saves one PyTree as a step, if the policy says so.
 
         Args:
@@ -144,39 +148,7 @@ class Checkpointer:
             SaveFailedError: an earlier save failed in the background.
             UnsupportedLeafError, DuplicateNameError, OSError: as :func:`flax_ckpt.save`.
         """
-        parts = {checkpointable_name: state}
-        save = self._saver.save
-        response = save(step, parts, parts, force, overwrite, metrics, custom_metadata)
-        return response is not None and response.result()
-
-    def save_async(
-        self,
-        step: int,
-        state: Any,
-        *,
-        checkpointable_name: str = names.STATE,
-        force: bool = False,
-        overwrite: bool = False,
-        metrics: dict[str, Any] | None = None,
-        custom_metadata: dict[str, Any] | None = None,
-    ) -> AsyncResponse[bool] | None:
-        """Saves one PyTree in the background; None if the policy says no. See :meth:`save`."""
-        parts = {checkpointable_name: state}
-        return self._saver.save(step, parts, parts, force, overwrite, metrics, custom_metadata)
-
-    def save_checkpointables(
-        self,
-        step: int,
-        checkpointables: Mapping[str, Any],
-        *,
-        force: bool = False,
-        overwrite: bool = False,
-        metrics: dict[str, Any] | None = None,
-        custom_metadata: dict[str, Any] | None = None,
-    ) -> bool:
-        """Saves several checkpointables as a step, if the policy says so; see :meth:`save`."""
-        parts = checkpointables
-        response = self._saver.save(step, parts, (), force, overwrite, metrics, custom_metadata)
+        response = self.save_async(*args, **named)
         return response is not None and response.result()
 
     def save_checkpointables_async(
@@ -190,9 +162,14 @@ class Checkpointer:
         custom_metadata: dict[str, Any] | None = None,
     ) -> AsyncResponse[bool] | None:
         """Saves several checkpointables in the background; None if the policy says no."""
-        return self._saver.save(
-            step, checkpointables, (), force, overwrite, metrics, custom_metadata
-        )
+        parts, save = checkpointables, self._saver.save
+        return save(step, parts, (), force, overwrite, metrics, custom_metadata)
+
+    @parameters_of(save_checkpointables_async)
+    def save_checkpointables(self, *args: Any, **named: Any) -> bool:
+        """Saves several checkpointables as a step, if the policy says so; see :meth:`save`."""
+        response = self.save_checkpointables_async(*args, **named)
+        return response is not None and response.result()
 
     def load(
         self,
@@ -213,21 +190,14 @@ class Checkpointer:
             CheckpointNotFoundError: the step has no such checkpointable.
             TreeMismatchError, DamagedCheckpointError: as :func:`flax_ckpt.load`.
         """
-        path = self._saver.find(step).path
-        with applied(self._context):
-            return _load.load(path, abstract_state, checkpointable_name=checkpointable_name)
+        name = checkpointable_name
+        return self._read(_load.load, step, abstract_state, checkpointable_name=name)
 
-    def load_async(
-        self,
-        step: Step | None = None,
-        abstract_state: Any = None,
-        *,
-        checkpointable_name: str = names.STATE,
-    ) -> AsyncResponse[Any]:
+    @parameters_of(load)
+    def load_async(self, *args: Any, **named: Any) -> AsyncResponse[Any]:
         """Loads one PyTree in the background; see :meth:`load`."""
-        path, name = self._saver.find(step).path, checkpointable_name
-        with applied(self._context):
-            return _load.load_async(path, abstract_state, checkpointable_name=name)
+        named.setdefault("checkpointable_name", names.STATE)
+        return self._read(_load.load_async, *args, **named)
 
     def load_checkpointables(
         self, step: Step | None = None, abstract_checkpointables: Mapping[str, Any] | None = None
@@ -242,17 +212,20 @@ class Checkpointer:
             StepNotFoundError: says which steps there are.
             NoEntryError, TreeMismatchError, DamagedCheckpointError: as there.
         """
-        path = self._saver.find(step).path
-        with applied(self._context):
-            return _load.load_checkpointables(path, abstract_checkpointables)
+        return self._read(_load.load_checkpointables, step, abstract_checkpointables)
 
-    def load_checkpointables_async(
-        self, step: Step | None = None, abstract_checkpointables: Mapping[str, Any] | None = None
-    ) -> AsyncResponse[dict[str, Any]]:
+    @parameters_of(load_checkpointables)
+    def load_checkpointables_async(self, *args: Any, **named: Any) -> AsyncResponse[dict[str, Any]]:
         """Loads several checkpointables in the background; see :meth:`load_checkpointables`."""
+        return self._read(_load.load_checkpointables_async, *args, **named)
+
+    def _read(
+        self, read: Callable[..., T], step: Step | None = None, *args: Any, **named: Any
+    ) -> T:
+        """What one of the functions that read a checkpoint returns for a step."""
         path = self._saver.find(step).path
         with applied(self._context):
-            return _load.load_checkpointables_async(path, abstract_checkpointables)
+            return read(path, *args, **named)
 
     def metadata(self, step: Step | None = None) -> CheckpointMetadata[Any]:
         """What the PyTree of a step looks like; see :func:`flax_ckpt.metadata`.
@@ -274,13 +247,24 @@ class Checkpointer:
 
     def root_metadata(self) -> RootMetadata:
         """What was given as `custom_metadata` when the run began."""
-        return RootMetadata(
-            directory=self.directory, custom_metadata=metadata.read_root(self._root)
-        )
+        custom = metadata.read_root(self._root)
+        return RootMetadata(directory=self.directory, custom_metadata=custom)
 
-    def delete(
+    def delete_async(
         self, step: Step, *, checkpointable_name: str | None = None, missing_ok: bool = False
-    ) -> bool:
+    ) -> AsyncResponse[bool]:
+        """Deletes in the background; it leaves the listing at once. See :meth:`delete`."""
+        self.wait()
+        try:
+            found = self._saver.find(step)
+        except StepNotFoundError:
+            if not missing_ok:
+                raise
+            return AsyncResponse(lambda: False, f"deletion of step {step}")
+        return self._saver.delete(found, checkpointable_name, missing_ok)
+
+    @parameters_of(delete_async)
+    def delete(self, *args: Any, **named: Any) -> bool:
         """Deletes a step, whatever the preservation policy says, after what is in flight.
 
         Args:
@@ -296,21 +280,7 @@ class Checkpointer:
             CheckpointNotFoundError: the step has no such checkpointable.
             ValueError: the name cannot be one, or is that of the only checkpointable.
         """
-        name = checkpointable_name
-        return self.delete_async(step, checkpointable_name=name, missing_ok=missing_ok).result()
-
-    def delete_async(
-        self, step: Step, *, checkpointable_name: str | None = None, missing_ok: bool = False
-    ) -> AsyncResponse[bool]:
-        """Deletes in the background; it leaves the listing at once. See :meth:`delete`."""
-        self.wait()
-        try:
-            found = self._saver.find(step)
-        except StepNotFoundError:
-            if not missing_ok:
-                raise
-            return AsyncResponse(lambda: False, f"deletion of step {step}")
-        return self._saver.delete(found, checkpointable_name, missing_ok)
+        return self.delete_async(*args, **named).result()
 
     def cancel(self, step: Step | None = None) -> None:
         """Ends the save in flight; it leaves nothing, unless it was committed just before.

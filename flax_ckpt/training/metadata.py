@@ -49,6 +49,7 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
     """
 
     step: int
+    _shown = ("step", "path", "metadata", "time", "custom_metadata", "metrics")
 
     def __init__(
         self,
@@ -61,15 +62,12 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
         custom_metadata: dict[str, Any] | None = None,
         metrics: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(
-            path,
-            metadata=metadata,
-            init_timestamp_nsecs=init_timestamp_nsecs,
-            commit_timestamp_nsecs=commit_timestamp_nsecs,
-            custom_metadata=custom_metadata,
-        )
-        self.step = step
-        self.metrics = metrics
+        times = {
+            "init_timestamp_nsecs": init_timestamp_nsecs,
+            "commit_timestamp_nsecs": commit_timestamp_nsecs,
+        }
+        super().__init__(path, metadata=metadata, custom_metadata=custom_metadata, **times)
+        self.step, self.metrics = step, metrics
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any] | None:
@@ -92,12 +90,6 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
         if self.commit_timestamp is not None:
             return self.commit_timestamp
         return datetime.datetime.fromtimestamp(os.stat(self.path).st_mtime, tz=datetime.UTC)
-
-    def __repr__(self) -> str:
-        return (
-            f"CheckpointMetadata(step={self.step}, path={self.path}, metadata={self.metadata},"
-            f" time={self.time}, custom_metadata={self.custom_metadata}, metrics={self.metrics})"
-        )
 
 
 def listed(step: int, path: epath.Path) -> CheckpointMetadata[None]:
@@ -140,7 +132,6 @@ def number(name: str, value: Any) -> Any:
     return (array.astype(np.float64) if kind == "float" else array).tolist()
 
 
-@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RootMetadata:
     """Metadata of a whole run.

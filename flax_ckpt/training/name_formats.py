@@ -14,8 +14,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from flax_ckpt.storage.files import PathLike
 from flax_ckpt.training.metadata import CheckpointMetadata
-from flax_ckpt.training.steps import PathLike, StandardNameFormat, require_at_least
+from flax_ckpt.training.steps import StandardNameFormat, require_at_least
 
 M_co = TypeVar("M_co", covariant=True, bound=CheckpointMetadata[Any])
 
@@ -41,19 +42,20 @@ class NameFormat(Protocol[M_co]):
         ...
 
 
+StepFormat = NameFormat[CheckpointMetadata[None]]
+
+
 @dataclasses.dataclass(frozen=True)
 class _CompositeNameFormat:
-    write_name_format: NameFormat[CheckpointMetadata[None]]
-    read_name_formats: Sequence[NameFormat[CheckpointMetadata[None]]]
+    write_name_format: StepFormat
+    read_name_formats: Sequence[StepFormat]
 
     def build_name(self, step: int) -> str:
         return self.write_name_format.build_name(step)
 
     def find_all(self, base_path: PathLike) -> Iterator[CheckpointMetadata[None]]:
-        found: dict[int, CheckpointMetadata[None]] = {}
-        for name_format in reversed(self.read_name_formats):
-            found |= {metadata.step: metadata for metadata in name_format.find_all(base_path)}
-        yield from found.values()
+        formats = reversed(self.read_name_formats)  # the first of them has the last word
+        yield from {m.step: m for each in formats for m in each.find_all(base_path)}.values()
 
     def find_step(self, base_path: PathLike, step: int) -> CheckpointMetadata[None]:
         for name_format in self.read_name_formats[:-1]:
@@ -64,7 +66,7 @@ class _CompositeNameFormat:
 
 def standard_name_format(
     *, step_prefix: str | None = None, step_format_fixed_length: int | None = None
-) -> NameFormat[CheckpointMetadata[None]]:
+) -> StepFormat:
     """The names that most runs have: a number, with a prefix and zeros before it if wanted.
 
     Args:
@@ -83,9 +85,8 @@ def standard_name_format(
 
 
 def composite_name_format(
-    write_name_format: NameFormat[CheckpointMetadata[None]],
-    read_name_formats: Sequence[NameFormat[CheckpointMetadata[None]]],
-) -> NameFormat[CheckpointMetadata[None]]:
+    write_name_format: StepFormat, read_name_formats: Sequence[StepFormat]
+) -> StepFormat:
     """Several names to read, one to write: for a run whose names have changed.
 
     Args:

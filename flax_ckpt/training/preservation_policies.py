@@ -16,8 +16,8 @@ import dataclasses
 import datetime
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, final, runtime_checkable
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from flax_ckpt.training.metadata import CheckpointMetadata
 from flax_ckpt.training.steps import require_at_least
@@ -25,7 +25,6 @@ from flax_ckpt.training.steps import require_at_least
 Checkpoints = Sequence[CheckpointMetadata[Any]]
 
 
-@final
 @dataclasses.dataclass(kw_only=True)
 class PreservationContext:
     """What is going on when a policy is asked: nothing so far."""
@@ -58,7 +57,6 @@ class PreservationPolicy(Protocol):
         ...
 
 
-@final
 @dataclasses.dataclass
 class PreserveAll:
     """Keeps all.
@@ -72,7 +70,6 @@ class PreserveAll:
         return [True] * len(checkpoints)
 
 
-@final
 @dataclasses.dataclass
 class LatestN:
     """Keeps the latest.
@@ -94,7 +91,6 @@ class LatestN:
         return _latest([True] * len(checkpoints), self.n)
 
 
-@final
 @dataclasses.dataclass
 class LatestDuration:
     """Keeps what is younger than a duration when the latest step is saved, and what follows it.
@@ -114,7 +110,6 @@ class LatestDuration:
         return list(itertools.accumulate(young, max))
 
 
-@final
 @dataclasses.dataclass
 class EveryNSeconds:
     """Keeps the first, and then each that was saved long enough after the last one kept.
@@ -134,7 +129,6 @@ class EveryNSeconds:
         return _spaced([checkpoint.time for checkpoint in checkpoints], interval)
 
 
-@final
 @dataclasses.dataclass
 class EveryNSteps:
     """Keeps steps at an interval.
@@ -159,14 +153,11 @@ class EveryNSteps:
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        if self.exact_interval:
-            kept = [step % self.interval_steps == 0 for step in steps]
-        else:
-            kept = _spaced(steps, self.interval_steps)
+        exact = [step % self.interval_steps == 0 for step in steps]
+        kept = exact if self.exact_interval else _spaced(steps, self.interval_steps)
         return _latest(kept, self.max_to_keep)
 
 
-@final
 @dataclasses.dataclass
 class EveryNStepsClosest:
     """Keeps, for each multiple of a number of steps, the step that is closest, and the latest.
@@ -187,40 +178,37 @@ class EveryNStepsClosest:
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
-        closest: dict[int, tuple[int, int]] = {}  # by multiple: how far, and which
-        for i, checkpoint in enumerate(checkpoints):
-            multiple = round(checkpoint.step / self.interval_steps)
-            far = abs(checkpoint.step - multiple * self.interval_steps)
-            if multiple not in closest or far <= closest[multiple][0]:
-                closest[multiple] = far, i
-        kept = {i for _, i in closest.values()} | {len(checkpoints) - 1}
+        multiples = [round(checkpoint.step / self.interval_steps) for checkpoint in checkpoints]
+
+        def far(i: int) -> tuple[int, int]:  # of two that are as far, the later
+            return abs(checkpoints[i].step - multiples[i] * self.interval_steps), -i
+
+        groups = itertools.groupby(range(len(checkpoints)), key=multiples.__getitem__)
+        kept = {min(group, key=far) for _, group in groups} | {len(checkpoints) - 1}
         return _latest([i in kept for i in range(len(checkpoints))], self.max_to_keep)
 
 
-@final
 @dataclasses.dataclass
 class CustomSteps:
     """Keeps given steps.
 
-    Args:
+    Attributes:
         steps: their numbers.
 
     >>> CustomSteps([1, 10])
-    CustomSteps(_steps_set={1, 10})
+    CustomSteps(steps={1, 10})
     """
 
-    steps: dataclasses.InitVar[Sequence[int]]
-    _steps_set: set[int] = dataclasses.field(init=False)
+    steps: Collection[int]
 
-    def __post_init__(self, steps: Sequence[int]) -> None:
-        self._steps_set = set(steps)
+    def __post_init__(self) -> None:
+        self.steps = set(self.steps)
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
-        return [checkpoint.step in self._steps_set for checkpoint in checkpoints]
+        return [checkpoint.step in self.steps for checkpoint in checkpoints]
 
 
-@final
 @dataclasses.dataclass(kw_only=True)
 class BestN:
     """Keeps the best by a metric; of equal ones the later, and NaN is worse than any number.
@@ -258,7 +246,6 @@ class BestN:
         return not math.isnan(value), -value if self.reverse else value
 
 
-@final
 @dataclasses.dataclass
 class AnyPreservationPolicy:
     """Keeps what one of several policies keeps.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Container, Sequence
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from flax_ckpt.options import MultiprocessingOptions
 from flax_ckpt.training.metadata import CheckpointMetadata
@@ -25,7 +25,6 @@ Step = CheckpointMetadata[Any]
 Steps = Sequence[CheckpointMetadata[Any]]
 
 
-@final
 @dataclasses.dataclass(kw_only=True)
 class DecisionContext:
     """What is going on when a policy is asked.
@@ -67,7 +66,6 @@ class SaveDecisionPolicy(Protocol):
         ...
 
 
-@final
 @dataclasses.dataclass
 class FixedIntervalPolicy:
     """Saves at the multiples of a number of steps.
@@ -90,7 +88,6 @@ class FixedIntervalPolicy:
         return step.step % self.interval == 0
 
 
-@final
 @dataclasses.dataclass
 class SpecificStepsPolicy:
     """Saves at given steps.
@@ -109,7 +106,6 @@ class SpecificStepsPolicy:
         return step.step in self.steps
 
 
-@final
 @dataclasses.dataclass(kw_only=True)
 class ContinuousCheckpointingPolicy:
     """Saves as often as possible: whenever no other save runs.
@@ -133,7 +129,6 @@ class ContinuousCheckpointingPolicy:
         return step.time - previous_steps[-1].time >= interval
 
 
-@final
 @dataclasses.dataclass
 class PreemptionCheckpointingPolicy:
     """Saves when the cluster has announced that it will end the processes.
@@ -149,7 +144,6 @@ class PreemptionCheckpointingPolicy:
         return context.reached_preemption
 
 
-@final
 @dataclasses.dataclass
 class InitialSavePolicy:
     """Saves if nothing was saved before.
@@ -163,7 +157,6 @@ class InitialSavePolicy:
         return not previous_steps
 
 
-@final
 @dataclasses.dataclass
 class AnySavePolicy:
     """Saves if one of several policies says so.
@@ -191,7 +184,7 @@ AS_OFTEN_AS_POSSIBLE: SaveDecisionPolicy = AnySavePolicy(
 
 def is_same_everywhere(policy: SaveDecisionPolicy) -> bool:
     """Whether every process comes to the same decision by itself."""
-    if isinstance(policy, AnySavePolicy):
+    if type(policy) is AnySavePolicy:
         return all(map(is_same_everywhere, policy.policies))
     same = FixedIntervalPolicy, SpecificStepsPolicy, PreemptionCheckpointingPolicy
-    return isinstance(policy, same)
+    return type(policy) in same  # what is derived from one of them may ask for more

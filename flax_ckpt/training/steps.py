@@ -16,10 +16,8 @@ from etils import epath
 from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError, StepNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, files, kinds
-from flax_ckpt.storage.kinds import contents, require_directory
 from flax_ckpt.training.metadata import CheckpointMetadata, listed
 
-PathLike = str | os.PathLike[str]
 logger = logging.getLogger("flax_ckpt")
 
 
@@ -34,7 +32,7 @@ class StandardNameFormat:
         """The name of a step's directory."""
         return (self.prefix and f"{self.prefix}_") + f"{step:0{self.width}}"
 
-    def find_all(self, base_path: PathLike) -> Iterator[CheckpointMetadata[None]]:
+    def find_all(self, base_path: files.PathLike) -> Iterator[CheckpointMetadata[None]]:
         """The committed steps under a root, in any order."""
         root = epath.Path(base_path)
         for name in _entries(base_path):
@@ -42,7 +40,7 @@ class StandardNameFormat:
             if found and self.build_name(found[1]) == name and is_checkpoint(f"{root}/{name}"):
                 yield listed(found[1], root / name)
 
-    def find_step(self, base_path: PathLike, step: int) -> CheckpointMetadata[None]:
+    def find_step(self, base_path: files.PathLike, step: int) -> CheckpointMetadata[None]:
         """A committed step under a root."""
         path = epath.Path(base_path) / self.build_name(step)
         if not is_checkpoint(os.fspath(path)):
@@ -89,7 +87,7 @@ def path_of(root: str, step: int) -> str:
     return os.path.join(root, naming(root).build_name(step))
 
 
-def _entries(path: PathLike) -> list[str]:
+def _entries(path: files.PathLike) -> list[str]:
     """The names in a directory; none if it is not there."""
     try:
         return os.listdir(path)
@@ -112,12 +110,13 @@ def require_steps(root: str) -> list[int]:
     Raises:
         CheckpointNotFoundError: there are none; says what is there.
     """
-    require_directory(root)
+    kinds.require_directory(root)
     if found := committed(root):
         return found
     named = kinds.checkpoints_in(root)
     hint = f"; restore one of these by its path: {os.path.join(root, named[-1])}" if named else ""
-    raise CheckpointNotFoundError(f"{root} has no committed step; it has: {contents(root)}{hint}")
+    there = kinds.contents(root)
+    raise CheckpointNotFoundError(f"{root} has no committed step; it has: {there}{hint}")
 
 
 def supersede(root: str, after: int) -> None:

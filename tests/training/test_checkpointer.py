@@ -93,6 +93,8 @@ def test_checkpointables(tmp_path: Path):
         assert described.custom_metadata == {"note": "x"}
         with pytest.raises(fc.errors.CheckpointNotFoundError, match="no checkpointable 'state'"):
             checkpointer.load(2)
+        with pytest.raises(fc.errors.CheckpointNotFoundError, match="no checkpointable 'state'"):
+            checkpointer.load_async(2).result()
 
 
 @pytest.mark.parametrize("name", ["metrics", "AUTO", "", "_CHECKPOINT_DELETION"])

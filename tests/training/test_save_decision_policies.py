@@ -96,6 +96,8 @@ def test_which_need_no_agreement_between_processes():
     assert ours.is_same_everywhere(ours.AnySavePolicy([fixed, ours.SpecificStepsPolicy([1])]))
     assert not ours.is_same_everywhere(ours.AnySavePolicy([fixed, clock]))
     assert not ours.is_same_everywhere(SimpleNamespace(should_save=None))
+    derived = type("Derived", (ours.FixedIntervalPolicy,), {})
+    assert not ours.is_same_everywhere(derived(1))  # may ask for more
 
 
 @pytest.mark.parametrize("policy", policies(ours), ids=repr)
