@@ -21,6 +21,10 @@ def test_the_page_for_those_who_come_from_orbax(tmp_path: Path, run_child: Any) 
     run_child(code("docs/orbax.md", tmp_path))
 
 
+def test_the_page_about_training(tmp_path: Path, run_child: Any) -> None:
+    run_child(code("docs/training.md", tmp_path))
+
+
 def test_the_page_about_types_of_ones_own(tmp_path: Path, run_child: Any) -> None:
     """Its suites are run by pytest, as a reader would."""
     (tmp_path / "test_page.py").write_text(code("docs/customization.md", tmp_path))
