@@ -21,7 +21,7 @@ def test_the_page_for_those_who_come_from_orbax(tmp_path: Path, run_child: Any) 
     run_child(code("docs/orbax.md", tmp_path))
 
 
-def test_the_page_about_training(tmp_path: Path, run_child: Any) -> None:
+def test_the_guide_to_training(tmp_path: Path, run_child: Any) -> None:
     run_child(code("docs/training.md", tmp_path))
 
 

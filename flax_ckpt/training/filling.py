@@ -156,7 +156,7 @@ def fill(
                 source.open_parts(parts)
             places = dict(zip(wish.names, wish.paths, strict=True))
             moved = source.move(places, None if form == "tree" else wanted.keys())
-        if not any(picked) and (chosen.only, chosen.exclude) != (None, None):
+        if chosen.is_partial and not any(picked):
             raise StateError(f"only= and exclude= select no leaf of {source.where}")
         ignore = chosen.unexpected == "ignore"
         wish.share_out(picked, source.trees, chosen.missing)

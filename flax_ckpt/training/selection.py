@@ -68,13 +68,18 @@ class Selection:
         if self.missing == "init" and self.init is None:
             raise StateError("missing='init' needs init=, a function that makes a whole state")
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether anything may not be selected."""
+        return self.only is not None or self.exclude is not None
+
     def picks(self, paths: Sequence[str]) -> list[bool]:
         """For each path of a leaf whether it is selected."""
         only, exclude = _test(self.only, True), _test(self.exclude, False)
         return [only(path) and not exclude(path) for path in paths]
 
     def check(self, paths: Collection[str], where: str) -> None:
-        """Checks that every glob fits one of these paths, and that some leaf is selected.
+        """Checks that every name and glob fits one of these paths.
 
         Args:
             paths: of leaves, and of parts that were not looked into.

@@ -151,7 +151,8 @@ class Source(contextlib.ExitStack):
         before = [path for saved in self.trees.values() for path in saved.leaves]
         after = self._chosen.destinations(before, wanted, self.where)
         places = [tree.show(path) for path in after]
-        self._chosen.check({*wanted, *places, *self._layout.items}, self.where)
+        if self._chosen.is_partial:
+            self._chosen.check({*wanted, *places, *self._layout.trees}, self.where)
         leaves = [leaf for saved in self.trees.values() for leaf in saved.leaves.values()]
         moved = list(zip(before, after, leaves, strict=True))
         picked = zip(moved, self._chosen.picks(places), strict=True)

@@ -18,14 +18,14 @@ def by(metric: str, mode: str = "min") -> Any:
     return {"flax_ckpt": {"best": {"metric": metric, "mode": mode}}, "user": 1}
 
 
-LOSS = by("eval/loss")
-
-
 def like(value: int = 0) -> Any:
     return {"params": {"w": np.full(3, value)}}
 
 
-def save(root: Path, metrics: dict[int, Any], custom: Any = LOSS) -> None:
+_LOSS = by("eval/loss")
+
+
+def save(root: Path, metrics: dict[int, Any], custom: Any = _LOSS) -> None:
     with fc.training.Checkpointer(root) as run:
         for step, of_step in metrics.items():
             state = like(step)
