@@ -203,12 +203,13 @@ def _quoted(path: KeyPath) -> str:
     return "".join(f"[{key.key!r}]" for key in path)
 
 
-def build(leaves: Iterable[tuple[KeyPath, Any]], what: str) -> Any:
+def build(leaves: Iterable[tuple[KeyPath, Any]], what: str, *, gaps: bool = False) -> Any:
     """Nested dicts and lists from leaves by key path.
 
     Args:
         leaves: key path and value of each leaf.
         what: the tree, for error messages.
+        gaps: whether a list may lack elements; it is a dict by index then.
 
     Raises:
         FormatError: the paths make no tree: a gap in a list, two kinds of node in one place.
@@ -226,7 +227,7 @@ def build(leaves: Iterable[tuple[KeyPath, Any]], what: str) -> Any:
         if place in node:
             raise FormatError(f"{what}: {show(path)} is there twice")
         node[place] = value
-    return _plain(root[""], what) if root else {}
+    return _plain(root[""], what, gaps) if root else {}
 
 
 class _Node(dict[str, Any]):
@@ -237,13 +238,14 @@ class _Node(dict[str, Any]):
         self.kind = kind
 
 
-def _plain(node: Any, what: str) -> Any:
+def _plain(node: Any, what: str, gaps: bool) -> Any:
     if not isinstance(node, _Node):
         return node
-    if node.kind == DICT:
-        return {key: _plain(value, what) for key, value in node.items()}
+    keys = [str(i) for i in range(len(node))]
+    if node.kind == DICT or (gaps and node.keys() != set(keys)):
+        return {key: _plain(value, what, gaps) for key, value in node.items()}
     try:
-        return [_plain(node[str(i)], what) for i in range(len(node))]
+        return [_plain(node[key], what, gaps) for key in keys]
     except KeyError as error:
         raise FormatError(f"{what}: a list of {len(node)} has no element {error}") from error
 

@@ -114,27 +114,33 @@ class SavedTree(contextlib.ExitStack):
         else:
             paths, wanted = keypaths.flatten(abstract)
             build = keypaths.structure(abstract).unflatten
-        read = self.prepare_leaves(paths, wanted, rules, partial=partial)
+        differences, read = self.compare(paths, wanted, rules, partial=partial)
+        if differences:
+            raise mismatch(self.directory, differences)
         return lambda: build(read())
 
-    def prepare_leaves(
+    def compare(
         self,
         paths: Sequence[tree.KeyPath],
         wanted: Sequence[Any],
         rules: LoadRules,
         *,
         partial: bool = False,
-    ) -> Callable[[], list[Any]]:
-        """As :meth:`prepare`, of leaves by key path; the keys of `leaves` may have been changed."""
-        handlers, values = self._match(paths, wanted, rules, partial)
-        return lambda: self._read(handlers, values, rules)
+    ) -> tuple[list[Difference], Callable[[], list[Any]]]:
+        """As :meth:`prepare`, of leaves by key path; `leaves` may have got other keys.
+
+        Returns:
+            The differences, and what reads the leaves if there are none.
+        """
+        handlers, values, differences = self._match(paths, wanted, rules, partial)
+        return differences, lambda: self._read(handlers, values, rules)
 
     def _build(self, values: Sequence[Any]) -> Any:
         return tree.build(zip(self.leaves, values, strict=True), self.directory)
 
     def _match(
         self, paths: Sequence[tree.KeyPath], wanted: Sequence[Any], rules: LoadRules, partial: bool
-    ) -> tuple[list[LeafHandler | None], list[Any]]:
+    ) -> tuple[list[LeafHandler | None], list[Any], list[Difference]]:
         """For each leaf the handler that builds it and its target, or None and the value."""
         handlers: list[LeafHandler | None] = []
         values: list[Any] = []
@@ -152,9 +158,7 @@ class SavedTree(contextlib.ExitStack):
                 for path, leaf in self.leaves.items()
                 if path not in asked and not leaf.is_empty
             ]
-        if differences:
-            raise mismatch(self.directory, differences)
-        return handlers, values
+        return handlers, values, differences
 
     def _match_one(
         self, path: tree.KeyPath, abstract: Any, rules: LoadRules

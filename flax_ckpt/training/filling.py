@@ -24,7 +24,7 @@ from flax_ckpt.leaves import dtypes
 from flax_ckpt.leaves.base import PLACEHOLDER, LoadRules, SavedLeaf, show_array
 from flax_ckpt.training import progress
 from flax_ckpt.training.report import Report
-from flax_ckpt.training.selection import Missing, Selection, shortened, without_gaps
+from flax_ckpt.training.selection import Missing, Selection, shortened
 from flax_ckpt.training.source import TRAINED, Form, Moved, Source, back, view
 
 logger = logging.getLogger("flax_ckpt")
@@ -56,18 +56,18 @@ class _Wish:
         """Decides what becomes of each leaf; to compare one that is missing will be an error."""
         self.read = {name: [] for name in trees}
         owners = {path: name for name, saved in trees.items() for path in saved.leaves}
-        fates = {"keep": self.kept, "init": self.initialised}
         for i, path in enumerate(self.paths):
             if not picked[i]:
                 self.kept.append(i)
             elif path in owners:
                 self.read[owners[path]].append(i)
-            elif not _is_nothing(self.values[i]):
+            elif _is_nothing(self.values[i]):
+                pass
+            elif missing == "error":
                 part = tree.name_of(path[:1])
-                fate = fates.get(missing)
-                if fate is None:
-                    fate = self.read[part if part in trees else next(iter(trees))]
-                fate.append(i)
+                self.read[part if part in trees else next(iter(trees))].append(i)
+            else:
+                (self.kept if missing == "keep" else self.initialised).append(i)
 
     def initialise(self, init: Callable[[], Any] | None, form: Form) -> None:
         """Takes from `init` what is missing, and what would stay abstract; calls it only for these.
@@ -156,43 +156,43 @@ def fill(
                 source.open_parts(parts)
             places = dict(zip(wish.names, wish.paths, strict=True))
             moved = source.move(places, None if form == "tree" else wanted.keys())
-        if not any(picked) and (chosen.only, chosen.exclude) != (None, None):
+        if chosen.is_partial and not any(picked):
             raise StateError(f"only= and exclude= select no leaf of {source.where}")
+        ignore = chosen.unexpected == "ignore"
         wish.share_out(picked, source.trees, chosen.missing)
-        reads = source.compare(
-            {name: wish.leaves(group) for name, group in wish.read.items()}, rules
-        )
+        compared = [
+            source.trees[name].compare(*wish.leaves(group), rules, partial=ignore)
+            for name, group in wish.read.items()
+        ]
+        if differences := [each for found, _ in compared for each in found]:
+            raise source.mismatch(differences)
         wish.initialise(chosen.init, form)
-        for name, read in reads.items():
-            for i, value in zip(wish.read[name], read(), strict=True):
+        for group, (_, read) in zip(wish.read.values(), compared, strict=True):
+            for i, value in zip(group, read(), strict=True):
                 wish.values[i] = value
     report = _report(wish, moved)
     if like is None:
-        leaves = zip(without_gaps(wish.paths), wish.values, strict=True)
-        return tree.build(leaves, source.where), report
+        leaves = zip(wish.paths, wish.values, strict=True)
+        return tree.build(leaves, source.where, gaps=True), report
     if chosen.only is not None and form != "tree":
         _warn_of_unread(wish)
     return back(like, keypaths.structure(wanted).unflatten(wish.values), form), report
 
 
 def _report(wish: _Wish, moved: Sequence[Moved]) -> Report:
-    loaded, nbytes = wish.summary(sorted(itertools.chain(*wish.read.values())))
-    kept, kept_nbytes = wish.summary(wish.kept)
-    made, made_nbytes = wish.summary(wish.initialised)
-    read = {wish.paths[i] for group in wish.read.values() for i in group}
-    ignored = [leaf for leaf in moved if leaf.after not in read and not leaf.saved.is_empty]
-    renamed = [leaf for leaf in moved if leaf.after in read and leaf.after != leaf.before]
+    read = sorted(itertools.chain(*wish.read.values()))
+    there = {wish.paths[i] for i in read}
+    ignored = [(old, leaf) for old, new, leaf in moved if new not in there and not leaf.is_empty]
+    renamed = [(old, new) for old, new, _ in moved if new in there and new != old]
     return Report(
-        loaded,
-        nbytes,
-        seconds=0.0,
-        kept=kept,
-        kept_nbytes=kept_nbytes,
-        initialised=made,
-        initialised_nbytes=made_nbytes,
-        ignored=tuple([tree.show(leaf.before) for leaf in ignored]),
-        ignored_nbytes=sum(_size(leaf.saved) for leaf in ignored),
-        renamed=tuple([(tree.show(leaf.before), tree.show(leaf.after)) for leaf in renamed]),
+        *wish.summary(read),
+        0.0,
+        (),
+        *wish.summary(wish.kept),
+        *wish.summary(wish.initialised),
+        tuple([tree.show(path) for path, _ in ignored]),
+        sum(_size(leaf) for _, leaf in ignored),
+        tuple([(tree.show(old), tree.show(new)) for old, new in renamed]),
     )
 
 

@@ -54,18 +54,20 @@ class Report:
     renamed: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
+        renamed = tuple([f"{old} → {new}" for old, new in self.renamed])
         rows = [
-            ("loaded", self.loaded, progress.size(self.nbytes)),
-            ("kept", self.kept, progress.size(self.kept_nbytes)),
-            ("initialised", self.initialised, progress.size(self.initialised_nbytes)),
-            ("ignored", self.ignored, progress.size(self.ignored_nbytes)),
-            ("renamed", [f"{old} → {new}" for old, new in self.renamed], ""),
+            ("loaded", self.loaded, self.nbytes),
+            ("kept", self.kept, self.kept_nbytes),
+            ("initialised", self.initialised, self.initialised_nbytes),
+            ("ignored", self.ignored, self.ignored_nbytes),
+            ("renamed", renamed, None),
         ]
-        lines = [f"restored {rows[0][2]} in {progress.duration(self.seconds)}"]
+        lines = [f"restored {progress.size(self.nbytes)} in {progress.duration(self.seconds)}"]
         lines += [f"{'':11} {'leaves':>7} {'bytes':>8}"]
         for what, names, nbytes in rows:
-            more = [f"… {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-            shown = ", ".join([*names[:_SHOWN], *more])
-            lines.append(f"{what:11} {len(names):7} {nbytes:>8}  {shown}".rstrip())
+            more = (f"… {len(names) - _SHOWN} more",) * (len(names) > _SHOWN)
+            size = "" if nbytes is None else progress.size(nbytes)
+            shown = ", ".join(names[:_SHOWN] + more)
+            lines.append(f"{what:11} {len(names):7} {size:>8}  {shown}".rstrip())
         lines += [f"step {step} was passed over: {reason}" for step, reason in self.damaged]
         return "\n".join(lines)

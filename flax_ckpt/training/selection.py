@@ -68,13 +68,18 @@ class Selection:
         if self.missing == "init" and self.init is None:
             raise StateError("missing='init' needs init=, a function that makes a whole state")
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether anything may not be selected."""
+        return self.only is not None or self.exclude is not None
+
     def picks(self, paths: Sequence[str]) -> list[bool]:
         """For each path of a leaf whether it is selected."""
         only, exclude = _test(self.only, True), _test(self.exclude, False)
         return [only(path) and not exclude(path) for path in paths]
 
     def check(self, paths: Collection[str], where: str) -> None:
-        """Checks that every glob fits one of these paths, and that some leaf is selected.
+        """Checks that every name and glob fits one of these paths.
 
         Args:
             paths: of leaves, and of parts that were not looked into.
@@ -101,7 +106,7 @@ class Selection:
         Raises:
             StateError: a rule of `rename` fits no leaf, or two leaves go to one place.
         """
-        if self.rename is None:
+        if not self.rename:
             return list(saved)
         texts = [tree.show(path) for path in saved]
         found: dict[tree.KeyPath, str] = {}
@@ -131,34 +136,14 @@ class Selection:
                     _no_such(f"the pattern {pattern!r} of rename=", pattern, paths, where)
                 result = [path for path, _ in found]
             return result
-        rules = {f"{old.strip('/')}/".lstrip("/"): new for old, new in self.rename.items()}
-        longest_first = sorted(rules, key=len, reverse=True)
-        used: set[str] = set()
-        result: list[str] = []
-        for path in paths:
-            fitting = (prefix for prefix in longest_first if f"{path}/".startswith(prefix))
-            if (prefix := next(fitting, None)) is not None:
-                used.add(prefix)
-                path = f"{rules[prefix]}/{path[len(prefix) :]}".strip("/")
-            result.append(path)
-        for prefix in rules:
-            if prefix in used:
-                continue
-            _no_such(f"the prefix {prefix[:-1]!r} of rename=", prefix[:-1], paths, where)
-        return result
-
-
-def without_gaps(paths: Sequence[tree.KeyPath]) -> list[tree.KeyPath]:
-    """The same key paths; a list that lacks elements among them becomes a dict by index."""
-    children: dict[tree.KeyPath, set[str]] = {}
-    for path in paths:
-        for i, key in enumerate(path):
-            children.setdefault(path[:i], set()).add(key.key)
-    gaps = {node for node, keys in children.items() if keys != set(map(str, range(len(keys))))}
-    return [
-        tuple(tree.Key(k.key, tree.DICT) if path[:i] in gaps else k for i, k in enumerate(path))
-        for path in paths
-    ]
+        new = {old.strip("/"): new.strip("/") for old, new in self.rename.items()}
+        longest_first = sorted(new, key=len, reverse=True)
+        prefix = re.compile(f"({'|'.join(map(re.escape, longest_first))})(?=/|$)")
+        found = [prefix.match(path) for path in paths]
+        for old in new.keys() - {match[1] for match in found if match}:
+            _no_such(f"the prefix {old!r} of rename=", old, paths, where)
+        pairs = zip(found, paths, strict=True)
+        return [new[match[1]] + path[match.end() :] if match else path for match, path in pairs]
 
 
 def shortened(items: Sequence[str]) -> str:

@@ -8,8 +8,8 @@ with Source(Layout.of("/run/1500"), context, Selection(only="params")) as source
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Set
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, Literal, TypeAlias
 
 from flax_ckpt import errors
 from flax_ckpt._load import Layout, open_tree
@@ -17,7 +17,7 @@ from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context
 from flax_ckpt.format import names, tree
 from flax_ckpt.handlers.saved_tree import SavedTree, mismatch
-from flax_ckpt.leaves.base import LoadRules, SavedLeaf
+from flax_ckpt.leaves.base import SavedLeaf
 from flax_ckpt.training.selection import Selection
 
 _BY_NAME = "Load them by name with flax_ckpt.load_checkpointables, and put the state together"
@@ -63,12 +63,7 @@ def back(like: Any, found: Any, form: Form) -> Any:
     return states.merge(like, parts | ({states.TRAIN_STATE: rest} if rest else {}))
 
 
-class Moved(NamedTuple):
-    """A saved leaf, with its path in the checkpoint and the one under which it is wanted."""
-
-    before: tree.KeyPath
-    saved: SavedLeaf
-    after: tree.KeyPath
+Moved: TypeAlias = tuple[tree.KeyPath, tree.KeyPath, SavedLeaf]
 
 
 class Source(contextlib.ExitStack):
@@ -114,7 +109,7 @@ class Source(contextlib.ExitStack):
             return "fields"
         if states.WHOLE in states.split(like):
             return "tree"
-        if self._chosen.rename is not None:
+        if self._chosen.rename:
             return "fields"
         raise errors.StateError(
             f"{self.where} has no field 'params', which the wanted state has; it has:"
@@ -128,7 +123,7 @@ class Source(contextlib.ExitStack):
         Raises:
             CheckpointNotFoundError: one is not there, and nothing is said about missing leaves.
         """
-        there, moving = self._layout.items, self._chosen.rename is not None
+        there, moving = self._layout.items, bool(self._chosen.rename)
         absent = sorted(wanted - there.keys())
         if absent and not moving and self._chosen.missing == "error":
             raise errors.CheckpointNotFoundError(
@@ -151,45 +146,27 @@ class Source(contextlib.ExitStack):
             areas: first keys of all that is wanted; None: any.
 
         Returns:
-            Every leaf that there was.
+            Every leaf that there was: its path before and after, and what it is.
         """
-        found = [item for saved in self.trees.values() for item in saved.leaves.items()]
-        after = self._chosen.destinations([path for path, _ in found], wanted, self.where)
+        before = [path for saved in self.trees.values() for path in saved.leaves]
+        after = self._chosen.destinations(before, wanted, self.where)
         places = [tree.show(path) for path in after]
-        self._chosen.check({*wanted, *places, *self._layout.trees}, self.where)
-        moved = [Moved(*item, path) for item, path in zip(found, after, strict=True)]
+        if self._chosen.is_partial:
+            self._chosen.check({*wanted, *places, *self._layout.trees}, self.where)
+        leaves = [leaf for saved in self.trees.values() for leaf in saved.leaves.values()]
+        moved = list(zip(before, after, leaves, strict=True))
         picked = zip(moved, self._chosen.picks(places), strict=True)
         for saved in self.trees.values():
             saved.leaves = {
-                leaf.after: leaf.saved
-                for leaf, pick in itertools.islice(picked, len(saved.leaves))
-                if pick and (areas is None or tree.name_of(leaf.after[:1]) in areas)
+                path: leaf
+                for (_, path, leaf), pick in itertools.islice(picked, len(saved.leaves))
+                if pick and (areas is None or tree.name_of(path[:1]) in areas)
             }
         return moved
 
-    def compare(
-        self, wanted: Mapping[str, tuple[list[tree.KeyPath], list[Any]]], rules: LoadRules
-    ) -> dict[str, Callable[[], list[Any]]]:
-        """Compares wanted leaves with the tree that has them; what is returned reads them.
-
-        Args:
-            wanted: paths and values of the leaves, by the name of the tree.
-            rules: how far the leaves may differ.
-
-        Raises:
-            TreeMismatchError: with the differences of all trees; nothing was read.
-        """
-        partial = self._chosen.unexpected == "ignore"
-        reads: dict[str, Callable[[], list[Any]]] = {}
-        differences: list[errors.Difference] = []
-        for name, leaves in wanted.items():
-            try:
-                reads[name] = self.trees[name].prepare_leaves(*leaves, rules, partial=partial)
-            except errors.TreeMismatchError as error:
-                differences += error.differences
-        if not differences:
-            return reads
+    def mismatch(self, differences: Sequence[errors.Difference]) -> errors.TreeMismatchError:
+        """The error for leaves that differ; says what to do about those that one side lacks."""
         error = mismatch(self.where, differences)
         if any("nothing" in (found.saved, found.wanted) for found in differences):
-            error = errors.TreeMismatchError(f"{error}\n{_OPTIONS}", differences)
-        raise error
+            return errors.TreeMismatchError(f"{error}\n{_OPTIONS}", differences)
+        return error

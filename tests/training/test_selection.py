@@ -12,8 +12,7 @@ import pytest
 from flax.training import train_state
 
 import flax_ckpt as fc
-from flax_ckpt.format.tree import DICT, SEQUENCE, Key
-from flax_ckpt.training.selection import Selection, without_gaps
+from flax_ckpt.training.selection import Selection
 from tests.training.states import assert_same, create, train
 
 
@@ -124,14 +123,6 @@ def test_without_a_target_the_selected_leaves_come_in_dicts_and_lists(tmp_path: 
     assert_same(layers, [full(i, 2) for i in range(3)])
     layers = fc.restore(tmp_path, exclude="**/layers/1").state["params"]["layers"]
     assert_same(layers, {"0": full(0, 2), "2": full(2, 2)})
-
-
-def test_a_list_that_lacks_elements_is_a_dict_by_index():
-    a, zero, two = Key("a", DICT), Key("0", SEQUENCE), Key("2", SEQUENCE)
-    assert without_gaps([(a, zero, zero), (a, two)]) == [
-        (a, Key("0", DICT), zero),
-        (a, Key("2", DICT)),
-    ]
 
 
 def test_a_leaf_that_is_not_read_must_be_concrete(tmp_path: Path):
@@ -452,7 +443,7 @@ def test_a_tree_of_other_names_becomes_a_state(tmp_path: Path):
 def test_the_root_of_a_tree_can_be_renamed(tmp_path: Path):
     whole(tmp_path, {"w": full(1, 2), "b": full(2, 2)})
     like = {"params": {"w": full(0, 2), "b": full(0, 2)}}
-    state = fc.restore_train_state(tmp_path, like, rename={"": "params"})
+    state = fc.restore_train_state(tmp_path, like, rename=[("^", "params/")])
     assert_same(state, {"params": {"b": full(2, 2), "w": full(1, 2)}})
 
 
