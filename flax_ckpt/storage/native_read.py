@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
 from flax_ckpt.format.arrays import Bytes, Encoding, StoredArray, origin, parse
 from flax_ckpt.format.ocdbt import Value, ValueRef
-from flax_ckpt.storage.database import Database
-from flax_ckpt.storage.datafile import ALIGNMENT, aligned_empty
+from flax_ckpt.storage.database import ALIGNMENT, Database, aligned_empty
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayRead, ArrayStore, Region
 
