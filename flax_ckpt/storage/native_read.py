@@ -7,12 +7,14 @@ old block with its own valid checksum is noticed too. Only the chunks that a reg
 """
 
 import concurrent.futures
+import contextlib
+import functools
 import itertools
 import math
 import operator
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 import crc32c
@@ -21,11 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
+from flax_ckpt.format import names
 from flax_ckpt.format.arrays import Bytes, Encoding, StoredArray, origin, parse
-from flax_ckpt.format.ocdbt import Value, ValueRef
+from flax_ckpt.format.ocdbt import NumberedManifestError, Value, ValueRef
+from flax_ckpt.storage import files
 from flax_ckpt.storage.database import ALIGNMENT, Database, aligned_empty
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayRead, ArrayStore, Region
+from flax_ckpt.storage.tensor_store import TensorStoreStore
 
 T = TypeVar("T")
 
@@ -43,20 +48,17 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         leaf, key, ref: whose it is, and where; a file of its own has no `ref`.
-        trailer: bytes of the CRC-32C that follows it, 0 or 4.
-        parts: takes the array at `position`, if the chunk is all of one, described by `stored`.
-        place: else, what puts the bytes where they belong.
+        encoding, nbytes: how it is stored, and its size when it is decoded.
+        place: puts its bytes where they belong.
         into: memory that they can be read into, so that there is nothing left to put.
     """
 
     leaf: str
     key: bytes
     ref: Value | None
-    trailer: int
-    parts: list[NDArray[Any]]
-    position: int
-    stored: StoredArray
-    place: Callable[[Bytes], None] | None = None
+    encoding: Encoding
+    nbytes: int
+    place: Callable[[Bytes], None]
     into: Bytes | None = None
 
     @property
@@ -150,33 +152,29 @@ class NativeStore:
         """The chunks that a region needs; the region's array is added to `parts`."""
         shape, dtype, chunk_shape, _ = stored
         wanted = tuple([stop - start for start, stop in region])
-        trailer = encoding.trailer
         nbytes = math.prod(chunk_shape) * dtype.itemsize
         plain = self._database is not None and not encoding.compressed
-        position = len(parts)
+        places: Iterable[tuple[tuple[int, ...], Callable[[Bytes], None], Bytes | None]]
         if plain and chunk_shape == shape == wanted and nbytes <= _SMALL:
+            adopt = functools.partial(_adopt, parts, len(parts), stored)
+            places = ((origin(len(shape)), adopt, None),)
             parts.append(_PENDING)
-            key = encoding.chunk_key(read.name, origin(len(shape)))
-            ref = self._find(read.leaf, key, nbytes + trailer)
-            yield _Chunk(read.leaf, key, ref, trailer, parts, position, stored)
-            return
-        array = aligned_empty(math.prod(wanted) * dtype.itemsize).view(dtype).reshape(wanted)
-        parts.append(array)
-        grid = [
-            range(start // step, -(-stop // step) if stop > start else 0)
-            for (start, stop), step in zip(region, chunk_shape, strict=True)
-        ]
-        for index in itertools.product(*grid):
+        else:
+            array = aligned_empty(math.prod(wanted) * dtype.itemsize).view(dtype).reshape(wanted)
+            parts.append(array)
+            grid = [
+                range(start // step, -(-stop // step) if stop > start else 0)
+                for (start, stop), step in zip(region, chunk_shape, strict=True)
+            ]
+            places = (
+                (index, *_destination(array, region, chunk_shape, index))
+                for index in itertools.product(*grid)
+            )
+        expected = nbytes + encoding.trailer if plain else None
+        for index, place, into in places:
             key = encoding.chunk_key(read.name, index)
-            ref = self._find(read.leaf, key, nbytes + trailer if plain else None)
-            copy, into = _destination(array, region, chunk_shape, index)
-            if not plain:
-                what = f"{read.leaf}: {self._named(key)}"
-                copy, into = _decoded(copy, encoding, nbytes, what), None
-            yield _Chunk(read.leaf, key, ref, trailer, parts, position, stored, copy, into)
-
-    def _named(self, key: bytes) -> str:
-        return f"{key.decode()!r} in {self._directory}"
+            ref = self._find(read.leaf, key, expected)
+            yield _Chunk(read.leaf, key, ref, encoding, nbytes, place, into if plain else None)
 
     def _find(self, leaf: str, key: bytes, expected: int | None) -> Value | None:
         """Where a chunk is; checks that it has as many bytes as expected."""
@@ -184,12 +182,15 @@ class NativeStore:
             return None
         ref = self._database.values.get(key)
         length = len(ref) if isinstance(ref, bytes) else ref.length if ref else 0
-        if ref is None or (expected is not None and length != expected):
+        if ref is None or length != (expected or length):
             found = "is missing" if ref is None else f"has {length} bytes, expected {expected}"
             raise DamagedCheckpointError(
                 f"{leaf}: its chunk {self._named(key)} {found}; restore another step"
             )
         return ref
+
+    def _named(self, key: bytes) -> str:
+        return f"{key.decode()!r} in {self._directory}"
 
     def _read_chunks(self, chunks: list[_Chunk]) -> None:
         placed = [chunk for chunk in chunks if isinstance(chunk.ref, ValueRef)]
@@ -227,24 +228,23 @@ class NativeStore:
 
     def _deliver(self, chunk: _Chunk, value: Bytes) -> None:
         """Checks a whole value and gives it to the array it belongs to."""
-        split = len(value) - chunk.trailer
+        split = len(value) - chunk.encoding.trailer
         data = value[:split]
         self._check(chunk, data, value[split:])
-        if split <= _TINY:  # a step counter that is kept must not keep what was read with it
-            data = data.copy()
-        if chunk.place is not None:
-            chunk.place(data)
-        else:
-            stored = chunk.stored
-            chunk.parts[chunk.position] = data.view(stored.dtype).reshape(stored.shape)
+        if chunk.encoding.compressed or split != chunk.nbytes:
+            what = f"{chunk.leaf}: {self._named(chunk.key)}"
+            data = chunk.encoding.decode(data, chunk.nbytes, what)
+        # A step counter that is kept must not keep what was read with it.
+        chunk.place(data.copy() if split <= _TINY else data)
 
     def _check(self, chunk: _Chunk, data: Bytes, rest: Bytes) -> None:
         """Compares a chunk with its checksums; `rest` is padding, if any, and the trailer."""
-        padding = len(rest) - chunk.trailer
+        trailer = chunk.encoding.trailer
+        padding = len(rest) - trailer
         crc = crc32c.crc32c(data.data)
         if padding:
             crc = crc32c.crc32c(rest[:padding].data, crc)
-        own = int.from_bytes(rest[padding:].tobytes(), "little") if chunk.trailer else crc
+        own = int.from_bytes(rest[padding:].tobytes(), "little") if trailer else crc
         table = self._crcs.get(chunk.key, own)
         if crc == own == table:
             return
@@ -259,11 +259,9 @@ class NativeStore:
         )
 
 
-def _decoded(
-    place: Callable[[Bytes], None], encoding: Encoding, nbytes: int, what: str
-) -> Callable[[Bytes], None]:
-    """What decodes a chunk and then puts it into its place."""
-    return lambda data: place(encoding.decode(data, nbytes, what))
+def _adopt(parts: list[NDArray[Any]], position: int, stored: StoredArray, data: Bytes) -> None:
+    """Makes the bytes of a chunk that is a whole array that array, without a copy."""
+    parts[position] = data.view(stored.dtype).reshape(stored.shape)
 
 
 def _destination(
@@ -320,3 +318,39 @@ def _groups(chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
             group.append(chunk)
     if group:
         yield group
+
+
+@contextlib.contextmanager
+def open_store(
+    record: Record, *, ocdbt: bool | None, zarr3: bool, fill_missing: bool = False
+) -> Generator[ArrayStore]:
+    """The arrays of a directory.
+
+    A foreign database's index is decoded here first, which checks that no path in it leads out of
+    the directory before TensorStore sees it.
+
+    Args:
+        record: reads the directory's files.
+        ocdbt: what `_METADATA` says; None: look.
+        zarr3: likewise.
+        fill_missing: chunks that are missing are zeros, unless we wrote the checkpoint.
+    """
+    if ocdbt is None:
+        ocdbt = os.path.isfile(os.path.join(record.directory, names.MANIFEST))
+    where = record.directory
+    general = TensorStoreStore(where, ocdbt=ocdbt, zarr3=zarr3, fill_missing=fill_missing)
+    database: Database | None = None
+    checked = record.native and record.lists(names.CHUNK_TABLE)
+    if ocdbt:
+        with contextlib.suppress(NumberedManifestError):
+            database = Database(record, checked=checked)
+    if database is None:
+        files.refuse_links(where)
+        yield NativeStore(record, zarr3=zarr3) if record.native and not ocdbt else general
+        return
+    with database:
+        if checked or (zarr3 and not fill_missing):
+            yield NativeStore(database, None if checked else general, zarr3=zarr3)
+        else:
+            database.check_files()
+            yield general
