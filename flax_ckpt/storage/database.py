@@ -167,10 +167,10 @@ class Database(contextlib.ExitStack):
             self.close()
             raise
 
-    def _fetch(self, file: str, offset: int, length: int) -> bytes:
+    def _fetch(self, file: str, offset: int, length: int) -> memoryview:
         buffer = np.empty(length, np.uint8)
         self.reader(file).read_into(offset, buffer)
-        return buffer.tobytes()
+        return buffer.data
 
     def reader(self, file: str) -> DataFileReader:
         """The data file, by its path relative to the directory."""
@@ -200,4 +200,4 @@ class Database(contextlib.ExitStack):
             )
         if isinstance(value, bytes):
             return value
-        return self._fetch(value.file, value.offset, value.length)
+        return bytes(self._fetch(value.file, value.offset, value.length))
