@@ -309,10 +309,10 @@ def _children(
 def _values(reader: wire.Reader, files: _Files, count: int) -> list[Value]:
     """The value of each key of a leaf."""
     lengths = reader.varints(count, "value length")
-    kinds = np.frombuffer(reader.take(count, "value kind"), np.uint8)
-    if (kind := int(kinds.max(initial=0))) > 1:
+    kinds = reader.take(count, "value kind")
+    if (kind := max(kinds, default=0)) > 1:
         raise reader.error("value kind", kind, "0 or 1")
-    outside = kinds > 0
+    outside = np.frombuffer(kinds, bool)
     places = [file for file, _ in reader.pick(files, int(outside.sum()))]
     offsets = reader.varints(len(places), "value offset")
     refs = list(map(ValueRef, places, offsets.tolist(), lengths[outside].tolist()))
@@ -323,10 +323,8 @@ def _values(reader: wire.Reader, files: _Files, count: int) -> list[Value]:
     blob = reader.take(sum(sizes), "inline value")
     reader.finish()
     ends = itertools.accumulate(sizes)
-    values = np.empty(count, object)
-    values[outside] = refs
-    values[~outside] = [blob[end - n : end] for n, end in zip(sizes, ends, strict=True)]
-    return values.tolist()
+    columns = iter([blob[end - n : end] for n, end in zip(sizes, ends, strict=True)]), iter(refs)
+    return [next(columns[kind]) for kind in kinds]
 
 
 def _table_head(keys: Sequence[bytes]) -> bytes:
