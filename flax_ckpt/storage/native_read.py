@@ -8,7 +8,6 @@ old block with its own valid checksum is noticed too. Only the chunks that a reg
 
 import concurrent.futures
 import contextlib
-import functools
 import itertools
 import math
 import operator
@@ -48,17 +47,20 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         leaf, key, ref: whose it is, and where; a file of its own has no `ref`.
-        encoding, nbytes: how it is stored, and its size when it is decoded.
-        place: puts its bytes where they belong.
+        trailer: bytes of the CRC-32C that follows it, 0 or 4.
+        parts: takes the array at `position`, if the chunk is all of one, described by `stored`.
+        place: else, what puts the bytes where they belong.
         into: memory that they can be read into, so that there is nothing left to put.
     """
 
     leaf: str
     key: bytes
     ref: Value | None
-    encoding: Encoding
-    nbytes: int
-    place: Callable[[Bytes], None]
+    trailer: int
+    parts: list[NDArray[Any]]
+    position: int
+    stored: StoredArray
+    place: Callable[[Bytes], None] | None = None
     into: Bytes | None = None
 
     @property
@@ -152,29 +154,33 @@ class NativeStore:
         """The chunks that a region needs; the region's array is added to `parts`."""
         shape, dtype, chunk_shape, _ = stored
         wanted = tuple([stop - start for start, stop in region])
+        trailer = encoding.trailer
         nbytes = math.prod(chunk_shape) * dtype.itemsize
         plain = self._database is not None and not encoding.compressed
-        places: Iterable[tuple[tuple[int, ...], Callable[[Bytes], None], Bytes | None]]
+        position = len(parts)
         if plain and chunk_shape == shape == wanted and nbytes <= _SMALL:
-            adopt = functools.partial(_adopt, parts, len(parts), stored)
-            places = ((origin(len(shape)), adopt, None),)
             parts.append(_PENDING)
-        else:
-            array = aligned_empty(math.prod(wanted) * dtype.itemsize).view(dtype).reshape(wanted)
-            parts.append(array)
-            grid = [
-                range(start // step, -(-stop // step) if stop > start else 0)
-                for (start, stop), step in zip(region, chunk_shape, strict=True)
-            ]
-            places = (
-                (index, *_destination(array, region, chunk_shape, index))
-                for index in itertools.product(*grid)
-            )
-        expected = nbytes + encoding.trailer if plain else None
-        for index, place, into in places:
+            key = encoding.chunk_key(read.name, origin(len(shape)))
+            ref = self._find(read.leaf, key, nbytes + trailer)
+            yield _Chunk(read.leaf, key, ref, trailer, parts, position, stored)
+            return
+        array = aligned_empty(math.prod(wanted) * dtype.itemsize).view(dtype).reshape(wanted)
+        parts.append(array)
+        grid = [
+            range(start // step, -(-stop // step) if stop > start else 0)
+            for (start, stop), step in zip(region, chunk_shape, strict=True)
+        ]
+        for index in itertools.product(*grid):
             key = encoding.chunk_key(read.name, index)
-            ref = self._find(read.leaf, key, expected)
-            yield _Chunk(read.leaf, key, ref, encoding, nbytes, place, into if plain else None)
+            ref = self._find(read.leaf, key, nbytes + trailer if plain else None)
+            copy, into = _destination(array, region, chunk_shape, index)
+            if not plain:
+                what = f"{read.leaf}: {self._named(key)}"
+                copy, into = _decoded(copy, encoding, nbytes, what), None
+            yield _Chunk(read.leaf, key, ref, trailer, parts, position, stored, copy, into)
+
+    def _named(self, key: bytes) -> str:
+        return f"{key.decode()!r} in {self._directory}"
 
     def _find(self, leaf: str, key: bytes, expected: int | None) -> Value | None:
         """Where a chunk is; checks that it has as many bytes as expected."""
@@ -182,15 +188,12 @@ class NativeStore:
             return None
         ref = self._database.values.get(key)
         length = len(ref) if isinstance(ref, bytes) else ref.length if ref else 0
-        if ref is None or length != (expected or length):
+        if ref is None or (expected is not None and length != expected):
             found = "is missing" if ref is None else f"has {length} bytes, expected {expected}"
             raise DamagedCheckpointError(
                 f"{leaf}: its chunk {self._named(key)} {found}; restore another step"
             )
         return ref
-
-    def _named(self, key: bytes) -> str:
-        return f"{key.decode()!r} in {self._directory}"
 
     def _read_chunks(self, chunks: list[_Chunk]) -> None:
         placed = [chunk for chunk in chunks if isinstance(chunk.ref, ValueRef)]
@@ -228,23 +231,24 @@ class NativeStore:
 
     def _deliver(self, chunk: _Chunk, value: Bytes) -> None:
         """Checks a whole value and gives it to the array it belongs to."""
-        split = len(value) - chunk.encoding.trailer
+        split = len(value) - chunk.trailer
         data = value[:split]
         self._check(chunk, data, value[split:])
-        if chunk.encoding.compressed or split != chunk.nbytes:
-            what = f"{chunk.leaf}: {self._named(chunk.key)}"
-            data = chunk.encoding.decode(data, chunk.nbytes, what)
-        # A step counter that is kept must not keep what was read with it.
-        chunk.place(data.copy() if split <= _TINY else data)
+        if split <= _TINY:  # a step counter that is kept must not keep what was read with it
+            data = data.copy()
+        if chunk.place is not None:
+            chunk.place(data)
+        else:
+            stored = chunk.stored
+            chunk.parts[chunk.position] = data.view(stored.dtype).reshape(stored.shape)
 
     def _check(self, chunk: _Chunk, data: Bytes, rest: Bytes) -> None:
         """Compares a chunk with its checksums; `rest` is padding, if any, and the trailer."""
-        trailer = chunk.encoding.trailer
-        padding = len(rest) - trailer
+        padding = len(rest) - chunk.trailer
         crc = crc32c.crc32c(data.data)
         if padding:
             crc = crc32c.crc32c(rest[:padding].data, crc)
-        own = int.from_bytes(rest[padding:].tobytes(), "little") if trailer else crc
+        own = int.from_bytes(rest[padding:].tobytes(), "little") if chunk.trailer else crc
         table = self._crcs.get(chunk.key, own)
         if crc == own == table:
             return
@@ -259,9 +263,11 @@ class NativeStore:
         )
 
 
-def _adopt(parts: list[NDArray[Any]], position: int, stored: StoredArray, data: Bytes) -> None:
-    """Makes the bytes of a chunk that is a whole array that array, without a copy."""
-    parts[position] = data.view(stored.dtype).reshape(stored.shape)
+def _decoded(
+    place: Callable[[Bytes], None], encoding: Encoding, nbytes: int, what: str
+) -> Callable[[Bytes], None]:
+    """What decodes a chunk and then puts it into its place."""
+    return lambda data: place(encoding.decode(data, nbytes, what))
 
 
 def _destination(
