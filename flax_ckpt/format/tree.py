@@ -297,6 +297,12 @@ class _ArrayDocument(msgspec.Struct):
     array_metadatas: list[_ArrayItem]
 
 
+class _Outline(msgspec.Struct):
+    """The same of a file without typed keys, of which a reader needs nothing."""
+
+    array_metadatas: list[msgspec.Raw]
+
+
 def encode_array_metadatas(arrays: Sequence[ArrayMetadata]) -> bytes:
     """`array_metadatas/process_N`."""
     return msgspec.json.encode(_ArrayDocument([_ArrayItem(array) for array in arrays]))
@@ -310,9 +316,10 @@ def decode_array_metadatas(data: bytes, what: str) -> list[ArrayMetadata]:
 
 def decode_key_impls(data: bytes, what: str) -> dict[str, str]:
     """Implementation of each typed PRNG key by its name: what a reader needs of the file."""
-    if b'"random_key_impl"' not in data:  # as in most files, which then need not be parsed
-        return {}
-    return {a.name: a.key_impl for a in decode_array_metadatas(data, what) if a.key_impl}
+    if b'"random_key_impl"' in data:
+        return {a.name: a.key_impl for a in decode_array_metadatas(data, what) if a.key_impl}
+    jsons.decode(data, _Outline, what)
+    return {}
 
 
 def encode_strings(strings: Mapping[str, str]) -> bytes:
