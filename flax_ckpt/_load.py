@@ -194,9 +194,13 @@ def steadily(path: PathLike, read: Callable[[], T]) -> T:
                 raise
 
 
-def _identity(path: PathLike) -> int | None:
+def _identity(path: PathLike) -> tuple[int, int] | None:
+    """What a directory that takes another's place has of its own; numbers alone are given again."""
     here = local_path(path)
-    return os.stat(here).st_ino if os.path.exists(here) else None
+    if not os.path.exists(here):
+        return None
+    found = os.stat(here)
+    return found.st_ino, found.st_ctime_ns
 
 
 def load_layout(layout: Layout, abstract: Any, context: Context) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def file_crc(data: bytes) -> int:
 
     With its own CRC-32C at the end, every file has the same one: it would tell nothing.
     """
-    body = crc32c.crc32c(data[:-4])
+    body = crc32c.crc32c(memoryview(data)[:-4])
     own = body.to_bytes(4, "little") == data[-4:]
     return body if own else crc32c.crc32c(data[-4:], body)
 

@@ -68,6 +68,8 @@ class ValueRef(msgspec.Struct, frozen=True, order=True, gc=False):
 
 Value: TypeAlias = bytes | ValueRef
 Entry: TypeAlias = tuple[bytes, Value]
+_Files: TypeAlias = list[tuple[str, str]]
+_Marks: TypeAlias = NDArray[np.uint64]
 
 
 class NodeRef(NamedTuple):
@@ -239,7 +241,7 @@ def decode_manifest(data: bytes, *, what: str = "manifest.ocdbt") -> NodeRef:
     return NodeRef(height, file, offset, length, base=base, counts=(keys, nodes, outside))
 
 
-def read_tree(root: NodeRef, fetch: Callable[[str, int, int], bytes]) -> dict[bytes, Value]:
+def read_tree(root: NodeRef, fetch: Callable[[str, int, int], wire.Buffer]) -> dict[bytes, Value]:
     """All keys of a database, in order, with their values or where those are.
 
     Args:
@@ -265,75 +267,64 @@ def read_tree(root: NodeRef, fetch: Callable[[str, int, int], bytes]) -> dict[by
                 f"{ref}: found a node of {ref.length} bytes in a tree of {spent}, "
                 f"expected at most {wire.MAX_NODE} in {_MAX_TREE_BYTES}"
             )
-        node = _Node(fetch(ref.file, ref.offset, ref.length), ref)
+        reader, files, keys, marks = _open_node(fetch(ref.file, ref.offset, ref.length), ref)
+        spent += reader.size + _ROW_COST * len(keys) + sum(map(len, keys))
         if ref.height:
-            children = node.children()
-            spent += _ROW_COST * len(children) + sum(len(child.prefix) for child in children)
-            todo += reversed(children)
+            todo += reversed(_children(reader, files, keys, marks, ref.height - 1))
             continue
-        keys, values = node.keys, node.values()
-        spent += _ROW_COST * len(keys) + sum(map(len, keys)) + node.inline_bytes
-        ordered = last + keys
-        if any(map(operator.ge, ordered, keys if last else keys[1:])):
+        if any(map(operator.ge, last + keys, keys if last else keys[1:])):
             raise FormatError(f"{ref}: found keys out of order, expected strictly increasing keys")
         last = keys[-1:] or last
-        found.update(zip(keys, values, strict=True))
+        found.update(zip(keys, _values(reader, files, len(keys)), strict=True))
     if len(found) != root.counts[0]:
         raise FormatError(f"{root}: found {len(found)} keys, expected {root.counts[0]}")
     return found
 
 
-class _Node:
-    """A node whose frame, file table and keys are read; the rest is read once."""
+def _open_node(data: wire.Buffer, ref: NodeRef) -> tuple[wire.Reader, _Files, list[bytes], _Marks]:
+    """A node's file table, its keys, and what marks are in them; the reader goes on from there."""
+    reader = wire.open_frame(data, NODE_MAGIC, str(ref))
+    if (height := reader.take(1, "height")[0]) != ref.height:
+        raise reader.error("height", height, ref.height)
+    files = reader.files(ref.base)
+    return reader, files, *reader.strings("key", ref.prefix, marked=height > 0)
 
-    def __init__(self, data: bytes, ref: NodeRef) -> None:
-        self._what = str(ref)
-        self._height = ref.height
-        self._reader = reader = wire.open_frame(data, NODE_MAGIC, self._what)
-        if (height := reader.take(1, "height")[0]) != ref.height:
-            raise reader.error("height", height, ref.height)
-        self._files = reader.files(ref.base)
-        self.keys, self._marks = reader.strings("key", ref.prefix, marked=height > 0)
-        self.inline_bytes = 0
 
-    def children(self) -> list[NodeRef]:
-        """The children of an interior node."""
-        reader, count = self._reader, len(self.keys)
-        places = reader.pick(self._files, count)
-        offsets = reader.varints(count, "node offset").tolist()
-        lengths = reader.varints(count, "node length").tolist()
-        reader.varints(3 * count, "node counts")
-        reader.finish()
-        columns = (self.keys, self._marks.tolist(), places, offsets, lengths)
-        return [
-            NodeRef(self._height - 1, file, offset, length, key[:mark], base)
-            for key, mark, (file, base), offset, length in zip(*columns, strict=True)
-        ]
+def _children(
+    reader: wire.Reader, files: _Files, keys: list[bytes], marks: _Marks, height: int
+) -> list[NodeRef]:
+    """What an interior node refers to."""
+    places = reader.pick(files, len(keys))
+    offsets = reader.varints(len(keys), "node offset").tolist()
+    lengths = reader.varints(len(keys), "node length").tolist()
+    reader.varints(3 * len(keys), "node counts")
+    reader.finish()
+    columns = (keys, marks.tolist(), places, offsets, lengths)
+    return [
+        NodeRef(height, file, offset, length, key[:mark], base)
+        for key, mark, (file, base), offset, length in zip(*columns, strict=True)
+    ]
 
-    def values(self) -> list[Value]:
-        """The value of each key of a leaf."""
-        reader, count = self._reader, len(self.keys)
-        lengths = reader.varints(count, "value length").tolist()
-        kinds = reader.take(count, "value kind")
-        if (kind := max(kinds, default=0)) > 1:
-            raise reader.error("value kind", kind, "0 or 1")
-        places = reader.pick(self._files, sum(kinds))
-        offsets = iter(reader.varints(len(places), "value offset").tolist())
-        outside = iter(places)
-        self.inline_bytes = sum(itertools.compress(lengths, [not kind for kind in kinds]))
-        inline, at = reader.take(self.inline_bytes, "inline value"), 0
-        reader.finish()
-        values: list[Value] = []
-        for kind, length in zip(kinds, lengths, strict=True):
-            if kind:
-                ref = ValueRef(next(outside)[0], next(offsets), length)
-                if not ref.file or ref.offset + length > wire.MAX_OFFSET:
-                    _check_place(ref, self._what)
-                values.append(ref)
-            else:
-                values.append(inline[at : at + length])
-                at += length
-        return values
+
+def _values(reader: wire.Reader, files: _Files, count: int) -> list[Value]:
+    """The value of each key of a leaf."""
+    lengths = reader.varints(count, "value length")
+    kinds = reader.take(count, "value kind")
+    if (kind := max(kinds, default=0)) > 1:
+        raise reader.error("value kind", kind, "0 or 1")
+    outside = np.frombuffer(kinds, bool)
+    places = [file for file, _ in reader.pick(files, int(outside.sum()))]
+    offsets = reader.varints(len(places), "value offset")
+    refs = list(map(ValueRef, places, offsets.tolist(), lengths[outside].tolist()))
+    if "" in places or np.any(offsets + lengths[outside] > wire.MAX_OFFSET):
+        for ref in refs:
+            _check_place(ref, reader.what)
+    sizes: list[int] = lengths[~outside].tolist()
+    blob = reader.take(sum(sizes), "inline value")
+    reader.finish()
+    ends = itertools.accumulate(sizes)
+    columns = iter([blob[end - n : end] for n, end in zip(sizes, ends, strict=True)]), iter(refs)
+    return [next(columns[kind]) for kind in kinds]
 
 
 def _table_head(keys: Sequence[bytes]) -> bytes:

@@ -154,13 +154,11 @@ class TreeMetadata(NamedTuple):
 
 
 def _without_leftovers(entries: list[Entry]) -> list[Entry]:
-    """Drops entries whose path is the beginning of another's: partial saves leave such."""
-    inner: set[KeyPath] = set()
-    for path in {e.path[:-1] for e in entries if e.path}:
-        inner.add(path)
-        while path and (path := path[:-1]) not in inner:
-            inner.add(path)
-    return [e for e in entries if e.path not in inner]
+    """Drops empty nodes in which there is something: partial saves leave such."""
+    empty = {e.path for e in entries if e.kind in EMPTY}
+    lengths = set(map(len, empty))
+    gone = empty & {e.path[:n] for e in entries for n in lengths if n < len(e.path)}
+    return [e for e in entries if e.path not in gone] if gone else entries
 
 
 def name_of(path: KeyPath) -> str:
@@ -191,12 +189,11 @@ def unique_names(paths: Sequence[KeyPath], names: Sequence[Hashable]) -> None:
         other = seen.setdefault(name, path)
         if other is not path:
             clashes.append(f"  {_quoted(other)} and {_quoted(path)}")
-    if clashes:
-        raise DuplicateNameError(
-            "these leaves would be stored under one name, and one of each pair would be lost:\n"
-            + "\n".join(clashes)
-            + "\nKeys are joined with dots on disk: rename one of the keys"
-        )
+    raise DuplicateNameError(
+        "these leaves would be stored under one name, and one of each pair would be lost:\n"
+        + "\n".join(clashes)
+        + "\nKeys are joined with dots on disk: rename one of the keys"
+    )
 
 
 def _quoted(path: KeyPath) -> str:
@@ -215,39 +212,31 @@ def build(leaves: Iterable[tuple[KeyPath, Any]], what: str, *, gaps: bool = Fals
         FormatError: the paths make no tree: a gap in a list, two kinds of node in one place.
     """
     root: dict[str, Any] = {}
+    kinds: dict[int, int] = {}  # of the nodes by their `id`: a leaf may be a dict, too
+    lists: list[tuple[dict[str, Any], str]] = []  # where they are, the outer ones first
     for path, value in leaves:
         node, place = root, ""
         for key in path:
-            child = node.get(place)
-            if child is None and place not in node:
-                child = node[place] = _Node(key.kind)
-            if not isinstance(child, _Node) or child.kind != key.kind:
+            if place not in node:
+                child = node[place] = dict[str, Any]()
+                kinds[id(child)] = key.kind
+                if key.kind == SEQUENCE:
+                    lists.append((node, place))
+            elif kinds.get(id(child := node[place])) != key.kind:
                 raise FormatError(f"{what}: {show(path)} lies in a node of another kind")
             node, place = child, key.key
         if place in node:
             raise FormatError(f"{what}: {show(path)} is there twice")
         node[place] = value
-    return _plain(root[""], what, gaps) if root else {}
-
-
-class _Node(dict[str, Any]):
-    """A container being built; a class of its own, as a leaf may be a dict."""
-
-    def __init__(self, kind: int) -> None:
-        super().__init__()
-        self.kind = kind
-
-
-def _plain(node: Any, what: str, gaps: bool) -> Any:
-    if not isinstance(node, _Node):
-        return node
-    keys = [str(i) for i in range(len(node))]
-    if node.kind == DICT or (gaps and node.keys() != set(keys)):
-        return {key: _plain(value, what, gaps) for key, value in node.items()}
-    try:
-        return [_plain(node[key], what, gaps) for key in keys]
-    except KeyError as error:
-        raise FormatError(f"{what}: a list of {len(node)} has no element {error}") from error
+    for node, place in reversed(lists):
+        items = node[place]
+        if gaps and items.keys() != set(map(str, range(len(items)))):
+            continue
+        try:
+            node[place] = [items[str(i)] for i in range(len(items))]
+        except KeyError as error:
+            raise FormatError(f"{what}: a list of {len(items)} has no element {error}") from error
+    return root[""] if root else {}
 
 
 _URL_SAFE: Final = str.maketrans("-_", "+/")
@@ -265,10 +254,8 @@ def decode_shardings(data: bytes, what: str) -> dict[str, str]:
     raw = jsons.decode(data, dict[str, str], what)
     keys = "\n".join(raw).translate(_URL_SAFE).split("\n") if raw else []  # all at once
     try:
-        return {
-            binascii.a2b_base64(key).decode(): text
-            for key, text in zip(keys, raw.values(), strict=True)
-        }
+        found = map(bytes.decode, map(binascii.a2b_base64, keys))
+        return dict(zip(found, raw.values(), strict=True))
     except ValueError as error:
         raise FormatError(f"{what}: a key is not base64 of UTF-8: {error}") from error
 
@@ -313,6 +300,12 @@ class _ArrayDocument(msgspec.Struct):
     array_metadatas: list[_ArrayItem]
 
 
+class _Outline(msgspec.Struct):
+    """The same of a file without typed keys, of which a reader needs nothing."""
+
+    array_metadatas: list[msgspec.Raw]
+
+
 def encode_array_metadatas(arrays: Sequence[ArrayMetadata]) -> bytes:
     """`array_metadatas/process_N`."""
     return msgspec.json.encode(_ArrayDocument([_ArrayItem(array) for array in arrays]))
@@ -324,24 +317,12 @@ def decode_array_metadatas(data: bytes, what: str) -> list[ArrayMetadata]:
     return [item.array_metadata for item in document.array_metadatas]
 
 
-class _Key(msgspec.Struct, gc=False):
-    param_name: str
-    ext_metadata: _ExtMetadata | None = None
-
-
-class _KeyItem(msgspec.Struct, gc=False):
-    array_metadata: _Key
-
-
-class _KeyDocument(msgspec.Struct):
-    array_metadatas: list[_KeyItem]
-
-
 def decode_key_impls(data: bytes, what: str) -> dict[str, str]:
     """Implementation of each typed PRNG key by its name: what a reader needs of the file."""
-    arrays = [i.array_metadata for i in jsons.decode(data, _KeyDocument, what).array_metadatas]
-    impls = {a.param_name: a.ext_metadata.random_key_impl for a in arrays if a.ext_metadata}
-    return {name: impl for name, impl in impls.items() if impl is not None}
+    if b'"random_key_impl"' in data:
+        return {a.name: a.key_impl for a in decode_array_metadatas(data, what) if a.key_impl}
+    jsons.decode(data, _Outline, what)
+    return {}
 
 
 def encode_strings(strings: Mapping[str, str]) -> bytes:

@@ -7,7 +7,7 @@ Written from TensorStore's public description of the format (`kvstore/ocdbt/inde
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 import crc32c
 import numpy as np
@@ -15,6 +15,8 @@ import zstandard
 from numpy.typing import NDArray
 
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
+
+Buffer: TypeAlias = bytes | memoryview
 
 MAX_KEY: Final = 65_535
 MAX_OFFSET: Final = 2**63 - 1
@@ -52,7 +54,7 @@ def with_crc(data: bytes) -> bytes:
     return data + crc32c.crc32c(data).to_bytes(4, "little")
 
 
-def check_crc(data: bytes, what: str) -> None:
+def check_crc(data: Buffer, what: str) -> None:
     """Raises `DamagedCheckpointError` unless `data` ends in the CRC-32C of what is before."""
     crc, stored = crc32c.crc32c(memoryview(data)[:-4]).to_bytes(4, "little"), data[-4:]
     if crc != stored:
@@ -65,7 +67,7 @@ def encode_frame(magic: bytes, *parts: bytes) -> bytes:
     return with_crc(b"".join((magic, length.to_bytes(8, "little"), b"\0\0", *parts)))
 
 
-def open_frame(data: bytes, magic: bytes, what: str) -> Reader:
+def open_frame(data: Buffer, magic: bytes, what: str) -> Reader:
     """A reader of the body of a node or manifest, its checksum verified.
 
     Args:
@@ -85,7 +87,7 @@ def open_frame(data: bytes, magic: bytes, what: str) -> Reader:
     if len(data) != size:
         raise DamagedCheckpointError(f"{what}: found {len(data)} bytes, expected {size}")
     check_crc(data, what)
-    kind, body = data[12:14].hex(), data[14:-4]
+    kind, body = data[12:14].hex(), memoryview(data)[14:-4]
     if kind == "0000":
         return Reader(body, what)
     if kind != "0001":
@@ -102,20 +104,26 @@ def open_frame(data: bytes, magic: bytes, what: str) -> Reader:
 
 
 class Reader:
-    """Reads one body from front to back; raises `FormatError` where it does not hold."""
+    """Reads one body from front to back; raises `FormatError` where it does not hold.
 
-    def __init__(self, data: bytes, what: str) -> None:
-        self._data = data
+    Attributes:
+        size: of the body in bytes.
+        what: names it in errors.
+    """
+
+    def __init__(self, data: Buffer, what: str) -> None:
+        self._data = memoryview(data)
         self._pos = 0
-        self._what = what
+        self.size = len(data)
+        self.what = what
 
     def error(self, name: str, found: object, expected: object) -> FormatError:
         """The error for a field that is not as it should be."""
-        return FormatError(f"{self._what}: {name}: found {found}, expected {expected}")
+        return FormatError(f"{self.what}: {name}: found {found}, expected {expected}")
 
     def take(self, count: int, name: str) -> bytes:
         """The next `count` bytes."""
-        data = self._data[self._pos : self._pos + count]
+        data = bytes(self._data[self._pos : self._pos + count])
         if len(data) != count:
             raise self.error(name, f"{len(data)} bytes", f"{count} bytes")
         self._pos += count
@@ -123,7 +131,7 @@ class Reader:
 
     def finish(self) -> None:
         """Checks that nothing is left."""
-        if left := len(self._data) - self._pos:
+        if left := self.size - self._pos:
             raise self.error("end", f"{left} more bytes", "none")
 
     def varint(self, name: str, most: int) -> int:
@@ -134,7 +142,7 @@ class Reader:
         """The next `count` numbers, each at most `most`."""
         if not count:
             return np.zeros(0, np.uint64)
-        span = min(len(self._data) - self._pos, 10 * count)
+        span = min(self.size - self._pos, 10 * count)
         window = np.frombuffer(self._data, np.uint8, span, self._pos)
         ends = np.flatnonzero(window < 0x80)[:count] + 1
         if len(ends) < count:
@@ -174,10 +182,10 @@ class Reader:
             raise self.error(f"{name} bytes", f"{longest} and {total} in all", limits)
         blob = self.take(int(suffix.sum()), f"{name} bytes")
         out: list[bytes] = []
-        last, pos = prefix, 0
-        for skip, size in zip(shared.tolist(), suffix.tolist(), strict=True):
-            last = last[:skip] + blob[pos : pos + size]
-            pos += size
+        last, start = prefix, 0
+        for skip, end in zip(shared.tolist(), np.cumsum(suffix).tolist(), strict=True):
+            last = last[:skip] + blob[start:end] if skip else blob[start:end]
+            start = end
             out.append(last)
         return out, marks
 
@@ -194,7 +202,7 @@ class Reader:
             raise self.error("data file path", e.object[:80], "UTF-8") from None
         paths = ["" if path == base else path for path in paths]  # there is no file
         for path in filter(None, paths):
-            check_path(path, self._what)
+            check_path(path, self.what)
         return list(zip(paths, bases, strict=True))
 
     def pick(self, files: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:

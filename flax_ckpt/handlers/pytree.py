@@ -21,7 +21,7 @@ from flax_ckpt.handlers.saved_tree import SavedTree, read_array_metadatas
 from flax_ckpt.handlers.snapshot import Snapshot
 from flax_ckpt.leaves.base import PLACEHOLDER, LoadRules
 from flax_ckpt.leaves.registry import LeafRegistry
-from flax_ckpt.storage import file_write, files, hosts, native_write
+from flax_ckpt.storage import files, hosts, native_write
 from flax_ckpt.storage.record import Record
 
 logger = logging.getLogger("flax_ckpt")
@@ -125,8 +125,7 @@ class PyTreeHandler:
             os.makedirs(folder, exist_ok=True)
             data = tree.encode_array_metadatas(snapshot.metadatas)
             files.write(os.path.join(folder, f"process_{together.index}"), data)
-        write = (native_write if snapshot.layout.ocdbt else file_write).write_arrays
-        write(path, snapshot.writes, together, snapshot.layout)
+        native_write.write_arrays(path, snapshot.writes, together, snapshot.layout)
         if together.is_primary:
             for name, data in snapshot.files().items():
                 files.write(os.path.join(path, name), data)

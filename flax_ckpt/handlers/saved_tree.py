@@ -15,7 +15,7 @@ from flax_ckpt.format import names, tree
 from flax_ckpt.handlers import keypaths
 from flax_ckpt.leaves.base import PLACEHOLDER, LeafHandler, LoadRules, SavedLeaf, show_array
 from flax_ckpt.leaves.registry import LeafRegistry
-from flax_ckpt.storage.open_store import open_store
+from flax_ckpt.storage.native_read import open_store
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayRead, ArrayStore, read_resized
 

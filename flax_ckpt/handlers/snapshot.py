@@ -21,7 +21,7 @@ from flax_ckpt.handlers.storage_options import StorageOptions
 from flax_ckpt.leaves.array import sharding_text
 from flax_ckpt.leaves.base import LeafWrite
 from flax_ckpt.leaves.registry import LeafRegistry
-from flax_ckpt.storage import file_write
+from flax_ckpt.storage import native_write
 from flax_ckpt.storage.store import ArrayLayout, ArrayWrite
 
 _PLAIN = StorageOptions()
@@ -93,7 +93,7 @@ class Snapshot:
         strings = {name: w.string for name, w in pairs if w.string is not None}
         self._string_file = tree.encode_strings(strings) if strings else None
         if not self.layout.ocdbt:
-            file_write.check_names([write.name for write in self.writes])
+            native_write.check_names([write.name for write in self.writes])
         elif self._general:
             _ = self.writes  # a dtype that cannot be is an error of the call, too
 

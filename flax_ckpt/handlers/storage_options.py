@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from flax_ckpt.errors import UnsupportedLeafError
-from flax_ckpt.format import arrays, chunks, tree
+from flax_ckpt.format import arrays, tree
 from flax_ckpt.leaves import dtypes
 from flax_ckpt.leaves.base import LeafWrite, show_array
 from flax_ckpt.options import ArrayOptions
@@ -64,7 +64,7 @@ def choose(
         chosen = arrays.choose_chunks(shard, itemsize, single_shard=single, limit=limit)
         if size is None or np.prod(chosen, dtype=object) * itemsize <= limit:
             return dtype, chosen
-    return dtype, chunks.cut(shard, itemsize, axes=tuple(axes or ()), limit=limit)
+    return dtype, arrays.cut_chunks(shard, itemsize, axes=tuple(axes or ()), limit=limit)
 
 
 def _dtype(

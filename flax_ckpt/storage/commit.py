@@ -64,21 +64,17 @@ class Staging:
         self._check_free()
 
     def _check_free(self) -> None:
-        if os.path.isfile(self.target):
-            raise CheckpointExistsError(
-                f"{self.target} is a file, which is not overwritten; save to another path"
-            )
-        if os.path.lexists(self.target) and not self._overwrite:
-            raise CheckpointExistsError(
-                f"{self.target} already exists; pass overwrite=True to replace it, or save to"
-                " another path"
-            )
         there = os.listdir(self.target) if os.path.isdir(self.target) else []
-        if there and not names.MARKS.intersection(there):
-            raise CheckpointExistsError(
-                f"{self.target} is a directory but no checkpoint, so it is not overwritten; it"
-                f" has: {contents(self.target)}"
-            )
+        if os.path.isfile(self.target):
+            why = "is a file, which is not overwritten; save to another path"
+        elif os.path.lexists(self.target) and not self._overwrite:
+            why = "already exists; pass overwrite=True to replace it, or save to another path"
+        elif there and not names.MARKS.intersection(there):
+            found = contents(self.target)
+            why = f"is a directory but no checkpoint, so it is not overwritten; it has: {found}"
+        else:
+            return
+        raise CheckpointExistsError(f"{self.target} {why}")
 
     def create(self, directories: Iterable[str]) -> None:
         """Makes the staging directory and those in it, after removing what a crash left there.

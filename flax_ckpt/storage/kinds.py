@@ -120,12 +120,11 @@ def require_directory(path: str) -> None:
     """
     if not os.path.lexists(path):
         raise not_there(path)
-    if path.endswith(_SAFETENSORS) and os.path.isfile(path):
-        raise InvalidLayoutError(
-            f"{path} is a safetensors file, no checkpoint: load it with safetensors.flax.load_file"
-        )
     if not os.path.isdir(path):
-        raise InvalidLayoutError(f"{path} is a file; a checkpoint is a directory")
+        what = "a file; a checkpoint is a directory"
+        if path.endswith(_SAFETENSORS):
+            what = "a safetensors file, no checkpoint: load it with safetensors.flax.load_file"
+        raise InvalidLayoutError(f"{path} is {what}")
 
 
 def not_there(path: str) -> CheckpointNotFoundError:

@@ -1,8 +1,11 @@
-"""Writes arrays as an OCDBT database, without TensorStore; `native_read` reads them.
+"""Writes arrays, without TensorStore, as one OCDBT database or as files; `native_read` reads them.
 
-A write is one data file with all chunks of this process, then the database's index, then its
-manifest, then the table of checksums. When several processes save, each makes a database of its
-own in `ocdbt.process_<n>/` and the primary merges their indices; the data stays where it is.
+A database is one data file with all chunks of this process, then the index, then the manifest,
+then the table of checksums. When several processes save, each makes a database of its own in
+`ocdbt.process_<n>/` and the primary merges their indices; the data stays where it is.
+
+Files are one for each chunk, `w/zarr.json`, `w/c/0/0`, …; each process writes those that it has.
+`flax_ckpt.json` has the checksums of these, as of all that no table vouches for.
 """
 
 import itertools
@@ -11,73 +14,79 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 import crc32c
 import msgspec
 import numpy as np
 
+from flax_ckpt.errors import UnsupportedLeafError
 from flax_ckpt.format import arrays as zarr
 from flax_ckpt.format import names, ocdbt
 from flax_ckpt.storage import files
-from flax_ckpt.storage.database import Database
-from flax_ckpt.storage.datafile import DataFileWriter
+from flax_ckpt.storage.database import Database, DataFileWriter
 from flax_ckpt.storage.hosts import Hosts
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayLayout, ArrayWrite
 
 # key, value or where it is, CRC-32C of the value (of a chunk: without its trailer)
 _Row = tuple[bytes, ocdbt.Value, int]
+# What else may lie in the directory of a tree; `checkpoint` is a file of Orbax's first format.
+_TAKEN: Final = (
+    *(names.TREE_METADATA, names.SHARDING, names.STRINGS, names.ARRAY_METADATAS),
+    *(names.MANIFEST, names.CHUNK_TABLE, "checkpoint"),
+)
 
 
 def write_arrays(
     directory: str, arrays: Sequence[ArrayWrite], hosts: Hosts, layout: ArrayLayout
 ) -> None:
-    """Writes arrays as one database; nothing is synced, the commit does that.
+    """Writes the arrays of a tree; nothing is synced, the commit does that.
 
     Args:
         directory: of the PyTree; exists.
         arrays: all arrays of the tree, in every process the same, with this process's shards.
         hosts: the processes that write together.
-        layout: how the arrays are encoded, and the size of data files.
+        layout: where they go, how they are encoded, and the size of data files.
     """
+    by_name = sorted(arrays, key=operator.attrgetter("name"))
+    values = _encoded(by_name, layout.encoding, primary=hosts.is_primary)
+    if not layout.ocdbt:
+        for key, head, tail, _ in values:
+            path = os.path.join(directory, key.decode())
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "xb") as file:
+                file.writelines((head, tail))
+        return
     own = os.path.join(directory, _process_dir(hosts.index)) if hosts.several else directory
-    _write_database(own, arrays, layout, primary=hosts.is_primary)
+    rows: list[_Row] = []
+    with DataFileWriter(own, layout.file_size) as out:
+        for key, head, tail, crc in values:
+            value = head if isinstance(head, bytes) else out.append_chunk(head, tail)
+            rows.append((key, value, crc))
+        _write_index(out, rows)
     if hosts.several:
         hosts.barrier(f"{os.path.basename(directory)} written")
         if hosts.is_primary:
-            _merge(directory, hosts.active)
+            _merge(directory, [_process_dir(index) for index in hosts.active])
 
 
 def _process_dir(index: int) -> str:
     return f"ocdbt.process_{index}"
 
 
-def _write_database(
-    directory: str, arrays: Sequence[ArrayWrite], layout: ArrayLayout, *, primary: bool
-) -> None:
-    rows: list[_Row] = []
-    by_name = sorted(arrays, key=operator.attrgetter("name"))
-    with DataFileWriter(directory, layout.file_size) as out:
-        for key, data, padding in encoded(by_name, layout.encoding, primary=primary):
-            if isinstance(data, bytes):
-                rows.append((key, data, crc32c.crc32c(data)))
-                continue
-            offset, crc = out.append_chunk(data, padding)
-            length = len(data) + padding + layout.encoding.trailer
-            rows.append((key, ocdbt.ValueRef(out.file, offset, length), crc))
-        _write_index(directory, out, rows)
-
-
-def _write_index(directory: str, out: DataFileWriter, rows: list[_Row]) -> None:
+def _write_index(out: DataFileWriter, rows: list[_Row]) -> None:
+    """Finishes a database: the index goes to the end of the data file."""
     rows.sort(key=operator.itemgetter(0))
     entries = [row[:2] for row in rows]
     blobs, root = ocdbt.encode_nodes(entries, file=out.file, offset=out.offset)
     for blob in blobs:
         out.append(blob)
+    out.flush()
     manifest = ocdbt.encode_manifest(root, uuid=uuid.uuid4().bytes, commit_time_ns=time.time_ns())
-    files.write(os.path.join(directory, names.MANIFEST), manifest)
+    files.write(os.path.join(out.directory, names.MANIFEST), manifest)
     table = ocdbt.encode_table([key for key, _ in entries], [crc for *_, crc in rows])
-    files.write(os.path.join(directory, names.CHUNK_TABLE), table)
+    files.write(os.path.join(out.directory, names.CHUNK_TABLE), table)
 
 
 def _rows(directory: str, folder: str = "") -> list[_Row]:
@@ -91,15 +100,15 @@ def _rows(directory: str, folder: str = "") -> list[_Row]:
     return rows
 
 
-def _merge(directory: str, processes: Iterable[int]) -> None:
+def _merge(directory: str, folders: Sequence[str]) -> None:
     rows: list[_Row] = []
-    for name in map(_process_dir, processes):
+    for name in folders:
         own = os.path.join(directory, name)
         rows += _rows(own, f"{name}/")
         for index in (names.MANIFEST, names.CHUNK_TABLE):  # only the data is needed from now on
             os.unlink(os.path.join(own, index))
     with DataFileWriter(directory) as out:
-        _write_index(directory, out, rows)
+        _write_index(out, rows)
 
 
 def unite(directory: str, sources: Iterable[str]) -> None:
@@ -118,22 +127,28 @@ def unite(directory: str, sources: Iterable[str]) -> None:
             os.makedirs(os.path.dirname(link), exist_ok=True)
             os.link(os.path.join(source, file), link)
     with DataFileWriter(directory) as out:
-        _write_index(directory, out, rows)
+        _write_index(out, rows)
 
 
-def encoded(
+def _encoded(
     arrays: Iterable[ArrayWrite], encoding: zarr.Encoding, *, primary: bool
-) -> Iterator[tuple[bytes, bytes | zarr.Bytes, int]]:
-    """Key and value of all that this process writes.
+) -> Iterator[tuple[bytes, bytes | memoryview, bytes, int]]:
+    """Key, value and checksum of all that this process writes.
 
-    A value is the description of an array, or a chunk without its CRC-32C and how many zero bytes
-    follow it.
+    A value is the description of an array; or a chunk, and what follows it: padding, and the
+    CRC-32C if the encoding has one.
     """
     for array in arrays:
         if primary:
-            yield encoding.metadata_key(array.name), encoding.metadata(array.spec), 0
+            text = encoding.metadata(array.spec)
+            yield encoding.metadata_key(array.name), text, b"", crc32c.crc32c(text)
         for index, data, padding in _chunks(array) if primary or array.spread else ():
-            yield encoding.chunk_key(array.name, index), *encoding.encode(data, padding)
+            head, padding = encoding.encode(data, padding)
+            crc = crc32c.crc32c(head.data)
+            zeros = bytes(padding)
+            crc = crc32c.crc32c(zeros, crc) if padding else crc
+            tail = zeros + crc.to_bytes(4, "little")[: encoding.trailer]
+            yield encoding.chunk_key(array.name, index), head.data, tail, crc
 
 
 def _chunks(array: ArrayWrite) -> Iterator[tuple[tuple[int, ...], zarr.Bytes, int]]:
@@ -160,3 +175,31 @@ def _chunks(array: ArrayWrite) -> Iterator[tuple[tuple[int, ...], zarr.Bytes, in
             piece: zarr.Bytes = np.ascontiguousarray(shard[..., *box]).reshape(-1).view(np.uint8)
             index = tuple(low + i for low, i in zip(corner, place, strict=True))
             yield index, piece, array.spec.chunk_nbytes - len(piece)
+
+
+def check_names(wanted: Sequence[str]) -> None:
+    """Checks that each array can have a directory of its own, named as it.
+
+    Raises:
+        UnsupportedLeafError: lists the names that cannot be directories, or lie in another's.
+    """
+    found = set(wanted)
+    refused = [f"  {name!r}: {why}" for name in wanted if (why := _refusal(name, found))]
+    if refused:
+        raise UnsupportedLeafError(
+            "these arrays cannot be stored as files named after their keys:\n"
+            + "\n".join(refused)
+            + "\nRename the keys, or leave array.saving.use_ocdbt as it is"
+        )
+
+
+def _refusal(name: str, others: set[str]) -> str:
+    parts = name.split("/")
+    if not zarr.prefix(name):
+        return "" if len(others) == 1 else "without a name only a tree of one array can be stored"
+    if parts[0] in _TAKEN:
+        return f"{parts[0]} is a file of the format"
+    if "\0" in name or {"", ".", ".."} & set(parts):
+        return "is no path of a directory below the tree's"
+    above = next((o for i in range(1, len(parts)) if (o := "/".join(parts[:i])) in others), None)
+    return f"lies in the directory of the array {above!r}" if above else ""

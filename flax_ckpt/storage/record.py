@@ -68,11 +68,8 @@ class Record:
             raise DamagedCheckpointError(
                 f"{path}: the file is missing; restore another step"
             ) from error
-        if self.native:
-            self._check(name, data, path)
-        return data
-
-    def _check(self, name: str, data: bytes, path: str) -> None:
+        if not self.native:
+            return data
         if (expected := self._crcs.get(name)) is None:
             raise DamagedCheckpointError(
                 f"{path}: not among the files that {names.INTEGRITY} lists: it was added later"
@@ -82,3 +79,4 @@ class Record:
                 f"{path}: CRC-32C {found:08x}, saved with {expected:08x}: the file was changed"
                 " after it was saved; restore another step"
             )
+        return data

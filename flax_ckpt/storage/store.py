@@ -16,9 +16,6 @@ from flax_ckpt.format.arrays import ArraySpec, Encoding, StoredArray
 
 Region = tuple[tuple[int, int], ...]
 
-# The index of an array's first element, by its rank: one object for all.
-origin = functools.cache((0,).__mul__)
-
 
 class Shard(msgspec.Struct, frozen=True, gc=False):
     """A part of an array in host memory.

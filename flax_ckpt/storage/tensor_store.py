@@ -11,7 +11,7 @@ from flax_ckpt.errors import DamagedCheckpointError, FormatError
 from flax_ckpt.format.arrays import StoredArray, prefix
 from flax_ckpt.storage.store import ArrayRead
 
-_BATCH = 256  # arrays that are open at one time
+_BATCH = 256  # arrays that are being opened at one time
 
 
 class TensorStoreStore:
@@ -70,14 +70,12 @@ class TensorStoreStore:
 
     def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
         """See :class:`ArrayStore`."""
-        results: list[list[NDArray[Any]]] = []
-        for i in range(0, len(reads), _BATCH):
-            batch = reads[i : i + _BATCH]
-            arrays = self._opened([read.name for read in batch])
-            pending = [
-                [array[tuple(slice(*span) for span in box)].read() for box in read.regions]
-                for read, array in zip(batch, arrays, strict=True)
-            ]
-            for read, futures in zip(batch, pending, strict=True):
-                results.append([np.asarray(self._wait(f, read.leaf)) for f in futures])
-        return results
+        arrays = self._opened([read.name for read in reads])
+        pending = [
+            [array[tuple(slice(*span) for span in box)].read() for box in read.regions]
+            for read, array in zip(reads, arrays, strict=True)
+        ]
+        return [
+            [np.asarray(self._wait(future, read.leaf)) for future in futures]
+            for read, futures in zip(reads, pending, strict=True)
+        ]

@@ -773,7 +773,8 @@ def mutations(body: bytes) -> st.SearchStrategy[bytes]:
 
 def decode_children(blob: bytes) -> list[NodeRef]:
     root = NodeRef(1, "d/x", 0, len(blob))
-    return ocdbt._Node(blob, root).children()  # pyright: ignore[reportPrivateUsage]
+    node = ocdbt._open_node(blob, root)  # pyright: ignore[reportPrivateUsage]
+    return ocdbt._children(*node, height=0)  # pyright: ignore[reportPrivateUsage]
 
 
 def decode(kind: str, blob: bytes) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import flax_ckpt as fc
 from flax_ckpt.errors import TreeMismatchError
-from flax_ckpt.storage.datafile import DataFileReader
+from flax_ckpt.storage.database import DataFileReader
 
 
 class Pair(NamedTuple):

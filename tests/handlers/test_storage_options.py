@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 import flax_ckpt as fc
-from flax_ckpt.format.chunks import cut
+from flax_ckpt.format.arrays import cut_chunks as cut
 from flax_ckpt.handlers.saved_tree import SavedTree, read_array_metadatas
 
 # Orbax's reader says that it takes the shardings from the checkpoint.

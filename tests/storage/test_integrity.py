@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import flax_ckpt as fc
 from flax_ckpt.errors import DamagedCheckpointError, FlaxCkptError, FormatError
+from flax_ckpt.format.arrays import Encoding
 from flax_ckpt.format.ocdbt import ValueRef
 from flax_ckpt.storage.database import Database
-from flax_ckpt.storage.datafile import TRAILER
 from flax_ckpt.storage.record import Record
 
 FLIPS_PER_FILE = 160
@@ -225,7 +225,7 @@ def test_a_chunk_of_an_older_step_is_caught(tmp_path: Path) -> None:
     new_file, new_ref = chunk_of(new / "state", "numpy")
     assert (old_ref.offset, old_ref.length) == (new_ref.offset, new_ref.length)
     stale = old_file.read_bytes()[old_ref.offset :][: old_ref.length]
-    assert len(stale) == 37 * 8 + TRAILER
+    assert len(stale) == 37 * 8 + Encoding().trailer
     data = bytearray(new_file.read_bytes())
     data[new_ref.offset : new_ref.offset + new_ref.length] = stale
     new_file.write_bytes(data)

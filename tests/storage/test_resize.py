@@ -16,8 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import flax_ckpt as fc
 from flax_ckpt.errors import DamagedCheckpointError, FormatError, TreeMismatchError
 from flax_ckpt.format.arrays import Encoding
-from flax_ckpt.storage.database import Database
-from flax_ckpt.storage.datafile import DataFileReader
+from flax_ckpt.storage.database import Database, DataFileReader
 from flax_ckpt.storage.record import Record
 
 VALUES = np.arange(1, 8 * 12 + 1, dtype=np.float32).reshape(8, 12)
