@@ -121,12 +121,13 @@ class PyTreeHandler:
         if self._is_part:
             parts.check_disjoint(path, snapshot.files())
         folder = os.path.join(path, names.ARRAY_METADATAS)
-        if snapshot.metadatas:
+        writes, metadatas = snapshot.stored
+        if metadatas:
             os.makedirs(folder, exist_ok=True)
-            data = tree.encode_array_metadatas(snapshot.metadatas)
+            data = tree.encode_array_metadatas(metadatas)
             files.write(os.path.join(folder, f"process_{together.index}"), data)
         write = (native_write if snapshot.layout.ocdbt else file_write).write_arrays
-        write(path, snapshot.writes, together, snapshot.layout)
+        write(path, writes, together, snapshot.layout)
         if together.is_primary:
             for name, data in snapshot.files().items():
                 files.write(os.path.join(path, name), data)
