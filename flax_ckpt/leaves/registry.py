@@ -5,11 +5,9 @@ from typing import Any
 
 from flax_ckpt.errors import FormatError
 from flax_ckpt.format import tree
-from flax_ckpt.leaves.array import ArrayLeaf
+from flax_ckpt.leaves.array import ArrayLeaf, KeyLeaf
 from flax_ckpt.leaves.base import LeafHandler, SavedLeaf
-from flax_ckpt.leaves.ndarray import NumpyLeaf
-from flax_ckpt.leaves.prng_key import KeyLeaf
-from flax_ckpt.leaves.python import ScalarLeaf, StringLeaf
+from flax_ckpt.leaves.host import NumpyLeaf, ScalarLeaf, StringLeaf
 
 
 class LeafRegistry:

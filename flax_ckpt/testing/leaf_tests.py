@@ -23,7 +23,7 @@ class LeafTests(Samples):
     Attributes:
         handler: the class, built without arguments.
 
-    >>> from flax_ckpt.leaves.python import StringLeaf
+    >>> from flax_ckpt.leaves.host import StringLeaf
     >>> class TestStringLeaf(LeafTests):
     ...     handler = StringLeaf
     ...
