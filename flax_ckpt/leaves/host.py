@@ -144,10 +144,12 @@ class ScalarLeaf:
         if abstract is None and saved.dtype is not None:
             abstract = _KINDS.get(dtypes.kind(saved.dtype), complex)
         wanted: type = abstract if isinstance(abstract, type) else type(abstract)
-        if saved.shape == () and saved.dtype is not None:
-            if dtypes.matches(saved.dtype, np.dtype(wanted), (), strict=rules.strict):
-                return Target(saved, ((),), wanted, rules.strict)
-        return f"Python {wanted.__name__}"
+        fits = saved.dtype is not None and (
+            not rules.strict or dtypes.matches(saved.dtype, np.dtype(wanted), (), strict=True)
+        )
+        if not fits or saved.shape != ():
+            return f"Python {wanted.__name__}"
+        return Target(saved, ((),), wanted, rules.strict)
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`."""
