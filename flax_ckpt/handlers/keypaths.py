@@ -98,8 +98,6 @@ def is_empty(node: Any) -> bool:
 
 def empty_kind(node: Any) -> str:
     """How the format calls an empty node; all but the plain containers are `None` in it."""
-    if isinstance(node, dict):
-        return "Dict"
-    if isinstance(node, list):
-        return "List"
-    return "Tuple" if type(node) is tuple else "None"
+    if type(node) is tuple:
+        return "Tuple"
+    return "Dict" if isinstance(node, dict) else "List" if isinstance(node, list) else "None"

@@ -65,6 +65,9 @@ class PyTreeHandler:
         partial_save_mode: whether what is saved is a part of a tree, for `partial.save`: it is
             refused if an earlier part of the same session has one of its leaves.
 
+    Attributes:
+        leaf_handler_registry: handlers of leaves.
+
     >>> import tempfile, flax_ckpt as fc
     >>> state_pytree = {"weights": [1.0, 2.0], "bias": 0.0}
     >>> registry = fc.handlers.local_registry()
@@ -91,13 +94,8 @@ class PyTreeHandler:
     ) -> None:
         self._context = resolve(context)
         self._validator = array_metadata_validator
-        self._leaves = leaf_handler_registry or LeafRegistry()
+        self._leaves = self.leaf_handler_registry = leaf_handler_registry or LeafRegistry()
         self._is_part = partial_save_mode
-
-    @property
-    def leaf_handler_registry(self) -> LeafRegistry:
-        """Handlers of leaves."""
-        return self._leaves
 
     async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
         """See :class:`CheckpointableHandler`.

@@ -7,13 +7,13 @@ with SavedTree(directory) as saved:
 
 import contextlib
 import os
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax_ckpt.errors import Difference, TreeMismatchError
 from flax_ckpt.format import names, tree
 from flax_ckpt.handlers import keypaths
-from flax_ckpt.leaves.base import PLACEHOLDER, LeafHandler, LoadRules, SavedLeaf, show_array
+from flax_ckpt.leaves.base import PLACEHOLDER, LeafHandler, LoadRules, SavedLeaf, show
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage.open_store import open_store
 from flax_ckpt.storage.record import Record
@@ -118,25 +118,16 @@ class SavedTree(contextlib.ExitStack):
         else:
             paths, wanted = keypaths.flatten(abstract)
             build = keypaths.structure(abstract).unflatten
-        handlers, values = self._match(paths, wanted, rules, partial)
-        return lambda: build(self._read(handlers, values, rules))
-
-    def _build(self, values: Sequence[Any]) -> Any:
-        return tree.build(zip(self.leaves, values, strict=True), self.directory)
-
-    def _match(
-        self, paths: Sequence[tree.KeyPath], wanted: Sequence[Any], rules: LoadRules, partial: bool
-    ) -> tuple[list[LeafHandler | None], list[Any]]:
-        """For each leaf the handler that builds it and its target, or None and the value."""
-        handlers: list[LeafHandler | None] = []
         values: list[Any] = []
+        groups: dict[LeafHandler, list[int]] = {}
         differences: list[Difference] = []
-        for path, abstract in zip(paths, wanted, strict=True):
-            handler, found = self._match_one(path, abstract, rules)
-            if isinstance(found, Difference):
-                differences.append(found)
-            handlers.append(handler)
-            values.append(found)
+        for path, wish in zip(paths, wanted, strict=True):
+            handler, value = self._match(path, wish, rules)
+            if handler is not None:
+                groups.setdefault(handler, []).append(len(values))
+            elif isinstance(value, Difference):
+                differences.append(value)
+            values.append(value)
         if not partial:
             asked = set(paths)
             differences += [
@@ -146,9 +137,12 @@ class SavedTree(contextlib.ExitStack):
             ]
         if differences:
             raise mismatch(self.directory, differences)
-        return handlers, values
+        return lambda: build(self._read(groups, values, rules))
 
-    def _match_one(
+    def _build(self, values: Sequence[Any]) -> Any:
+        return tree.build(zip(self.leaves, values, strict=True), self.directory)
+
+    def _match(
         self, path: tree.KeyPath, abstract: Any, rules: LoadRules
     ) -> tuple[LeafHandler | None, Any]:
         """The handler and its target; or None and the value as it is, or a difference."""
@@ -163,9 +157,7 @@ class SavedTree(contextlib.ExitStack):
             return None, Difference(tree.show(path), "nothing", wish)
         fits = not saved.is_empty and (not empty or (abstract is None and not rules.strict))
         handler = self._handler(saved, abstract) if fits else None
-        if handler is None:
-            return None, Difference(tree.show(path), str(saved), _show(abstract))
-        target = handler.target(saved, abstract, rules)
+        target = handler.target(saved, abstract, rules) if handler else _show(abstract)
         if isinstance(target, str):
             return None, Difference(tree.show(path), str(saved), target)
         return handler, target
@@ -177,13 +169,9 @@ class SavedTree(contextlib.ExitStack):
         return handler
 
     def _read(
-        self, handlers: Sequence[LeafHandler | None], values: Sequence[Any], rules: LoadRules
+        self, groups: Mapping[LeafHandler, list[int]], values: Sequence[Any], rules: LoadRules
     ) -> list[Any]:
-        """What :meth:`_match` found, built; the data of all is read in one batch."""
-        groups: dict[LeafHandler, list[int]] = {}
-        for i, handler in enumerate(handlers):
-            if handler is not None:
-                groups.setdefault(handler, []).append(i)
+        """The values, with those built that a handler has a target for; read in one batch."""
         stored = sorted(i for group in groups.values() for i in group if values[i].regions)
         targets = [values[i] for i in stored]
         reads = [ArrayRead(t.saved.name, t.regions, tree.show(t.saved.path)) for t in targets]
@@ -227,14 +215,9 @@ def _place(text: str, path: tree.KeyPath, others: Container[tree.KeyPath]) -> st
 
 
 def _show(abstract: Any) -> str:
-    """A wanted leaf as error messages print it."""
-    if keypaths.is_empty(abstract):
-        return "None" if abstract is None else f"an empty {type(abstract).__name__}"
-    if hasattr(abstract, "shape") and hasattr(abstract, "dtype"):
-        return show_array(abstract.shape, abstract.dtype)
-    if isinstance(abstract, type):
-        return abstract.__name__
-    return f"a {type(abstract).__name__}"
+    if abstract is None:
+        return "None"
+    return f"an empty {type(abstract).__name__}" if keypaths.is_empty(abstract) else show(abstract)
 
 
 def mismatch(where: str, differences: Sequence[Difference]) -> TreeMismatchError:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from flax_ckpt.errors import StateError
 from flax_ckpt.format import arrays, jsons, tree
 from flax_ckpt.leaves import dtypes
-from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show_array
+from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show, show_array
 from flax_ckpt.storage.store import Region, Shard, whole
 
 _jax: Any = jax  # jaxlib says nothing about the types of devices
@@ -77,13 +77,13 @@ class ArrayLeaf:
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
         """See :class:`LeafHandler`."""
         if saved.shape is None or saved.dtype is None:
-            return _show(abstract)
+            return show(abstract)
         if abstract is None or isinstance(abstract, type):
             abstract = _struct(saved.shape, saved.dtype)
         shape, dtype = tuple(abstract.shape), np.dtype(abstract.dtype)
         fits = dtypes.matches(saved.dtype, dtype, shape, strict=rules.strict)
         if not rules.fits(saved.shape, shape) or not fits:
-            return _show(abstract)
+            return show_array(shape, dtype)
         if not dtypes.is_canonical(dtype):  # a 64-bit one, without `jax_enable_x64`
             canonical = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
             return (
@@ -184,12 +184,6 @@ def _struct(
 def is_key(dtype: Any) -> bool:
     """Whether a dtype is that of typed PRNG keys."""
     return dtypes.is_kind(dtype, jax.dtypes.prng_key)
-
-
-def _show(abstract: Any) -> str:
-    if abstract is None or isinstance(abstract, type):
-        return "an array"
-    return show_array(abstract.shape, np.dtype(abstract.dtype))
 
 
 def _placement(saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Sharding | None:

@@ -15,7 +15,7 @@ from flax_ckpt.errors import TreeMismatchError
 from flax_ckpt.format import arrays, tree
 from flax_ckpt.leaves import dtypes
 from flax_ckpt.leaves.array import HOST
-from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show_array
+from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show, show_array
 from flax_ckpt.storage.store import Shard, whole
 
 _KINDS: Final[dict[str, type]] = {"bool": bool, "int": int, "float": float}
@@ -54,11 +54,8 @@ class NumpyLeaf:
         """True for NumPy values and types, and for what has shape and dtype but no sharding."""
         if isinstance(abstract, type):
             return issubclass(abstract, np.ndarray | np.generic)
-        return isinstance(abstract, np.ndarray | np.generic | np.dtype) or (
-            hasattr(abstract, "shape")
-            and hasattr(abstract, "dtype")
-            and not hasattr(abstract, "sharding")
-        )
+        has = [hasattr(abstract, name) for name in ("shape", "dtype", "sharding")]
+        return isinstance(abstract, np.dtype) or has == [True, True, False]
 
     def write(self, value: Any, *, copy: bool) -> LeafWrite:
         """See :class:`LeafHandler`."""
@@ -76,7 +73,7 @@ class NumpyLeaf:
         """See :class:`LeafHandler`."""
         wish = _wish(saved, abstract)
         if saved.shape is None or saved.dtype is None or wish is None:
-            return "a NumPy value" if wish is None else show_array(wish.shape, wish.dtype)
+            return show(abstract)
         fits = dtypes.matches(saved.dtype, wish.dtype, wish.shape, strict=rules.strict)
         if not rules.fits(saved.shape, wish.shape) or not fits:
             return f"{show_array(wish.shape, wish.dtype)} (numpy)"
