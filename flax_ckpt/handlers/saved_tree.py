@@ -19,6 +19,7 @@ from flax_ckpt.storage.open_store import open_store
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayRead, ArrayStore, read_resized
 
+_NO_ARRAYS = {tree.STRING, *tree.EMPTY}
 _SHOWN = 40  # differences in a message; all of them are in the exception
 
 
@@ -49,8 +50,8 @@ class SavedTree(contextlib.ExitStack):
         self._store: ArrayStore | None = None
         self.record = Record(directory)
         meta = tree.TreeMetadata.from_bytes(*self._file(names.TREE_METADATA))
-        found = [(entry, tree.name_of(entry.path)) for entry in meta.entries]
-        arrays = [name for e, name in found if e.kind not in tree.EMPTY and e.kind != tree.STRING]
+        found = [(e.path, tree.name_of(e.path), e.value.value_type) for e in meta.entries]
+        arrays = [name for _, name, kind in found if kind not in _NO_ARRAYS]
         ocdbt, zarr3 = meta.use_ocdbt, meta.use_zarr3
         try:
             if arrays:  # without any, Orbax writes no database
@@ -62,7 +63,7 @@ class SavedTree(contextlib.ExitStack):
             raise
 
     def _describe(
-        self, found: Sequence[tuple[tree.Entry, str]], arrays: Sequence[str]
+        self, found: Sequence[tuple[tree.KeyPath, str, str]], arrays: Sequence[str]
     ) -> Iterator[SavedLeaf]:
         shardings: dict[str, str] = {}
         if self.record.lists(names.SHARDING):
@@ -71,29 +72,27 @@ class SavedTree(contextlib.ExitStack):
         self.processes = len(recorded)
         impls = tree.decode_key_impls(*recorded[0]) if recorded else {}
         strings: dict[str, str] = {}
-        if texts := [name for entry, name in found if entry.kind == tree.STRING]:
-            data, path = self._file(names.STRINGS)
-            strings = tree.decode_strings(data, texts, path)
+        if texts := [name for _, name, kind in found if kind == tree.STRING]:
+            data, where = self._file(names.STRINGS)
+            strings = tree.decode_strings(data, texts, where)
         stored = self._store.describe(arrays) if self._store else {}
-        for entry, name in found:
-            path, kind = entry.path, entry.value.value_type
-            if kind != tree.STRING and kind not in tree.EMPTY:
-                array = stored[name]
-                impl = impls.get(name) if kind == tree.ARRAY else None
-                placed = shardings.get(name)
-                yield SavedLeaf(path, name, kind, array.shape, array.dtype, placed, impl)
-            else:
+        for path, name, kind in found:
+            if kind in _NO_ARRAYS:
                 yield SavedLeaf(path, name, kind, string=strings.get(name))
+                continue
+            array, impl = stored[name], impls.get(name) if kind == tree.ARRAY else None
+            yield SavedLeaf(path, name, kind, array.shape, array.dtype, shardings.get(name), impl)
 
     def _file(self, name: str) -> tuple[bytes, str]:
         return self.record.read(name), os.path.join(self.directory, name)
 
     def abstract(self) -> Any:
         """The tree in dicts and lists, each leaf in the abstract form that loads it as saved."""
-        described: list[Any] = []
-        for leaf in self.leaves.values():
-            handler = None if leaf.is_empty else self._handler(leaf, None)
-            described.append(handler.describe(leaf) if handler else tree.EMPTY[leaf.value_type]())
+        empty = tree.EMPTY
+        described = [
+            empty[e.value_type]() if e.value_type in empty else self._handler(e, None).describe(e)
+            for e in self.leaves.values()
+        ]
         return self._build(described)
 
     def narrow(self, keys: Container[str]) -> None:
@@ -162,7 +161,8 @@ class SavedTree(contextlib.ExitStack):
             return None, Difference(tree.show(path), str(saved), target)
         return handler, target
 
-    def _handler(self, leaf: SavedLeaf, abstract: Any) -> LeafHandler | None:
+    def _handler(self, leaf: SavedLeaf, abstract: Any) -> Any:
+        """Its leaf handler, or None if there is none for this wish."""
         handler = self._registry.for_saved(leaf, abstract)
         if handler is None and abstract is None:
             raise self._registry.missing(self.directory, self.leaves.values())

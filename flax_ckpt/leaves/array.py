@@ -72,7 +72,7 @@ class ArrayLeaf:
     def describe(self, saved: SavedLeaf) -> Any:
         """A `jax.ShapeDtypeStruct`, with the saved sharding if its devices are here."""
         assert saved.shape is not None
-        return _struct(saved.shape, saved.dtype, _saved_placement(saved.sharding, saved.shape))
+        return _struct(saved.shape, saved.dtype, saved.sharding)
 
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
         """See :class:`LeafHandler`."""
@@ -175,9 +175,10 @@ def _shared(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=4096)
 def _struct(
-    shape: tuple[int, ...], dtype: Any, placed: Sharding | None = None, weak: bool = False
+    shape: tuple[int, ...], dtype: Any, placed: Sharding | str | None = None, weak: bool = False
 ) -> jax.ShapeDtypeStruct:
     """One object for all leaves that are alike: it costs more to make than all else about them."""
+    placed = _saved_placement(placed, shape) if isinstance(placed, str) else placed
     return jax.ShapeDtypeStruct(shape, dtype, sharding=placed, weak_type=weak)
 
 
