@@ -86,12 +86,8 @@ def structure(value: Any) -> Any:
 
 def is_empty(node: Any) -> bool:
     """Whether a node of a tree is None or a container without children."""
-    if node is None:
-        return True
     if type(node) in (dict, list, tuple):
         return not node
-    if isinstance(node, jax.Array | jax.ShapeDtypeStruct):
-        return False
     children = _flatten_one_level(node)
     return children is not None and not list(children[0])
 

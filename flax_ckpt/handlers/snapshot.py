@@ -94,8 +94,9 @@ class Snapshot:
             raise _cannot_be_saved(name, refused, len(leaves))
         # Checked and encoded now: a key that cannot be stored must be an error of the call, not of
         # its thread, and so must a dtype. The rest can wait until training has gone on.
-        stored = [leaf.name if plain else arrays.prefix(leaf.name) for leaf in self._leaves]
-        tree.unique_names([leaf.path for leaf in self._leaves], stored)
+        if not plain or len(set(found)) < len(found):
+            stored = [arrays.prefix(leaf.name) for leaf in self._leaves]
+            tree.unique_names([leaf.path for leaf in self._leaves], stored)
         strings = {e.name: e.write.string for e in self._leaves if e.write.string is not None}
         self._string_file = tree.encode_strings(strings) if strings else None
         if create or self._general != _PLAIN or not self.layout.ocdbt:

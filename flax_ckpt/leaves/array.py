@@ -32,6 +32,9 @@ _put: Any = getattr(pxla, "batched_device_put", None)
 HOST = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"})
 
 
+_is_storable = functools.lru_cache(maxsize=256)(arrays.is_storable)  # asked of each leaf
+
+
 class ArrayLeaf:
     """Saves the shards that this process holds first; loads into any sharding."""
 
@@ -39,7 +42,7 @@ class ArrayLeaf:
 
     def handles(self, value: Any) -> bool:
         """True unless zarr has no such dtype: uint2, uint4, float8_e4m3."""
-        return isinstance(value, jax.Array) and arrays.is_storable(value.dtype)
+        return isinstance(value, jax.Array) and _is_storable(value.dtype)
 
     def handles_abstract(self, abstract: Any) -> bool:
         """True for `jax.Array`, `jax.ShapeDtypeStruct`, and what has shape, dtype, sharding."""
