@@ -187,14 +187,11 @@ def _unite(
     strings: dict[str, str] = {}
     arrays_of: dict[str, list[tree.ArrayMetadata]] = {}
     for part, metadata in zip(parts, metadatas, strict=True):
-        for name, data in part.items():
-            if name == names.SHARDING:
-                shardings |= tree.decode_shardings(data, what)
-            elif name == names.STRINGS:
-                wanted = [tree.name_of(e.path) for e in metadata.entries if e.kind == tree.STRING]
-                strings |= tree.decode_strings(data, wanted, what)
-            elif name.startswith(names.ARRAY_METADATAS):
-                arrays_of.setdefault(name, []).extend(tree.decode_array_metadatas(data, what))
+        texts = [tree.name_of(e.path) for e in metadata.entries if e.kind == tree.STRING]
+        shardings |= tree.decode_shardings(part.get(names.SHARDING, b"{}"), what)
+        strings |= tree.decode_strings(part.get(names.STRINGS, b"{}"), texts, what)
+        for name in [name for name in part if name.startswith(names.ARRAY_METADATAS)]:
+            arrays_of.setdefault(name, []).extend(tree.decode_array_metadatas(part[name], what))
     united = tree.TreeMetadata(entries, *stored.pop())
     found = {name: tree.encode_array_metadatas(metadata) for name, metadata in arrays_of.items()}
     found[names.TREE_METADATA] = united.to_bytes()

@@ -98,7 +98,7 @@ class Snapshot:
             stored = [arrays.prefix(leaf.name) for leaf in self._leaves]
             tree.unique_names([leaf.path for leaf in self._leaves], stored)
         strings = {e.name: e.write.string for e in self._leaves if e.write.string is not None}
-        self._string_file = tree.encode_strings(strings) if strings else None
+        self._strings = {names.STRINGS: tree.encode_strings(strings)} if strings else {}
         if create or self._general != _PLAIN or not self.layout.ocdbt:
             writes, _ = self.stored
             if not self.layout.ocdbt:
@@ -134,12 +134,8 @@ class Snapshot:
             if (placed := w.sharding) is not None:
                 shardings[leaf.name] = placed if isinstance(placed, str) else sharding_text(placed)
         metadata = tree.TreeMetadata(entries, self.layout.ocdbt, self.layout.encoding.zarr3)
-        found = {names.TREE_METADATA: metadata.to_bytes()}
-        if shardings:
-            found[names.SHARDING] = tree.encode_shardings(shardings)
-        if self._string_file is not None:
-            found[names.STRINGS] = self._string_file
-        return found
+        found = {names.TREE_METADATA: metadata.to_bytes(), **self._strings}
+        return found | ({names.SHARDING: tree.encode_shardings(shardings)} if shardings else {})
 
 
 def _own_options(value: Any, create: Any) -> Iterator[StorageOptions | None]:

@@ -3,6 +3,7 @@
 Only the primary process writes it; every process reads it.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Awaitable, Callable
@@ -114,11 +115,9 @@ class ProtoHandler(_TextHandler):
 
     async def metadata(self, directory: epath.Path) -> type[Message] | None:
         """The message's class; None if this process has not registered it."""
-        try:
+        with contextlib.suppress(FormatError):
             message: Message = await self._load(directory, None)
-        except FormatError:
-            return None
-        return type(message)
+            return type(message)
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """True for protocol-buffer messages."""
@@ -157,11 +156,9 @@ class JsonHandler(_TextHandler):
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """True if JSON can hold it."""
-        try:
-            _json_text(checkpointable)
-        except _NOT_TEXT:
-            return False
-        return True
+        with contextlib.suppress(*_NOT_TEXT):
+            return bool(_json_text(checkpointable))
+        return False
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """None: the checkpoint decides."""

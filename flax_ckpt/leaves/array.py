@@ -62,19 +62,17 @@ class ArrayLeaf:
             shape, origin = _shared(data.shape)
             shards = (Shard(origin, data),)
             return LeafWrite(tree.ARRAY, shape, data.dtype, shape, shards, placed)
-        shape, dtype = array.shape, np.dtype(array.dtype)
         shards = [
             Shard(tuple([s.start or 0 for s in shard.index]), np.asarray(shard.data))
             for shard in array.addressable_shards
             if shard.replica_id == 0
         ]
-        spread = not array.is_fully_addressable
+        shape, dtype, spread = array.shape, np.dtype(array.dtype), not array.is_fully_addressable
         part = placed.shard_shape(shape)
         return LeafWrite(tree.ARRAY, shape, dtype, part, shards, placed, spread=spread)
 
     def describe(self, saved: SavedLeaf) -> Any:
         """A `jax.ShapeDtypeStruct`, with the saved sharding if its devices are here."""
-        assert saved.shape is not None
         return _struct(saved.shape, saved.dtype, saved.sharding)
 
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
@@ -158,11 +156,8 @@ class KeyLeaf:
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`."""
-        arrays = self._arrays.build(targets, data)
-        return [
-            jax.random.wrap_key_data(array, impl=target.saved.key_impl)
-            for array, target in zip(arrays, targets, strict=True)
-        ]
+        made, wrap = self._arrays.build(targets, data), jax.random.wrap_key_data
+        return [wrap(a, impl=t.saved.key_impl) for a, t in zip(made, targets, strict=True)]
 
 
 @functools.lru_cache(maxsize=16)

@@ -44,11 +44,9 @@ class NumpyLeaf:
 
     def handles(self, value: Any) -> bool:
         """True unless zarr has no such dtype: object, str, bytes, datetime, structured."""
-        return (
-            isinstance(value, np.ndarray | np.generic)
-            and not isinstance(value, np.ma.MaskedArray)  # its mask would be lost
-            and arrays.is_storable(value.dtype)
-        )
+        if isinstance(value, np.ma.MaskedArray):  # its mask would be lost
+            return False
+        return isinstance(value, np.ndarray | np.generic) and arrays.is_storable(value.dtype)
 
     def handles_abstract(self, abstract: Any) -> bool:
         """True for NumPy values and types, and for what has shape and dtype but no sharding."""
@@ -118,9 +116,7 @@ class ScalarLeaf:
         """See :class:`LeafHandler`."""
         if isinstance(value, np.generic):  # np.float64 is a float
             return False
-        if isinstance(value, int):
-            return -(2**63) <= value < 2**64
-        return isinstance(value, float)
+        return -(2**63) <= value < 2**64 if isinstance(value, int) else isinstance(value, float)
 
     def handles_abstract(self, abstract: Any) -> bool:
         """True for the types `int`, `float`, `bool`, and for their values."""
