@@ -172,17 +172,16 @@ class PyTreeHandler:
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """True if there is a leaf handler for one leaf of each type in the tree."""
-        return all(map(self._leaves.for_value, _one_of_each_type(checkpointable)))
+        return all(map(self._leaves.for_value, _one_of_each_type(checkpointable).values()))
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Likewise of the abstract leaves."""
-        wanted = _one_of_each_type(abstract_checkpointable)
+        wanted = _one_of_each_type(abstract_checkpointable).values()
         return all(leaf is PLACEHOLDER or self._leaves.for_abstract(leaf) for leaf in wanted)
 
 
-def _one_of_each_type(value: Any) -> list[Any]:
-    leaves: dict[Any, Any] = {type(leaf): leaf for leaf in jax.tree.leaves(value)}
-    return list(leaves.values())
+def _one_of_each_type(value: Any) -> dict[Any, Any]:
+    return {type(leaf): leaf for leaf in jax.tree.leaves(value)}
 
 
 def log_fallbacks(directory: epath.Path, rules: LoadRules) -> None:

@@ -64,14 +64,14 @@ class Snapshot:
             _start_transfers(leaves)
         copy, saving = context.memory.deepcopy_host_arrays, context.array.saving
         encoding = arrays.Encoding(saving.use_zarr3, saving.use_compression)
-        file_size = saving.ocdbt_target_data_file_size or 0
-        self.layout = ArrayLayout(saving.use_ocdbt, encoding, file_size)
+        size = saving.ocdbt_target_data_file_size or 0
+        self.layout = ArrayLayout(saving.use_ocdbt, encoding, size)
         self._general = saving.storage_options
         create = saving.scoped_storage_options_creator
         owns = _own_options(value, create) if create else itertools.repeat(None)
         self._empty: list[tree.Entry] = []
         self._leaves: list[_Leaf] = []
-        refused: list[tuple[tree.KeyPath, str]] = []
+        refused: list[str] = []
         found = [tree.name_of(path) for path in paths]
         joined, depth = "\n".join(found), max(map(len, paths), default=0)
         plain = joined.isascii() and "/" not in joined and depth <= tree.MAX_DEPTH
@@ -89,7 +89,7 @@ class Snapshot:
             except Exception:  # JAX raises several types for an array without a value
                 if not (reason := _no_value(leaf)):
                     raise
-            refused.append((path, reason or f"{_describe(leaf)} cannot be saved"))
+            refused.append(f"  {tree.show(path)}: {reason or _describe(leaf)}")
         if refused:
             raise _cannot_be_saved(name, refused, len(leaves))
         # Checked and encoded now: a key that cannot be stored must be an error of the call, not of
@@ -186,12 +186,10 @@ def _dtype(leaf: _Leaf, general: Any, own: Any) -> np.dtype[Any]:
     return wanted
 
 
-def _cannot_be_saved(
-    name: str, refused: Sequence[tuple[tree.KeyPath, str]], count: int
-) -> UnsupportedLeafError:
+def _cannot_be_saved(name: str, refused: Sequence[str], count: int) -> UnsupportedLeafError:
     return UnsupportedLeafError(
         f"checkpointable {name!r}: {len(refused)} of {count} leaves cannot be saved:\n"
-        + "\n".join(f"  {tree.show(path)}: {reason}" for path, reason in refused)
+        + "\n".join(refused)
         + "\nLeaves may be JAX and NumPy arrays of the dtypes that zarr has, typed PRNG"
         " keys, int from -2**63 to 2**64 - 1, float, bool, str and None. Convert these"
         " leaves, take them out of the tree, or register a leaf handler, as flax_ckpt.leaves"
@@ -225,7 +223,9 @@ def _unstorable(path: tree.KeyPath, name: str) -> str:
 
 
 def _describe(leaf: Any) -> str:
-    kind = type(leaf).__qualname__
+    """Why there is no handler for a leaf."""
+    kind = "jax.Array" if isinstance(leaf, jax.Array) else type(leaf).__qualname__
     if isinstance(leaf, jax.Array | np.ndarray | np.generic):
-        return f"{'jax.Array' if isinstance(leaf, jax.Array) else kind} of dtype {leaf.dtype}"
-    return f"the int {leaf}" if isinstance(leaf, int) else f"a {type(leaf).__module__}.{kind}"
+        return f"{kind} of dtype {leaf.dtype} cannot be saved"
+    what = f"the int {leaf}" if isinstance(leaf, int) else f"a {type(leaf).__module__}.{kind}"
+    return f"{what} cannot be saved"
