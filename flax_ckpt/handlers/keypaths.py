@@ -86,20 +86,14 @@ def structure(value: Any) -> Any:
 
 def is_empty(node: Any) -> bool:
     """Whether a node of a tree is None or a container without children."""
-    if node is None:
-        return True
     if type(node) in (dict, list, tuple):
         return not node
-    if isinstance(node, jax.Array | jax.ShapeDtypeStruct):
-        return False
     children = _flatten_one_level(node)
     return children is not None and not list(children[0])
 
 
 def empty_kind(node: Any) -> str:
     """How the format calls an empty node; all but the plain containers are `None` in it."""
-    if isinstance(node, dict):
-        return "Dict"
-    if isinstance(node, list):
-        return "List"
-    return "Tuple" if type(node) is tuple else "None"
+    if type(node) is tuple:
+        return "Tuple"
+    return "Dict" if isinstance(node, dict) else "List" if isinstance(node, list) else "None"

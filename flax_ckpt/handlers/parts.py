@@ -11,6 +11,7 @@ The parts gather in a directory beside the checkpoint-to-be:
 Not Orbax's `<checkpoint>.partial_save`: each library would take the other's parts for its own.
 """
 
+import glob
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ from flax_ckpt.storage.record import Record
 logger = logging.getLogger("flax_ckpt")
 
 _EMPTY_DICT: Final = "Dict"
+_Files = Mapping[str, bytes]
 
 
 class Session(commit.Staging):
@@ -48,12 +50,8 @@ class Session(commit.Staging):
 
     def parts(self) -> list[str]:
         """The finished parts, in the order in which they were saved."""
-        found = sorted(os.listdir(self.directory)) if os.path.isdir(self.directory) else []
-        return [
-            os.path.join(self.directory, name)
-            for name in found
-            if name.startswith("part_") and names.TMP_SUFFIX not in name
-        ]
+        found = sorted(glob.glob("part_*", root_dir=self.directory))
+        return [os.path.join(self.directory, n) for n in found if names.TMP_SUFFIX not in n]
 
     def check(self) -> None:
         """Checks that parts may be added, or put together.
@@ -168,9 +166,7 @@ def _read(directory: str) -> dict[str, bytes]:
     return {name: record.read(name) for name in wanted if record.lists(name)}
 
 
-def _unite(
-    parts: Sequence[Mapping[str, bytes]], what: str
-) -> tuple[tree.TreeMetadata, dict[str, bytes]]:
+def _unite(parts: Sequence[_Files], what: str) -> tuple[tree.TreeMetadata, _Files]:
     """The metadata of the union of several trees, and all files that describe it, by name.
 
     Nested dicts merge, an empty dict into any dict; a leaf that two of them have is an error.
@@ -187,14 +183,11 @@ def _unite(
     strings: dict[str, str] = {}
     arrays_of: dict[str, list[tree.ArrayMetadata]] = {}
     for part, metadata in zip(parts, metadatas, strict=True):
-        for name, data in part.items():
-            if name == names.SHARDING:
-                shardings |= tree.decode_shardings(data, what)
-            elif name == names.STRINGS:
-                wanted = [tree.name_of(e.path) for e in metadata.entries if e.kind == tree.STRING]
-                strings |= tree.decode_strings(data, wanted, what)
-            elif name.startswith(names.ARRAY_METADATAS):
-                arrays_of.setdefault(name, []).extend(tree.decode_array_metadatas(data, what))
+        texts = [tree.name_of(e.path) for e in metadata.entries if e.kind == tree.STRING]
+        shardings |= tree.decode_shardings(part.get(names.SHARDING, b"{}"), what)
+        strings |= tree.decode_strings(part.get(names.STRINGS, b"{}"), texts, what)
+        for name in [name for name in part if name.startswith(names.ARRAY_METADATAS)]:
+            arrays_of.setdefault(name, []).extend(tree.decode_array_metadatas(part[name], what))
     united = tree.TreeMetadata(entries, *stored.pop())
     found = {name: tree.encode_array_metadatas(metadata) for name, metadata in arrays_of.items()}
     found[names.TREE_METADATA] = united.to_bytes()

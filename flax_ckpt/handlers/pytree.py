@@ -65,6 +65,9 @@ class PyTreeHandler:
         partial_save_mode: whether what is saved is a part of a tree, for `partial.save`: it is
             refused if an earlier part of the same session has one of its leaves.
 
+    Attributes:
+        leaf_handler_registry: handlers of leaves.
+
     >>> import tempfile, flax_ckpt as fc
     >>> state_pytree = {"weights": [1.0, 2.0], "bias": 0.0}
     >>> registry = fc.handlers.local_registry()
@@ -91,13 +94,8 @@ class PyTreeHandler:
     ) -> None:
         self._context = resolve(context)
         self._validator = array_metadata_validator
-        self._leaves = leaf_handler_registry or LeafRegistry()
+        self._leaves = self.leaf_handler_registry = leaf_handler_registry or LeafRegistry()
         self._is_part = partial_save_mode
-
-    @property
-    def leaf_handler_registry(self) -> LeafRegistry:
-        """Handlers of leaves."""
-        return self._leaves
 
     async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
         """See :class:`CheckpointableHandler`.
@@ -121,11 +119,12 @@ class PyTreeHandler:
         if self._is_part:
             parts.check_disjoint(path, snapshot.files())
         folder = os.path.join(path, names.ARRAY_METADATAS)
-        if snapshot.metadatas:
+        writes, metadatas = snapshot.stored
+        if metadatas:
             os.makedirs(folder, exist_ok=True)
-            data = tree.encode_array_metadatas(snapshot.metadatas)
+            data = tree.encode_array_metadatas(metadatas)
             files.write(os.path.join(folder, f"process_{together.index}"), data)
-        native_write.write_arrays(path, snapshot.writes, together, snapshot.layout)
+        native_write.write_arrays(path, writes, together, snapshot.layout)
         if together.is_primary:
             for name, data in snapshot.files().items():
                 files.write(os.path.join(path, name), data)
@@ -172,17 +171,16 @@ class PyTreeHandler:
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """True if there is a leaf handler for one leaf of each type in the tree."""
-        return all(map(self._leaves.for_value, _one_of_each_type(checkpointable)))
+        return all(map(self._leaves.for_value, _one_of_each_type(checkpointable).values()))
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Likewise of the abstract leaves."""
-        wanted = _one_of_each_type(abstract_checkpointable)
+        wanted = _one_of_each_type(abstract_checkpointable).values()
         return all(leaf is PLACEHOLDER or self._leaves.for_abstract(leaf) for leaf in wanted)
 
 
-def _one_of_each_type(value: Any) -> list[Any]:
-    leaves: dict[Any, Any] = {type(leaf): leaf for leaf in jax.tree.leaves(value)}
-    return list(leaves.values())
+def _one_of_each_type(value: Any) -> dict[Any, Any]:
+    return {type(leaf): leaf for leaf in jax.tree.leaves(value)}
 
 
 def log_fallbacks(directory: epath.Path, rules: LoadRules) -> None:

@@ -97,9 +97,7 @@ class CheckpointableHandlerRegistry:
         return self._typestrs.get(handler_type, ())
 
     def __repr__(self) -> str:
-        entries = [(handler.__name__, name) for handler, name in self._entries]
-        shown = [handler + (f" for {name!r}" if name else "") for handler, name in entries]
-        return f"CheckpointableHandlerRegistry({', '.join(shown)})"
+        return f"CheckpointableHandlerRegistry({_shown(self)})"
 
 
 _global = CheckpointableHandlerRegistry()
@@ -238,4 +236,5 @@ def _build(handler_type: HandlerType) -> Handler:
 
 
 def _shown(registry: CheckpointableHandlerRegistry) -> str:
-    return ", ".join(handler.__name__ for handler, _ in registry.get_all_entries()) or "none"
+    entries = [(h.__name__, name) for h, name in registry.get_all_entries()]
+    return ", ".join(h + (f" for {name!r}" if name else "") for h, name in entries) or "none"

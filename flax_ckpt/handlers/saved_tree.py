@@ -7,18 +7,19 @@ with SavedTree(directory) as saved:
 
 import contextlib
 import os
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax_ckpt.errors import Difference, TreeMismatchError
 from flax_ckpt.format import names, tree
 from flax_ckpt.handlers import keypaths
-from flax_ckpt.leaves.base import PLACEHOLDER, LeafHandler, LoadRules, SavedLeaf, show_array
+from flax_ckpt.leaves.base import PLACEHOLDER, LeafHandler, LoadRules, SavedLeaf, show
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage.native_read import open_store
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayRead, ArrayStore, read_resized
 
+_NO_ARRAYS = {tree.STRING, *tree.EMPTY}
 _SHOWN = 40  # differences in a message; all of them are in the exception
 
 
@@ -49,8 +50,8 @@ class SavedTree(contextlib.ExitStack):
         self._store: ArrayStore | None = None
         self.record = Record(directory)
         meta = tree.TreeMetadata.from_bytes(*self._file(names.TREE_METADATA))
-        found = [(entry, tree.name_of(entry.path)) for entry in meta.entries]
-        arrays = [name for e, name in found if e.kind not in tree.EMPTY and e.kind != tree.STRING]
+        found = [(e.path, tree.name_of(e.path), e.value.value_type) for e in meta.entries]
+        arrays = [name for _, name, kind in found if kind not in _NO_ARRAYS]
         ocdbt, zarr3 = meta.use_ocdbt, meta.use_zarr3
         try:
             if arrays:  # without any, Orbax writes no database
@@ -62,7 +63,7 @@ class SavedTree(contextlib.ExitStack):
             raise
 
     def _describe(
-        self, found: Sequence[tuple[tree.Entry, str]], arrays: Sequence[str]
+        self, found: Sequence[tuple[tree.KeyPath, str, str]], arrays: Sequence[str]
     ) -> Iterator[SavedLeaf]:
         shardings: dict[str, str] = {}
         if self.record.lists(names.SHARDING):
@@ -71,29 +72,27 @@ class SavedTree(contextlib.ExitStack):
         self.processes = len(recorded)
         impls = tree.decode_key_impls(*recorded[0]) if recorded else {}
         strings: dict[str, str] = {}
-        if texts := [name for entry, name in found if entry.kind == tree.STRING]:
-            data, path = self._file(names.STRINGS)
-            strings = tree.decode_strings(data, texts, path)
+        if texts := [name for _, name, kind in found if kind == tree.STRING]:
+            data, where = self._file(names.STRINGS)
+            strings = tree.decode_strings(data, texts, where)
         stored = self._store.describe(arrays) if self._store else {}
-        for entry, name in found:
-            path, kind = entry.path, entry.value.value_type
-            if kind != tree.STRING and kind not in tree.EMPTY:
-                array = stored[name]
-                impl = impls.get(name) if kind == tree.ARRAY else None
-                placed = shardings.get(name)
-                yield SavedLeaf(path, name, kind, array.shape, array.dtype, placed, impl)
-            else:
+        for path, name, kind in found:
+            if kind in _NO_ARRAYS:
                 yield SavedLeaf(path, name, kind, string=strings.get(name))
+                continue
+            array, impl = stored[name], impls.get(name) if kind == tree.ARRAY else None
+            yield SavedLeaf(path, name, kind, array.shape, array.dtype, shardings.get(name), impl)
 
     def _file(self, name: str) -> tuple[bytes, str]:
         return self.record.read(name), os.path.join(self.directory, name)
 
     def abstract(self) -> Any:
         """The tree in dicts and lists, each leaf in the abstract form that loads it as saved."""
-        described: list[Any] = []
-        for leaf in self.leaves.values():
-            handler = None if leaf.is_empty else self._handler(leaf, None)
-            described.append(handler.describe(leaf) if handler else tree.EMPTY[leaf.value_type]())
+        empty = tree.EMPTY
+        described = [
+            empty[e.value_type]() if e.value_type in empty else self._handler(e, None).describe(e)
+            for e in self.leaves.values()
+        ]
         return self._build(described)
 
     def prepare(
@@ -132,25 +131,16 @@ class SavedTree(contextlib.ExitStack):
         Returns:
             The differences, and what reads the leaves if there are none.
         """
-        handlers, values, differences = self._match(paths, wanted, rules, partial)
-        return differences, lambda: self._read(handlers, values, rules)
-
-    def _build(self, values: Sequence[Any]) -> Any:
-        return tree.build(zip(self.leaves, values, strict=True), self.directory)
-
-    def _match(
-        self, paths: Sequence[tree.KeyPath], wanted: Sequence[Any], rules: LoadRules, partial: bool
-    ) -> tuple[list[LeafHandler | None], list[Any], list[Difference]]:
-        """For each leaf the handler that builds it and its target, or None and the value."""
-        handlers: list[LeafHandler | None] = []
         values: list[Any] = []
+        groups: dict[LeafHandler, list[int]] = {}
         differences: list[Difference] = []
-        for path, abstract in zip(paths, wanted, strict=True):
-            handler, found = self._match_one(path, abstract, rules)
-            if isinstance(found, Difference):
-                differences.append(found)
-            handlers.append(handler)
-            values.append(found)
+        for path, wish in zip(paths, wanted, strict=True):
+            handler, value = self._match(path, wish, rules)
+            if handler is not None:
+                groups.setdefault(handler, []).append(len(values))
+            elif isinstance(value, Difference):
+                differences.append(value)
+            values.append(value)
         if not partial:
             asked = set(paths)
             differences += [
@@ -158,9 +148,12 @@ class SavedTree(contextlib.ExitStack):
                 for path, leaf in self.leaves.items()
                 if path not in asked and not leaf.is_empty
             ]
-        return handlers, values, differences
+        return differences, lambda: self._read(groups, values, rules)
 
-    def _match_one(
+    def _build(self, values: Sequence[Any]) -> Any:
+        return tree.build(zip(self.leaves, values, strict=True), self.directory)
+
+    def _match(
         self, path: tree.KeyPath, abstract: Any, rules: LoadRules
     ) -> tuple[LeafHandler | None, Any]:
         """The handler and its target; or None and the value as it is, or a difference."""
@@ -175,27 +168,22 @@ class SavedTree(contextlib.ExitStack):
             return None, Difference(tree.show(path), "nothing", wish)
         fits = not saved.is_empty and (not empty or (abstract is None and not rules.strict))
         handler = self._handler(saved, abstract) if fits else None
-        if handler is None:
-            return None, Difference(tree.show(path), str(saved), _show(abstract))
-        target = handler.target(saved, abstract, rules)
+        target = handler.target(saved, abstract, rules) if handler else _show(abstract)
         if isinstance(target, str):
             return None, Difference(tree.show(path), str(saved), target)
         return handler, target
 
-    def _handler(self, leaf: SavedLeaf, abstract: Any) -> LeafHandler | None:
+    def _handler(self, leaf: SavedLeaf, abstract: Any) -> Any:
+        """Its leaf handler, or None if there is none for this wish."""
         handler = self._registry.for_saved(leaf, abstract)
         if handler is None and abstract is None:
             raise self._registry.missing(self.directory, self.leaves.values())
         return handler
 
     def _read(
-        self, handlers: Sequence[LeafHandler | None], values: Sequence[Any], rules: LoadRules
+        self, groups: Mapping[LeafHandler, list[int]], values: Sequence[Any], rules: LoadRules
     ) -> list[Any]:
-        """What :meth:`_match` found, built; the data of all is read in one batch."""
-        groups: dict[LeafHandler, list[int]] = {}
-        for i, handler in enumerate(handlers):
-            if handler is not None:
-                groups.setdefault(handler, []).append(i)
+        """The values, with those built that a handler has a target for; read in one batch."""
         stored = sorted(i for group in groups.values() for i in group if values[i].regions)
         targets = [values[i] for i in stored]
         reads = [ArrayRead(t.saved.name, t.regions, tree.show(t.saved.path)) for t in targets]
@@ -239,14 +227,9 @@ def _place(text: str, path: tree.KeyPath, others: Container[tree.KeyPath]) -> st
 
 
 def _show(abstract: Any) -> str:
-    """A wanted leaf as error messages print it."""
-    if keypaths.is_empty(abstract):
-        return "None" if abstract is None else f"an empty {type(abstract).__name__}"
-    if hasattr(abstract, "shape") and hasattr(abstract, "dtype"):
-        return show_array(abstract.shape, abstract.dtype)
-    if isinstance(abstract, type):
-        return abstract.__name__
-    return f"a {type(abstract).__name__}"
+    if abstract is None:
+        return "None"
+    return f"an empty {type(abstract).__name__}" if keypaths.is_empty(abstract) else show(abstract)
 
 
 def mismatch(where: str, differences: Sequence[Difference]) -> TreeMismatchError:

@@ -6,25 +6,39 @@ so the snapshot is good for as long as it is held, whatever becomes of the array
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from jax.core import Tracer
 
 from flax_ckpt.context import Context
 from flax_ckpt.errors import UnsupportedLeafError
 from flax_ckpt.format import arrays, names, tree
-from flax_ckpt.handlers import keypaths, storage_options
-from flax_ckpt.handlers.storage_options import StorageOptions
+from flax_ckpt.handlers import keypaths
+from flax_ckpt.leaves import dtypes
 from flax_ckpt.leaves.array import sharding_text
-from flax_ckpt.leaves.base import LeafWrite
+from flax_ckpt.leaves.base import LeafWrite, show_array
 from flax_ckpt.leaves.registry import LeafRegistry
+from flax_ckpt.options import ArrayOptions
 from flax_ckpt.storage import native_write
 from flax_ckpt.storage.store import ArrayLayout, ArrayWrite
 
+StorageOptions = ArrayOptions.Saving.StorageOptions
 _PLAIN = StorageOptions()
+_tree_util: Any = jax.tree_util  # jaxlib says nothing about the types of its trees
+
+
+class _Leaf(msgspec.Struct, frozen=True, gc=False):
+    """One leaf that is no empty node, with the storage options of its own."""
+
+    path: tree.KeyPath
+    name: str
+    write: LeafWrite
+    own: StorageOptions | None
 
 
 class Snapshot:
@@ -46,126 +60,136 @@ class Snapshot:
 
     def __init__(self, name: str, value: Any, registry: LeafRegistry, context: Context) -> None:
         paths, leaves = keypaths.flatten(value)
-        _start_transfers(leaves)
-        copy = context.memory.deepcopy_host_arrays
-        saving = context.array.saving
+        if jax.default_backend() != "cpu":
+            _start_transfers(leaves)
+        copy, saving = context.memory.deepcopy_host_arrays, context.array.saving
         encoding = arrays.Encoding(saving.use_zarr3, saving.use_compression)
-        file_size = saving.ocdbt_target_data_file_size or 0
-        self.layout = ArrayLayout(saving.use_ocdbt, encoding, file_size)
+        size = saving.ocdbt_target_data_file_size or 0
+        self.layout = ArrayLayout(saving.use_ocdbt, encoding, size)
+        self._general = saving.storage_options
         create = saving.scoped_storage_options_creator
-        owns = iter(storage_options.of_leaves(value, create)) if create else itertools.repeat(None)
-        general = saving.storage_options
-        self._general = None if create is None and general == _PLAIN else general
-        self._empty: list[tuple[tree.KeyPath, str]] = []
-        self._paths: list[tree.KeyPath] = []
-        self._names: list[str] = []
-        self._writes: list[LeafWrite] = []
-        self._owns: list[StorageOptions | None] = []
-        refused: list[tuple[tree.KeyPath, str]] = []
+        owns = _own_options(value, create) if create else itertools.repeat(None)
+        self._empty: list[tree.Entry] = []
+        self._leaves: list[_Leaf] = []
+        refused: list[str] = []
         found = [tree.name_of(path) for path in paths]
-        joined = "\n".join(found)
-        plain = joined.isascii() and max(map(len, paths), default=0) <= tree.MAX_DEPTH
-        for path, name_on_disk, leaf in zip(paths, found, leaves, strict=True):
+        joined, depth = "\n".join(found), max(map(len, paths), default=0)
+        plain = joined.isascii() and "/" not in joined and depth <= tree.MAX_DEPTH
+        for path, on_disk, leaf in zip(paths, found, leaves, strict=True):
             handler = registry.for_value(leaf)
             if handler is None and keypaths.is_empty(leaf):
-                self._empty.append((path, keypaths.empty_kind(leaf)))
+                self._empty.append(tree.Entry.of(path, keypaths.empty_kind(leaf)))
                 continue
             own = next(owns)
-            reason = "" if plain else _unstorable(path, name_on_disk)
+            reason = "" if plain else _unstorable(path, on_disk)
             try:
                 if handler is not None and not reason:
-                    self._writes.append(handler.write(leaf, copy=copy))
-                    self._paths.append(path)
-                    self._names.append(name_on_disk)
-                    self._owns.append(own)
+                    self._leaves.append(_Leaf(path, on_disk, handler.write(leaf, copy=copy), own))
                     continue
             except Exception:  # JAX raises several types for an array without a value
                 if not (reason := _no_value(leaf)):
                     raise
-            refused.append((path, reason or f"{_describe(leaf)} cannot be saved"))
+            refused.append(f"  {tree.show(path)}: {reason or _describe(leaf)}")
         if refused:
             raise _cannot_be_saved(name, refused, len(leaves))
         # Checked and encoded now: a key that cannot be stored must be an error of the call, not of
-        # its thread. The rest can wait until training has gone on.
-        prefixes = list(map(arrays.prefix, self._names)) if "/" in joined else self._names
-        tree.unique_names(self._paths, prefixes)
-        pairs = zip(self._names, self._writes, strict=True)
-        strings = {name: w.string for name, w in pairs if w.string is not None}
-        self._string_file = tree.encode_strings(strings) if strings else None
-        if not self.layout.ocdbt:
-            native_write.check_names([write.name for write in self.writes])
-        elif self._general:
-            _ = self.writes  # a dtype that cannot be is an error of the call, too
+        # its thread, and so must a dtype. The rest can wait until training has gone on.
+        if not plain or len(set(found)) < len(found):
+            stored = [arrays.prefix(leaf.name) for leaf in self._leaves]
+            tree.unique_names([leaf.path for leaf in self._leaves], stored)
+        strings = {e.name: e.write.string for e in self._leaves if e.write.string is not None}
+        self._strings = {names.STRINGS: tree.encode_strings(strings)} if strings else {}
+        if create or self._general != _PLAIN or not self.layout.ocdbt:
+            writes, _ = self.stored
+            if not self.layout.ocdbt:
+                native_write.check_names([write.name for write in writes])
 
     @functools.cached_property
-    def writes(self) -> list[ArrayWrite]:
-        """What goes to the array store."""
-        return [
-            ArrayWrite(name, spec, w.shards, w.spread)
-            for name, w, spec in zip(self._names, self._writes, self._specs, strict=True)
-            if spec is not None
-        ]
-
-    @functools.cached_property
-    def metadatas(self) -> list[tree.ArrayMetadata]:
-        """What `array_metadatas` says."""
-        return [
-            tree.ArrayMetadata.of(name, w.shard_shape, spec.chunk_shape, w.key_impl)
-            for name, w, spec in zip(self._names, self._writes, self._specs, strict=True)
-            if spec is not None and w.value_type == tree.ARRAY
-        ]
-
-    @functools.cached_property
-    def _specs(self) -> list[arrays.ArraySpec | None]:
-        """How each leaf is stored; None for strings. Leaves that are alike share one object."""
-        known: dict[Any, arrays.ArraySpec | None] = {}
-        found: list[arrays.ArraySpec | None] = []
-        for path, w, own in zip(self._paths, self._writes, self._owns, strict=True):
-            kind = (id(own), w.value_type, w.key_impl, w.shape, w.dtype, w.shard_shape)
-            if kind not in known:
-                known[kind] = _spec(path, w, self._general, own)
-            found.append(known[kind])
-        return found
+    def stored(self) -> tuple[list[ArrayWrite], list[tree.ArrayMetadata]]:
+        """What goes to the array store, and what `array_metadatas` says of it."""
+        known: dict[Any, arrays.ArraySpec] = {}  # leaves that are alike share one object
+        writes: list[ArrayWrite] = []
+        metadatas: list[tree.ArrayMetadata] = []
+        for leaf in self._leaves:
+            name, w = leaf.name, leaf.write
+            if w.shape is None:  # a string
+                continue
+            kind = (id(leaf.own), w.value_type, w.key_impl, w.shape, w.dtype, w.shard_shape)
+            if (spec := known.get(kind)) is None:
+                spec = known[kind] = _spec(leaf, w.shape, self._general)
+            writes.append(ArrayWrite(name, spec, w.shards, w.spread))
+            if w.value_type == tree.ARRAY:
+                chunk, impl = spec.chunk_shape, w.key_impl
+                metadatas.append(tree.ArrayMetadata.of(name, w.shard_shape, chunk, impl))
+        return writes, metadatas
 
     def files(self) -> dict[str, bytes]:
         """The files that describe the tree, by name."""
-        entries = [tree.Entry.of(path, kind) for path, kind in self._empty]
+        entries = list(self._empty)
         shardings: dict[str, str] = {}
-        for path, name, w in zip(self._paths, self._names, self._writes, strict=True):
-            is_array = w.value_type == tree.ARRAY
-            entries.append(tree.Entry.of(path, w.value_type, w.shard_shape if is_array else None))
-            if w.sharding is not None:
-                text = w.sharding if isinstance(w.sharding, str) else sharding_text(w.sharding)
-                shardings[name] = text
+        for leaf in self._leaves:
+            w = leaf.write
+            shape = w.shard_shape if w.value_type == tree.ARRAY else None
+            entries.append(tree.Entry.of(leaf.path, w.value_type, shape))
+            if (placed := w.sharding) is not None:
+                shardings[leaf.name] = placed if isinstance(placed, str) else sharding_text(placed)
         metadata = tree.TreeMetadata(entries, self.layout.ocdbt, self.layout.encoding.zarr3)
-        found = {names.TREE_METADATA: metadata.to_bytes()}
-        if shardings:
-            found[names.SHARDING] = tree.encode_shardings(shardings)
-        if self._string_file is not None:
-            found[names.STRINGS] = self._string_file
-        return found
+        found = {names.TREE_METADATA: metadata.to_bytes(), **self._strings}
+        return found | ({names.SHARDING: tree.encode_shardings(shardings)} if shardings else {})
 
 
-def _spec(
-    path: tree.KeyPath, write: LeafWrite, general: StorageOptions | None, own: StorageOptions | None
-) -> arrays.ArraySpec | None:
-    shape, dtype, shard = write.shape, write.dtype, write.shard_shape
-    if shape is None or dtype is None:
-        return None
-    if general is None:
-        limit, size = arrays.DEFAULT_CHUNK_BYTES, dtype.itemsize
-        chunk = arrays.choose_chunks(shard, size, single_shard=shard == shape, limit=limit)
-    else:
-        dtype, chunk = storage_options.choose(general, own, path, write)
+def _own_options(value: Any, create: Any) -> Iterator[StorageOptions | None]:
+    """What the user's function says of each leaf of a tree, without empty nodes."""
+    for path, leaf in _tree_util.tree_flatten_with_path(value)[0]:
+        own: Any = create(path, leaf)
+        if not isinstance(own, StorageOptions | None):
+            raise TypeError(
+                "scoped_storage_options_creator must return StorageOptions or None, got"
+                f" {own!r} for {_tree_util.keystr(path)}"
+            )
+        yield own
+
+
+def _spec(leaf: _Leaf, shape: tuple[int, ...], general: StorageOptions) -> arrays.ArraySpec:
+    """How an array is stored: of two options that are set that of the leaf wins."""
+    own, shard = leaf.own or _PLAIN, leaf.write.shard_shape
+    dtype = _dtype(leaf, general.dtype, own.dtype)
+    axes = general.shard_axes if own.shard_axes is None else own.shard_axes
+    size = own.chunk_byte_size or general.chunk_byte_size
+    limit, each = size or arrays.DEFAULT_CHUNK_BYTES, dtype.itemsize
+    chunk = arrays.choose_chunks(shard, each, single_shard=shard == shape, limit=limit)
+    if axes or (size is not None and math.prod(chunk) * each > limit):
+        chunk = arrays.cut_chunks(shard, each, axes=tuple(axes or ()), limit=limit)
     return arrays.ArraySpec(shape, arrays.zarr_dtype(dtype), chunk)
 
 
-def _cannot_be_saved(
-    name: str, refused: Sequence[tuple[tree.KeyPath, str]], count: int
-) -> UnsupportedLeafError:
+def _dtype(leaf: _Leaf, general: Any, own: Any) -> np.dtype[Any]:
+    """The dtype on disk; numbers and typed keys keep theirs.
+
+    Raises:
+        UnsupportedLeafError: the leaf cannot be stored in the one that was chosen for it.
+    """
+    write = leaf.write
+    assert write.dtype is not None
+    wished = general if own is None else own
+    if wished is None or write.value_type == tree.SCALAR or write.key_impl is not None:
+        return write.dtype
+    wanted = np.dtype(wished)
+    if own is None and dtypes.kind(wanted) != dtypes.kind(write.dtype):
+        return write.dtype
+    castable = dtypes.matches(write.dtype, wanted, (), strict=False)
+    if not arrays.is_storable(wanted) or not castable:
+        raise UnsupportedLeafError(
+            f"{tree.show(leaf.path)}: {show_array(write.shape or (), write.dtype)} cannot be stored"
+            f" as {wanted.name}; set another storage_options.dtype for it"
+        )
+    return wanted
+
+
+def _cannot_be_saved(name: str, refused: Sequence[str], count: int) -> UnsupportedLeafError:
     return UnsupportedLeafError(
         f"checkpointable {name!r}: {len(refused)} of {count} leaves cannot be saved:\n"
-        + "\n".join(f"  {tree.show(path)}: {reason}" for path, reason in refused)
+        + "\n".join(refused)
         + "\nLeaves may be JAX and NumPy arrays of the dtypes that zarr has, typed PRNG"
         " keys, int from -2**63 to 2**64 - 1, float, bool, str and None. Convert these"
         " leaves, take them out of the tree, or register a leaf handler, as flax_ckpt.leaves"
@@ -175,10 +199,8 @@ def _cannot_be_saved(
 
 def _start_transfers(leaves: Iterable[Any]) -> None:
     """Lets all device-to-host copies run at once before the first one is waited for."""
-    if jax.default_backend() == "cpu":
-        return
     for leaf in leaves:
-        if isinstance(leaf, jax.Array) and not (isinstance(leaf, Tracer) or leaf.is_deleted()):
+        if isinstance(leaf, jax.Array) and not _no_value(leaf):
             leaf.copy_to_host_async()
 
 
@@ -201,7 +223,9 @@ def _unstorable(path: tree.KeyPath, name: str) -> str:
 
 
 def _describe(leaf: Any) -> str:
-    kind = type(leaf).__qualname__
+    """Why there is no handler for a leaf."""
+    kind = "jax.Array" if isinstance(leaf, jax.Array) else type(leaf).__qualname__
     if isinstance(leaf, jax.Array | np.ndarray | np.generic):
-        return f"{'jax.Array' if isinstance(leaf, jax.Array) else kind} of dtype {leaf.dtype}"
-    return f"the int {leaf}" if isinstance(leaf, int) else f"a {type(leaf).__module__}.{kind}"
+        return f"{kind} of dtype {leaf.dtype} cannot be saved"
+    what = f"the int {leaf}" if isinstance(leaf, int) else f"a {type(leaf).__module__}.{kind}"
+    return f"{what} cannot be saved"

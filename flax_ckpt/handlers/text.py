@@ -3,10 +3,10 @@
 Only the primary process writes it; every process reads it.
 """
 
-import abc
+import contextlib
 import json
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, cast, final
 
 from etils import epath
@@ -14,29 +14,29 @@ from google.protobuf.message import Message
 
 from flax_ckpt.context import resolve
 from flax_ckpt.errors import CheckpointNotFoundError, FormatError, NotHandleableError
-from flax_ckpt.format import names, protos
+from flax_ckpt.format import jsons, names, protos
 from flax_ckpt.handlers.base import PathAwaitingCreation
 from flax_ckpt.storage import files, hosts
 from flax_ckpt.storage.record import Record
 
+_NOT_TEXT = TypeError, ValueError, RecursionError
 
-class _TextHandler(abc.ABC):
-    """One text file: `_encode` and `_decode` say what is in it, and raise `ValueError` if not.
+
+class _TextHandler:
+    """One text file; what it holds is for the functions to say, which raise `ValueError` if not.
 
     Args:
+        encode: the text of a value.
+        decode: the value of a text, as the abstract value says.
         *filenames: the first is written; of all the first that is there is read.
     """
 
     _REFUSAL: ClassVar[str]
 
-    def __init__(self, *filenames: str) -> None:
-        self._filenames = filenames
-
-    @abc.abstractmethod
-    def _encode(self, value: Any) -> str: ...
-
-    @abc.abstractmethod
-    def _decode(self, text: str, abstract: Any) -> Any: ...
+    def __init__(
+        self, encode: Callable[[Any], str], decode: Callable[[str, Any], Any], *filenames: str
+    ) -> None:
+        self._encode, self._decode, self._filenames = encode, decode, filenames
 
     async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
         """See :class:`CheckpointableHandler`; the value is turned into text before returning.
@@ -46,7 +46,7 @@ class _TextHandler(abc.ABC):
         """
         try:
             text = self._encode(checkpointable)
-        except (TypeError, ValueError, RecursionError) as error:
+        except _NOT_TEXT as error:
             raise NotHandleableError(
                 f"checkpointable {directory.name!r}: {self._REFUSAL}: {error}"
             ) from error
@@ -111,23 +111,13 @@ class ProtoHandler(_TextHandler):
     _REFUSAL: ClassVar = "ProtoHandler saves protocol-buffer messages"
 
     def __init__(self, filename: str = names.PROTO_FILE) -> None:
-        super().__init__(filename)
-
-    def _encode(self, value: Any) -> str:
-        if not isinstance(value, Message):
-            raise TypeError(f"got a {type(value).__name__}")
-        return protos.message_to_text(value)
-
-    def _decode(self, text: str, abstract: Any) -> Message:
-        return protos.text_to_message(text, abstract)
+        super().__init__(_message_text, protos.text_to_message, filename)
 
     async def metadata(self, directory: epath.Path) -> type[Message] | None:
         """The message's class; None if this process has not registered it."""
-        try:
+        with contextlib.suppress(FormatError):
             message: Message = await self._load(directory, None)
-        except FormatError:
-            return None
-        return type(message)
+            return type(message)
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """True for protocol-buffer messages."""
@@ -137,6 +127,12 @@ class ProtoHandler(_TextHandler):
         """True for message classes."""
         abstract = abstract_checkpointable
         return isinstance(abstract, type) and issubclass(abstract, Message)
+
+
+def _message_text(value: Any) -> str:
+    if not isinstance(value, Message):
+        raise TypeError(f"got a {type(value).__name__}")
+    return protos.message_to_text(value)
 
 
 class JsonHandler(_TextHandler):
@@ -152,37 +148,32 @@ class JsonHandler(_TextHandler):
 
     def __init__(self, filename: str | None = None) -> None:
         known = names.JSON_LEGACY_FILE, names.JSON_FILE
-        super().__init__(*([filename] if filename else []), *known)
-
-    def _encode(self, value: Any) -> str:
-        text = json.dumps(value)
-        nodes = [value]
-        for node in nodes:  # JSON would turn keys that are no strings into some without a word
-            if isinstance(node, dict):
-                inner = cast("dict[Any, Any]", node)
-                if wrong := [key for key in inner if not isinstance(key, str)]:
-                    raise TypeError(f"the key {wrong[0]!r} is no string")
-                nodes += inner.values()
-            elif isinstance(node, list | tuple):
-                nodes += cast("list[Any]", node)
-        return text
-
-    def _decode(self, text: str, abstract: Any) -> Any:
-        return json.loads(text)
+        filenames = (filename, *known) if filename else known
+        super().__init__(_json_text, lambda text, _: json.loads(text), *filenames)
 
     async def metadata(self, directory: epath.Path) -> None:
         """None: JSON needs no abstract form."""
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """True if JSON can hold it."""
-        try:
-            self._encode(checkpointable)
-        except (TypeError, ValueError, RecursionError):
-            return False
-        return True
+        with contextlib.suppress(*_NOT_TEXT):
+            return bool(_json_text(checkpointable))
+        return False
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """None: the checkpoint decides."""
+
+
+def _json_text(value: Any) -> str:
+    text, nodes = json.dumps(value), [value]
+    for node in nodes:  # JSON would turn keys that are no strings into some without a word
+        if jsons.is_object(node):
+            if wrong := [key for key in cast("Any", node) if not isinstance(key, str)]:
+                raise TypeError(f"the key {wrong[0]!r} is no string")
+            nodes += node.values()
+        elif isinstance(node, list | tuple):
+            nodes += cast("Any", node)
+    return text
 
 
 @final

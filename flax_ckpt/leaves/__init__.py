@@ -46,7 +46,7 @@ A leaf handler of your own makes a type of yours a leaf:
 
 from flax_ckpt.leaves.array import ArrayLeaf
 from flax_ckpt.leaves.base import LeafHandler, LeafWrite, LoadRules, SavedLeaf, Target
-from flax_ckpt.leaves.ndarray import host_write
+from flax_ckpt.leaves.host import host_write
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage.store import Shard, whole
 

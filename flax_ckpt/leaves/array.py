@@ -1,4 +1,6 @@
-"""`jax.Array` leaves: any dtype that zarr has, any sharding.
+"""`jax.Array` leaves: any dtype that zarr has, any sharding; and typed PRNG keys.
+
+Of keys (`jax.random.key`) the data is saved as an array, and the implementation beside it.
 
 A sharding is kept as the JSON text of the `_sharding` file, and put back on the devices that are
 here. Source: the format as Orbax writes it, `SingleDeviceSharding` and `NamedSharding`.
@@ -12,19 +14,25 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src.interpreters import pxla
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from flax_ckpt.errors import StateError
 from flax_ckpt.format import arrays, jsons, tree
-from flax_ckpt.leaves import dtypes, transfer
-from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show_array
+from flax_ckpt.leaves import dtypes
+from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show, show_array
 from flax_ckpt.storage.store import Region, Shard, whole
 
 _jax: Any = jax  # jaxlib says nothing about the types of devices
+_put: Any = getattr(pxla, "batched_device_put", None)
 
 # For arrays that live on no device, so that Orbax loads them without a sharding of the caller's.
 HOST = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"})
+
+
+_is_storable = functools.lru_cache(maxsize=256)(arrays.is_storable)  # asked of each leaf
 
 
 class ArrayLeaf:
@@ -34,7 +42,7 @@ class ArrayLeaf:
 
     def handles(self, value: Any) -> bool:
         """True unless zarr has no such dtype: uint2, uint4, float8_e4m3."""
-        return isinstance(value, jax.Array) and arrays.is_storable(value.dtype)
+        return isinstance(value, jax.Array) and _is_storable(value.dtype)
 
     def handles_abstract(self, abstract: Any) -> bool:
         """True for `jax.Array`, `jax.ShapeDtypeStruct`, and what has shape, dtype, sharding."""
@@ -54,31 +62,29 @@ class ArrayLeaf:
             shape, origin = _shared(data.shape)
             shards = (Shard(origin, data),)
             return LeafWrite(tree.ARRAY, shape, data.dtype, shape, shards, placed)
-        shape, dtype = array.shape, np.dtype(array.dtype)
         shards = [
             Shard(tuple([s.start or 0 for s in shard.index]), np.asarray(shard.data))
             for shard in array.addressable_shards
             if shard.replica_id == 0
         ]
-        spread = not array.is_fully_addressable
+        shape, dtype, spread = array.shape, np.dtype(array.dtype), not array.is_fully_addressable
         part = placed.shard_shape(shape)
         return LeafWrite(tree.ARRAY, shape, dtype, part, shards, placed, spread=spread)
 
     def describe(self, saved: SavedLeaf) -> Any:
         """A `jax.ShapeDtypeStruct`, with the saved sharding if its devices are here."""
-        assert saved.shape is not None
-        return _struct(saved.shape, saved.dtype, _saved_placement(saved.sharding, saved.shape))
+        return _struct(saved.shape, saved.dtype, saved.sharding)
 
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
         """See :class:`LeafHandler`."""
         if saved.shape is None or saved.dtype is None:
-            return _show(abstract)
+            return show(abstract)
         if abstract is None or isinstance(abstract, type):
             abstract = _struct(saved.shape, saved.dtype)
         shape, dtype = tuple(abstract.shape), np.dtype(abstract.dtype)
         fits = dtypes.matches(saved.dtype, dtype, shape, strict=rules.strict)
         if not rules.fits(saved.shape, shape) or not fits:
-            return _show(abstract)
+            return show_array(shape, dtype)
         if not dtypes.is_canonical(dtype):  # a 64-bit one, without `jax_enable_x64`
             canonical = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
             return (
@@ -94,18 +100,69 @@ class ArrayLeaf:
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`. Aligned memory is adopted by JAX on CPU without a copy."""
-        result: list[Any] = []
-        for target, parts in zip(targets, data, strict=True):
-            wish: jax.ShapeDtypeStruct = target.abstract
-            if parts[0].dtype != wish.dtype:
-                parts = [dtypes.convert(part, wish.dtype, target) for part in parts]
-            result.append(_assemble(target, parts) if wish.sharding else parts[0])
-        unplaced = [i for i, target in enumerate(targets) if target.abstract.sharding is None]
-        placed = transfer.to_device([result[i] for i in unplaced])
-        for i, array in zip(unplaced, placed, strict=True):
-            result[i] = array
-        pairs = zip(result, targets, strict=True)
-        return [_weak(array) if target.abstract.weak_type else array for array, target in pairs]
+        parts = [
+            [dtypes.convert(part, target.abstract.dtype, target) for part in each]
+            for target, each in zip(targets, data, strict=True)
+        ]
+        pairs = list(zip(targets, parts, strict=True))
+        unplaced = iter(to_device([p[0] for t, p in pairs if t.abstract.sharding is None]))
+        found = [_assemble(t, p) if t.abstract.sharding else next(unplaced) for t, p in pairs]
+        return [
+            _weak(a) if t.abstract.weak_type else a for t, a in zip(targets, found, strict=True)
+        ]
+
+
+class KeyLeaf:
+    """Saves and loads arrays of typed keys."""
+
+    value_types = ()  # in `_METADATA` keys are arrays; `SavedLeaf.key_impl` tells
+    _arrays = ArrayLeaf()
+
+    def handles(self, value: Any) -> bool:
+        """See :class:`LeafHandler`."""
+        return isinstance(value, jax.Array) and is_key(value.dtype)
+
+    def handles_abstract(self, abstract: Any) -> bool:
+        """True for arrays and `ShapeDtypeStruct` of a key dtype."""
+        is_array = hasattr(abstract, "dtype") and not isinstance(abstract, type)
+        return is_array and is_key(abstract.dtype)
+
+    def write(self, value: Any, *, copy: bool) -> LeafWrite:
+        """See :class:`LeafHandler`."""
+        written = self._arrays.write(jax.random.key_data(value), copy=copy)
+        return written.replace(key_impl=str(jax.random.key_impl(value)))
+
+    def describe(self, saved: SavedLeaf) -> Any:
+        """A `ShapeDtypeStruct` of the key dtype and the logical shape."""
+        assert saved.shape is not None
+        return jax.ShapeDtypeStruct(saved.shape[:-1], _key_dtype(saved.key_impl))
+
+    def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
+        """See :class:`LeafHandler`; the key's logical shape or that of its data may be asked."""
+        if saved.key_impl is None or saved.shape is None:
+            return show_array(abstract.shape, abstract.dtype)
+        if abstract is None or isinstance(abstract, type):
+            return self._arrays.target(saved, jax.Array, rules)
+        logical = is_key(abstract.dtype)
+        expected = saved.shape[:-1] if logical else saved.shape
+        dtype = _key_dtype(saved.key_impl) if logical else np.uint32
+        if tuple(abstract.shape) != expected or abstract.dtype != dtype:
+            return show_array(abstract.shape, abstract.dtype)
+        placed = abstract.sharding  # fits the key data too: the trailing axis is not split
+        if isinstance(abstract, jax.Array) and logical:
+            placed = jax.random.key_data(abstract).sharding if abstract.committed else None
+        wish = jax.ShapeDtypeStruct(saved.shape, np.dtype(np.uint32), sharding=placed)
+        return self._arrays.target(saved, wish, rules)
+
+    def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
+        """See :class:`LeafHandler`."""
+        made, wrap = self._arrays.build(targets, data), jax.random.wrap_key_data
+        return [wrap(a, impl=t.saved.key_impl) for a, t in zip(made, targets, strict=True)]
+
+
+@functools.lru_cache(maxsize=16)
+def _key_dtype(impl: str | None) -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
 
 
 @functools.lru_cache(maxsize=4096)
@@ -116,21 +173,16 @@ def _shared(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=4096)
 def _struct(
-    shape: tuple[int, ...], dtype: Any, placed: Sharding | None = None, weak: bool = False
+    shape: tuple[int, ...], dtype: Any, placed: Sharding | str | None = None, weak: bool = False
 ) -> jax.ShapeDtypeStruct:
     """One object for all leaves that are alike: it costs more to make than all else about them."""
+    placed = _saved_placement(placed, shape) if isinstance(placed, str) else placed
     return jax.ShapeDtypeStruct(shape, dtype, sharding=placed, weak_type=weak)
 
 
 def is_key(dtype: Any) -> bool:
     """Whether a dtype is that of typed PRNG keys."""
     return dtypes.is_kind(dtype, jax.dtypes.prng_key)
-
-
-def _show(abstract: Any) -> str:
-    if abstract is None or isinstance(abstract, type):
-        return "an array"
-    return show_array(abstract.shape, np.dtype(abstract.dtype))
 
 
 def _placement(saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Sharding | None:
@@ -166,6 +218,31 @@ def _regions(placed: Sharding | None, shape: tuple[int, ...]) -> tuple[Region, .
 def _region(index: Any, shape: tuple[int, ...]) -> Region:
     """A tuple of slices as a region."""
     return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+
+
+def to_device(arrays: Sequence[NDArray[Any]]) -> list[jax.Array]:
+    """The arrays on JAX's default device; on CPU aligned memory is adopted, not copied.
+
+    `jax.device_put(list)` spends 25 µs on an array, most of them in Python on what is the same for
+    all of a kind: a tree of 5,000 leaves takes longer to hand over than to read. What it calls in
+    the end takes 4 µs, but is no public function; where it is missing, the public one does it all.
+    """
+    if _put is None:
+        return jax.device_put(list(arrays))
+    first: dict[Any, Any] = {}  # of each kind, put there by JAX: the others are made like it
+    result: list[jax.Array] = []
+    for array in arrays:
+        kind = array.shape, array.dtype
+        if (like := first.get(kind)) is None:
+            made: Any = jax.device_put(array)
+            if isinstance(made, Tracer):  # within `jit`, where it becomes a constant
+                return jax.device_put(list(arrays))
+            first[kind] = made.aval, made.sharding, list(made.devices())
+        else:
+            aval, placed, devices = like
+            made = _put(aval, placed, [array], devices, committed=False)
+        result.append(made)
+    return result
 
 
 def _assemble(target: Target, parts: Sequence[NDArray[Any]]) -> jax.Array:

@@ -103,6 +103,15 @@ def show_array(shape: Sequence[int], dtype: Any) -> str:
     return f"{getattr(dtype, 'name', dtype)}{_shape(shape)}"
 
 
+def show(abstract: Any) -> str:
+    """A wanted leaf as error messages print it."""
+    if isinstance(abstract, type):
+        return abstract.__name__
+    if hasattr(abstract, "shape") and hasattr(abstract, "dtype"):
+        return show_array(abstract.shape, abstract.dtype)
+    return f"a {type(abstract).__name__}"
+
+
 class Target(_Value, frozen=True, gc=False):
     """What a leaf shall become, resolved from the saved leaf and the caller's wish.
 

@@ -14,14 +14,11 @@ from flax_ckpt.errors import Difference, TreeMismatchError
 from flax_ckpt.format import tree
 from flax_ckpt.leaves.base import Target
 
+_dtypes: Any = jax.dtypes
+is_kind = _dtypes.issubdtype  # knows the dtypes that NumPy does not
+
 _KINDS = {"bool": np.bool_, "int": np.integer, "float": np.floating, "complex": np.complexfloating}
 _WIDE: Final = frozenset(map(np.dtype, ("int64", "uint64", "float64", "complex128")))
-
-
-def is_kind(dtype: Any, parent: Any) -> bool:
-    """`jax.dtypes.issubdtype`, which knows the dtypes that NumPy does not."""
-    dtypes: Any = jax.dtypes
-    return dtypes.issubdtype(dtype, parent)
 
 
 def kind(dtype: Any) -> str:

@@ -5,11 +5,9 @@ from typing import Any
 
 from flax_ckpt.errors import FormatError
 from flax_ckpt.format import tree
-from flax_ckpt.leaves.array import ArrayLeaf
+from flax_ckpt.leaves.array import ArrayLeaf, KeyLeaf
 from flax_ckpt.leaves.base import LeafHandler, SavedLeaf
-from flax_ckpt.leaves.ndarray import NumpyLeaf
-from flax_ckpt.leaves.prng_key import KeyLeaf
-from flax_ckpt.leaves.python import ScalarLeaf, StringLeaf
+from flax_ckpt.leaves.host import NumpyLeaf, ScalarLeaf, StringLeaf
 
 
 class LeafRegistry:
@@ -25,12 +23,16 @@ class LeafRegistry:
 
     def __init__(self, *handlers: LeafHandler) -> None:
         self._keys = KeyLeaf()
-        self._last_first: list[LeafHandler] = [*reversed(handlers), ArrayLeaf(), self._keys]
-        self._last_first += [NumpyLeaf(), ScalarLeaf(), StringLeaf()]
+        self._last_first: list[LeafHandler] = []
+        self._by_kind: dict[str, LeafHandler] = {}
+        ours = StringLeaf(), ScalarLeaf(), NumpyLeaf(), self._keys, ArrayLeaf()
+        for handler in (*ours, *handlers):
+            self.add(handler)
 
     def add(self, handler: LeafHandler) -> None:
         """Registers a handler; it wins over those before it."""
         self._last_first.insert(0, handler)
+        self._by_kind |= dict.fromkeys(handler.value_types, handler)
 
     def for_value(self, value: Any) -> LeafHandler | None:
         """The handler to save a value with."""
@@ -41,10 +43,7 @@ class LeafRegistry:
 
     def for_abstract(self, abstract: Any) -> LeafHandler | None:
         """The handler to load a leaf as `abstract` with."""
-        for handler in self._last_first:
-            if handler.handles_abstract(abstract):
-                return handler
-        return None
+        return next((h for h in self._last_first if h.handles_abstract(abstract)), None)
 
     def for_saved(self, saved: SavedLeaf, abstract: Any = None) -> LeafHandler | None:
         """The handler to load a saved leaf with, as `abstract` if that is not None."""
@@ -52,12 +51,7 @@ class LeafRegistry:
             handler = self.for_abstract(abstract)
             is_array = isinstance(handler, ArrayLeaf)
             return self._keys if is_array and saved.key_impl is not None else handler
-        if saved.key_impl is not None:
-            return self._keys
-        for handler in self._last_first:
-            if saved.value_type in handler.value_types:
-                return handler
-        return None
+        return self._by_kind.get(saved.value_type) if saved.key_impl is None else self._keys
 
     def missing(self, where: str, leaves: Iterable[SavedLeaf]) -> FormatError:
         """The error for saved leaves of which some are of a kind that no handler here loads."""

@@ -11,7 +11,6 @@
 A failure says which part of the contract is broken. Nothing here imports pytest.
 """
 
-from flax_ckpt.testing.handler_tests import HandlerTests
-from flax_ckpt.testing.leaf_tests import LeafTests
+from flax_ckpt.testing.suites import HandlerTests, LeafTests
 
 __all__ = ["HandlerTests", "LeafTests"]

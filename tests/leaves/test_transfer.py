@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_ckpt.leaves import transfer
+from flax_ckpt.leaves import array as leaf_array
 
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "int4", "int8", "uint32", "bool", "complex64")
 
@@ -36,12 +36,12 @@ def test_they_are_what_device_put_makes(
     private: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert transfer._put is not None  # pyright: ignore[reportPrivateUsage]
+    assert leaf_array._put is not None  # pyright: ignore[reportPrivateUsage]
     if not private:
-        monkeypatch.setattr(transfer, "_put", None)
+        monkeypatch.setattr(leaf_array, "_put", None)
     given = arrays()
     with around():
-        made = transfer.to_device(given)
+        made = leaf_array.to_device(given)
         expected = [jax.device_put(array) for array in given]
     for one, other in zip(made, expected, strict=True):
         assert type(one) is type(other)
@@ -57,7 +57,7 @@ def test_one_that_is_donated_leaves_its_neighbours_alone() -> None:
     parts = [memory[start + 1024 * i : start + 1024 * (i + 1)] for i in range(4)]
     for i, part in enumerate(parts):
         part[:] = i
-    made = transfer.to_device(parts)
+    made = leaf_array.to_device(parts)
     add = jax.jit(lambda array: array + 10, donate_argnums=0)
     assert jnp.array_equal(add(made[1]), jnp.full(1024, 11.0))
     made[2].delete()

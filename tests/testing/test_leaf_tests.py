@@ -13,11 +13,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from flax_ckpt.leaves.array import ArrayLeaf
+from flax_ckpt.leaves.array import ArrayLeaf, KeyLeaf
 from flax_ckpt.leaves.base import Target
-from flax_ckpt.leaves.ndarray import NumpyLeaf, NumpyShapeDtype, host_write
-from flax_ckpt.leaves.prng_key import KeyLeaf
-from flax_ckpt.leaves.python import ScalarLeaf, StringLeaf
+from flax_ckpt.leaves.host import (
+    NumpyLeaf,
+    NumpyShapeDtype,
+    ScalarLeaf,
+    StringLeaf,
+    host_write,
+)
 from flax_ckpt.storage.store import whole
 from flax_ckpt.testing import LeafTests
 
