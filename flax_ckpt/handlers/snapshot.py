@@ -20,7 +20,7 @@ from flax_ckpt.errors import UnsupportedLeafError
 from flax_ckpt.format import arrays, names, tree
 from flax_ckpt.handlers import keypaths
 from flax_ckpt.leaves import dtypes
-from flax_ckpt.leaves.array import sharding_text
+from flax_ckpt.leaves.array import ArrayLeaf, Held, sharding_text
 from flax_ckpt.leaves.base import LeafWrite, show_array
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.options import ArrayOptions
@@ -39,6 +39,20 @@ class _Leaf(msgspec.Struct, frozen=True, gc=False):
     name: str
     write: LeafWrite
     own: StorageOptions | None
+
+
+class _Taken(msgspec.Struct, frozen=True, gc=False):
+    """The same while the caller waits, in as few words as will do."""
+
+    path: tree.KeyPath
+    name: str
+    held: LeafWrite | Held
+    own: StorageOptions | None
+
+    def to_leaf(self) -> _Leaf:
+        held = self.held
+        write = held if isinstance(held, LeafWrite) else held.to_write()
+        return _Leaf(self.path, self.name, write, self.own)
 
 
 class Snapshot:
@@ -70,7 +84,8 @@ class Snapshot:
         create = saving.scoped_storage_options_creator
         owns = _own_options(value, create) if create else itertools.repeat(None)
         self._empty: list[tree.Entry] = []
-        self._leaves: list[_Leaf] = []
+        self._taken: list[_Taken] = []
+        strings: dict[str, str] = {}
         refused: list[str] = []
         found = [tree.name_of(path) for path in paths]
         joined, depth = "\n".join(found), max(map(len, paths), default=0)
@@ -84,7 +99,13 @@ class Snapshot:
             reason = "" if plain else _unstorable(path, on_disk)
             try:
                 if handler is not None and not reason:
-                    self._leaves.append(_Leaf(path, on_disk, handler.write(leaf, copy=copy), own))
+                    if isinstance(handler, ArrayLeaf):
+                        held = handler.hold(leaf)
+                    else:
+                        held = handler.write(leaf, copy=copy)
+                        if held.string is not None:
+                            strings[on_disk] = held.string
+                    self._taken.append(_Taken(path, on_disk, held, own))
                     continue
             except Exception:  # JAX raises several types for an array without a value
                 if not (reason := _no_value(leaf)):
@@ -95,14 +116,17 @@ class Snapshot:
         # Checked and encoded now: a key that cannot be stored must be an error of the call, not of
         # its thread, and so must a dtype. The rest can wait until training has gone on.
         if not plain or len(set(found)) < len(found):
-            stored = [arrays.prefix(leaf.name) for leaf in self._leaves]
-            tree.unique_names([leaf.path for leaf in self._leaves], stored)
-        strings = {e.name: e.write.string for e in self._leaves if e.write.string is not None}
+            stored = [arrays.prefix(leaf.name) for leaf in self._taken]
+            tree.unique_names([leaf.path for leaf in self._taken], stored)
         self._strings = {names.STRINGS: tree.encode_strings(strings)} if strings else {}
         if create or self._general != _PLAIN or not self.layout.ocdbt:
             writes, _ = self.stored
             if not self.layout.ocdbt:
                 native_write.check_names([write.name for write in writes])
+
+    @functools.cached_property
+    def _leaves(self) -> list[_Leaf]:
+        return [taken.to_leaf() for taken in self._taken]
 
     @functools.cached_property
     def stored(self) -> tuple[list[ArrayWrite], list[tree.ArrayMetadata]]:

@@ -6,6 +6,8 @@ A sharding is kept as the JSON text of the `_sharding` file, and put back on the
 here. Source: the format as Orbax writes it, `SingleDeviceSharding` and `NamedSharding`.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import operator
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from jax._src.interpreters import pxla
 from jax.core import Tracer
@@ -35,6 +38,19 @@ HOST = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0
 _is_storable = functools.lru_cache(maxsize=256)(arrays.is_storable)  # asked of each leaf
 
 
+class Held(msgspec.Struct, frozen=True, gc=False):
+    """The memory of an array on one device, and where that is."""
+
+    data: NDArray[Any]
+    placed: Sharding
+
+    def to_write(self) -> LeafWrite:
+        """What is to be written."""
+        shape, origin = _shared(self.data.shape)
+        shards = (Shard(origin, self.data),)
+        return LeafWrite(tree.ARRAY, shape, self.data.dtype, shape, shards, self.placed)
+
+
 class ArrayLeaf:
     """Saves the shards that this process holds first; loads into any sharding."""
 
@@ -53,15 +69,17 @@ class ArrayLeaf:
 
     def write(self, value: Any, *, copy: bool) -> LeafWrite:
         """See :class:`LeafHandler`."""
+        held = self.hold(value)
+        return held.to_write() if isinstance(held, Held) else held
+
+    def hold(self, value: Any) -> LeafWrite | Held:
+        """As `write`, but what can wait until the caller has gone on is left for later."""
         # On CPU the memory is referenced, not copied: JAX arrays do not change, and one that is
         # donated or deleted lives on until the save lets go of it.
         array: Any = value
         placed: Sharding = array.sharding
         if type(placed) is SingleDeviceSharding or placed.num_devices == 1:
-            data = np.asarray(array)
-            shape, origin = _shared(data.shape)
-            shards = (Shard(origin, data),)
-            return LeafWrite(tree.ARRAY, shape, data.dtype, shape, shards, placed)
+            return Held(np.asarray(array), placed)
         shards = [
             Shard(tuple([s.start or 0 for s in shard.index]), np.asarray(shard.data))
             for shard in array.addressable_shards
