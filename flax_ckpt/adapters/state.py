@@ -4,12 +4,15 @@
     state = merge(state, parts)      # the same type; `apply_fn` and `tx` are those of `state`
 
 A state is anything with a part called `params`: Flax's `TrainState` and its subclasses, any
-dataclass that is a PyTree, a dict, a named tuple. Any other tree is one part, `state`.
+dataclass that is a PyTree, a dict, a named tuple; or anything that NNX's objects are in. Any other
+tree is one part, `state`.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar, cast
+
+from flax_ckpt.adapters import nnx
 
 PARAMS: Final = "params"
 OPT_STATE: Final = "opt_state"
@@ -22,7 +25,7 @@ S = TypeVar("S")
 def split(state: Any) -> dict[str, Any]:
     """The named trees of a training state; nothing is copied."""
     there = fields(state)
-    if PARAMS not in there:
+    if not there.keys() & {PARAMS, OPT_STATE}:
         return {WHOLE: state}
     rest = {name: there[name] for name in there if name not in (PARAMS, OPT_STATE)}
     parts = {name: there[name] for name in (PARAMS, OPT_STATE) if name in there}
@@ -31,18 +34,43 @@ def split(state: Any) -> dict[str, Any]:
 
 def merge(like: S, parts: Mapping[str, Any]) -> S:
     """A state of the type of `like` with the trees of `parts`; `like` is not changed."""
+    if WHOLE in parts:
+        return nnx.fill(like, parts[WHOLE])
     values = {name: parts[name] for name in (PARAMS, OPT_STATE) if name in parts}
     values |= parts.get(TRAIN_STATE, {})
     state: Any = like
+    if is_nnx(state):
+        return nnx.merge(state, values)
+    own = _own_fields(state)
+    values = {name: nnx.fill(own[name], value) for name, value in values.items()}
     if isinstance(like, Mapping):
-        return type(state)({**fields(state), **values})
+        return type(state)({**own, **values})
     if hasattr(state, "_replace"):
         return state._replace(**values)
     return dataclasses.replace(state, **values)
 
 
-def fields(state: Any) -> Mapping[str, Any]:
+def is_nnx(state: Any) -> bool:
+    """Whether a state consists of NNX's objects, so that its variables' types name its fields."""
+    return PARAMS not in _own_fields(state) and nnx.holds_nodes(state)
+
+
+def whole(state: Any) -> Any:
+    """A state as one tree, without NNX's objects."""
+    return nnx.pure(state)
+
+
+def fields(state: Any) -> dict[str, Any]:
     """The fields of a state that are data; none if it has none by name."""
+    if is_nnx(state):
+        return nnx.collections(state)
+    return {name: nnx.pure(value) for name, value in _own_fields(state).items()}
+
+
+def _own_fields(state: Any) -> Mapping[str, Any]:
+    """The fields that a state's own type has."""
+    if nnx.is_node(state):
+        return {}
     if isinstance(state, Mapping):
         return cast("Mapping[str, Any]", state)
     if hasattr(state, "_asdict"):

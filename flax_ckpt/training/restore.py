@@ -29,7 +29,7 @@ from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.storage import kinds
 from flax_ckpt.storage.files import local_path
 from flax_ckpt.storage.record import Record
-from flax_ckpt.training import progress, steps
+from flax_ckpt.training import boxes, progress, steps
 
 S = TypeVar("S")
 PathLike = str | os.PathLike[str]
@@ -219,13 +219,18 @@ def _load_state(layout: Layout, like: Any, rules: _Rules, load_rules: LoadRules)
     if states.WHOLE in wanted:
         found = _load_parts(layout, {states.PARAMS: like}, rules, load_rules)
         return found[states.PARAMS], found
-    found = _load_parts(layout, wanted, rules, load_rules)
+    found = _load_parts(layout, wanted, rules, load_rules, by_type=states.is_nnx(like))
     return states.merge(like, found), found
 
 
 def _load_parts(
-    layout: Layout, wanted: Mapping[str, Any], rules: _Rules, load_rules: LoadRules
+    layout: Layout,
+    wanted: Mapping[str, Any],
+    rules: _Rules,
+    load_rules: LoadRules,
+    by_type: bool = False,
 ) -> dict[str, Any]:
+    """Trees by name; with `by_type`, kinds of variables that are not wanted are left alone."""
     if missing := [name for name in wanted if name not in layout.items]:
         raise errors.CheckpointNotFoundError(
             f"{layout.path} has no {missing[0]!r}, which the wanted state has; it has:"
@@ -236,6 +241,9 @@ def _load_parts(
     with contextlib.ExitStack() as opened:
         for name, part in wanted.items():
             saved = opened.enter_context(open_tree(layout, name, rules.context))
+            if by_type and name == states.TRAIN_STATE:
+                saved.narrow(part)
+            boxes.match(saved, part)
             try:
                 reads[name] = saved.prepare(part, load_rules, partial=rules.ignore_unexpected)
             except errors.TreeMismatchError as error:
@@ -256,21 +264,28 @@ def _load_whole(layout: Layout, like: Any, rules: _Rules, load_rules: LoadRules)
             f"{layout.path} has neither a tree 'params' nor one that would hold a whole state; it"
             f" has: {', '.join(layout.items)}. {_BY_NAME}"
         ) from error
-    fields = {name for name, part in states.fields(like).items() if part is not None}
+    fields = {name: part for name, part in states.fields(like).items() if part is not None}
+    is_nnx = states.is_nnx(like)
     with open_tree(layout, name, rules.context) as saved:
         there = {tree.name_of(path[:1]) for path in saved.leaves}
-        if states.PARAMS in fields - there:
+        if not is_nnx and states.PARAMS in fields.keys() - there:
             raise errors.StateError(
                 f"{saved.directory} has no field 'params', which the wanted state has; it has:"
                 f" {', '.join(sorted(there))}. Load a tree of this form with flax_ckpt.load, and"
                 " put the state together"
             )
-        is_params = states.PARAMS in there - fields
-        wanted = {states.PARAMS: like} if is_params else like
+        by_type = is_nnx and states.PARAMS in there
+        is_params = not is_nnx and states.PARAMS in there - fields.keys()
+        wanted = fields if by_type else states.whole(like)
+        if is_params:
+            wanted = {states.PARAMS: wanted}
         if states.PARAMS in there:
-            saved.narrow({states.PARAMS} if is_params else fields)
+            saved.narrow(wanted if is_params else fields)
+        boxes.match(saved, wanted)
         found = saved.prepare(wanted, load_rules, partial=rules.ignore_unexpected)()
-    return (found[states.PARAMS] if is_params else found), found
+    if by_type:
+        return states.merge(like, {states.TRAIN_STATE: found}), found
+    return states.merge(like, {states.WHOLE: found[states.PARAMS] if is_params else found}), found
 
 
 def _load_config(layout: Layout, message_type: type[Message] | None) -> tuple[str | None, Any]:
