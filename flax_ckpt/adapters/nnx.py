@@ -43,18 +43,21 @@ def _nnx() -> Any:
 
 
 def is_node(value: Any) -> bool:
-    """Whether this is an NNX object, a variable, or a state that has variables."""
+    """Whether this is an NNX object, a variable, or a state."""
     nnx = _nnx()
-    if nnx is None:
-        return False
-    if isinstance(value, nnx.State):
-        return any(isinstance(leaf, nnx.Variable) for _, leaf in nnx.to_flat_state(value))
-    return isinstance(value, nnx.Pytree | nnx.Variable)
+    return nnx is not None and isinstance(value, nnx.Pytree | nnx.Variable | nnx.State)
 
 
-def holds_nodes(tree: Any) -> bool:
-    """Whether there are nodes in a tree."""
-    return bool(_nnx()) and any(map(is_node, jax.tree.leaves(tree, is_leaf=is_node)))
+def holds_nodes(tree: Any, *, typed: bool = False) -> bool:
+    """Whether there are nodes in a tree; with `typed`, others than states of bare arrays."""
+    nnx = _nnx()
+    leaves: list[Any] = jax.tree.leaves(tree, is_leaf=is_node) if nnx else []
+    return any(
+        any(_is_variable(inner) for _, inner in nnx.to_flat_state(leaf))
+        if typed and isinstance(leaf, nnx.State)
+        else is_node(leaf)
+        for leaf in leaves
+    )
 
 
 def pure(tree: Any) -> Any:
@@ -65,7 +68,8 @@ def pure(tree: Any) -> Any:
 def _pure(leaf: Any) -> Any:
     if not is_node(leaf) or _is_variable(leaf):
         return _value(leaf)
-    return _nnx().to_pure_dict(_nnx().state(leaf), _value)
+    nnx = _nnx()
+    return nnx.to_pure_dict(leaf if isinstance(leaf, nnx.State) else nnx.state(leaf), _value)
 
 
 def fill(like: S, tree: Any) -> S:
@@ -107,6 +111,13 @@ def merge(like: S, fields: Mapping[str, Any]) -> S:
     return found.build([_at(fields, _name(found, path, leaf)) for path, leaf in found.leaves])
 
 
+def step_of(state: Any) -> Any:
+    """What the only optimizer in a state counts; None if there is not one."""
+    roots: list[Any] = jax.tree.leaves(state, is_leaf=is_node)
+    counts = [_value(root.step) for root in roots if isinstance(root, _nnx().Optimizer)]
+    return counts[0] if len(counts) == 1 else None
+
+
 def _open(tree: Any) -> _Opened:
     nnx = _nnx()
     pairs, treedef = _tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
@@ -130,7 +141,7 @@ def _refuse_tracers(nodes: Any) -> None:
     path: Path
     for path, node in nnx.iter_graph(nodes):
         if isinstance(node, nnx.Pytree):
-            attributes = cast("dict[str, Any]", vars(cast("object", node)))
+            attributes = vars(cast("object", node))
             for name, value in attributes.items():
                 if isinstance(value, Tracer):
                     raise StateError(

@@ -52,7 +52,7 @@ def merge(like: S, parts: Mapping[str, Any]) -> S:
 
 def is_nnx(state: Any) -> bool:
     """Whether a state consists of NNX's objects, so that its variables' types name its fields."""
-    return PARAMS not in _own_fields(state) and nnx.holds_nodes(state)
+    return PARAMS not in _own_fields(state) and nnx.holds_nodes(state, typed=True)
 
 
 def whole(state: Any) -> Any:
@@ -86,4 +86,4 @@ def _own_fields(state: Any) -> Mapping[str, Any]:
 
 def step_of(state: Any) -> Any:
     """The number of updates that the state itself counts, or None."""
-    return fields(state).get("step")
+    return nnx.step_of(state) if is_nnx(state) else _own_fields(state).get("step")

@@ -136,7 +136,8 @@ class CheckpointCallback(Generic[S]):
         if not steps.committed(self.directory) and step in ("latest", None):
             if init is not None:
                 return init(), 0
-            if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
+            leaves = jax.tree.leaves(states.split(like))
+            if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
                 raise StateError(
                     f"{self.directory} has no step to restore, and the state given is abstract:"
                     " pass init=, a function that makes the first state"
