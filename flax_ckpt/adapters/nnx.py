@@ -94,9 +94,12 @@ def collections(state: Any) -> dict[str, Any]:
     found = _open(state)
     optimizers = [number for number, _ in enumerate(found.roots) if _is_optimizer(found, number)]
     fields: dict[str, Any] = {}
-    for path, leaf in found.leaves:
+    values = [_value(leaf) for _, leaf in found.leaves]
+    if any(isinstance(value, jax.ShapeDtypeStruct) for value in values):
+        _refuse_hidden(state, found)
+    for (path, leaf), value in zip(found.leaves, values, strict=True):
         if not (path[0] in optimizers and path[1] == OPT_STATE):
-            _insert(fields, _name(found, path, leaf), _value(leaf))
+            _insert(fields, _name(found, path, leaf), value)
     for number in optimizers:
         optimizer = found.roots[number][1]
         _insert(fields, (OPT_STATE, *_prefix(found, number)), pure(optimizer.opt_state))
@@ -122,33 +125,34 @@ def _open(tree: Any) -> _Opened:
     nnx = _nnx()
     pairs, treedef = _tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
     roots = [(tuple([jax.tree_util.keystr((k,), simple=True) for k in p]), x) for p, x in pairs]
-    graph, state = nnx.split({i: root for i, (_, root) in enumerate(roots) if is_node(root)})
-    plain = [((i,), root) for i, (_, root) in enumerate(roots) if not is_node(root)]
-    leaves = plain + list(nnx.to_flat_state(state))
+    numbered = {i: root for i, (_, root) in enumerate(roots)}
+    states = {i: root for i, root in numbered.items() if isinstance(root, nnx.State)}
+    objects = {i: x for i, x in numbered.items() if is_node(x) and i not in states}
+    plain = {i: root for i, root in numbered.items() if not is_node(root)}
+    graph, inside = nnx.split(objects)
+    leaves = list(nnx.to_flat_state(nnx.State({**plain, **states, **inside})))
 
     def build(values: Sequence[Any]) -> Any:
         new = [(path, _filled(leaf, v)) for (path, leaf), v in zip(leaves, values, strict=True)]
-        nodes = nnx.merge(graph, nnx.from_flat_state(new[len(plain) :]))
-        _refuse_tracers(nodes)
-        nodes |= {path[0]: value for path, value in new[: len(plain)]}
-        return treedef.unflatten([nodes[i] for i in range(len(roots))])
+        found = nnx.from_flat_state(new)
+        others = {i: found.pop(i, nnx.State({})) for i in (*plain, *states)}
+        nodes = nnx.merge(graph, found) | others
+        return treedef.unflatten([nodes[i] for i in numbered])
 
     return _Opened(roots, leaves, build)
 
 
-def _refuse_tracers(nodes: Any) -> None:
-    nnx = _nnx()
+def _refuse_hidden(state: Any, found: _Opened) -> None:
+    """In an abstract module, what NNX takes for static is not only what was so in the module."""
+    known = {id(leaf) for _, leaf in found.leaves}
     path: Path
-    for path, node in nnx.iter_graph(nodes):
-        if isinstance(node, nnx.Pytree):
-            attributes = vars(cast("object", node))
-            for name, value in attributes.items():
-                if isinstance(value, Tracer):
-                    raise StateError(
-                        f"{'/'.join(map(str, (*path[1:], name)))} of the wanted state is a tracer:"
-                        " nnx.eval_shape leaves arrays so that are attributes. Make it a variable,"
-                        " or nnx.data(array), in the module"
-                    )
+    for path, leaf in _nnx().iter_graph(state):
+        if id(leaf) not in known and isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
+            raise StateError(
+                f"{'/'.join(map(str, path))} of the abstract state is an array that NNX does not"
+                " tell from a static attribute any more: in the module, make it a variable, or"
+                " nnx.data(array); or pass a concrete module"
+            )
 
 
 def _value(leaf: Any) -> Any:

@@ -118,8 +118,11 @@ def restore(
             tree, whatever its name.
         like: a state of the wanted type, concrete or abstract (`jax.eval_shape`): a Flax
             `TrainState` or any other dataclass, dict or tuple with a part `params`; the params
-            alone; or any tree that was saved as it is. Parts of the checkpoint that it has no
-            place for are not read. It is not changed. None: everything, in dicts and lists.
+            alone; an NNX module, `nnx.State`, optimizer, or `(module, optimizer)`, abstract by
+            `nnx.eval_shape`; or any tree that was saved as it is. Parts of the checkpoint that it
+            has no place for are not read, and of NNX's kinds of variables those that it has. It is
+            not changed: a module comes back as a new one, and `nnx.update(model, nnx.state(new))`
+            changes yours. None: everything, in dicts and lists.
         step: which step of a root; None or "latest": the newest, or if that is damaged the newest
             whole one, with a warning.
         cast: whether a dtype that differs is cast. Rank-0 numbers match anyway if they fit.
@@ -129,7 +132,8 @@ def restore(
 
     Raises:
         CheckpointNotFoundError: no such path, step or part; says what is there.
-        StateError: the state is in one tree, and its fields are called otherwise.
+        StateError: the state is in one tree, and its fields are called otherwise; or an abstract
+            module hides arrays.
         InvalidLayoutError: one checkpointable of a checkpoint, or something unfinished.
         TreeMismatchError: lists every leaf that differs; no data was read.
         DamagedCheckpointError: an explicit step is damaged, or every one is.
