@@ -29,10 +29,31 @@ Path = tuple[Any, ...]
 _tree_util: Any = jax.tree_util  # jaxlib says nothing about the types of its trees
 
 
-class _Opened(NamedTuple):
-    """The leaves of a state by path: the number of the root that has it, and NNX's keys in that."""
+class _Root(NamedTuple):
+    """A node that is in no other, or a leaf beside nodes.
 
-    roots: list[tuple[Path, Any]]
+    Attributes:
+        value: the node.
+        kind: "optimizer", "module", "" for any other node, "leaf".
+        prefix: what the names of its leaves begin with: its place in the state, unless it is the
+            only module or the only optimizer.
+    """
+
+    value: Any
+    kind: str
+    prefix: Path
+
+
+class _Opened(NamedTuple):
+    """A state, taken apart.
+
+    Attributes:
+        roots: by number, in the order of JAX's leaves.
+        leaves: by path: the number of the root, and NNX's keys in that.
+        build: makes a state from values for the leaves, in their order.
+    """
+
+    roots: dict[int, _Root]
     leaves: list[tuple[Path, Any]]
     build: Callable[[Sequence[Any]], Any]
 
@@ -89,54 +110,63 @@ def collections(state: Any) -> dict[str, Any]:
             the names of several begin with their place in the state.
 
     Raises:
-        StateError: two values would have one name.
+        StateError: two values would have one name, or an abstract module hides an array.
     """
+    if _is_split(state):
+        return collections(_nnx().merge(*state))
     found = _open(state)
-    optimizers = [number for number, _ in enumerate(found.roots) if _is_optimizer(found, number)]
     fields: dict[str, Any] = {}
     values = [_value(leaf) for _, leaf in found.leaves]
     if any(isinstance(value, jax.ShapeDtypeStruct) for value in values):
         _refuse_hidden(state, found)
     for (path, leaf), value in zip(found.leaves, values, strict=True):
-        if not (path[0] in optimizers and path[1] == OPT_STATE):
-            _insert(fields, _name(found, path, leaf), value)
-    for number in optimizers:
-        optimizer = found.roots[number][1]
-        _insert(fields, (OPT_STATE, *_prefix(found, number)), pure(optimizer.opt_state))
-    if len(optimizers) < len(found.roots):
-        fields.setdefault(PARAMS, {})
+        root = found.roots[path[0]]
+        if root.kind != "optimizer" or path[1] != OPT_STATE:
+            _insert(fields, _name(root, path[1:], leaf), value)
+    for root in found.roots.values():
+        if root.kind == "optimizer":
+            _insert(fields, (OPT_STATE, *root.prefix), pure(root.value.opt_state))
+        else:
+            fields.setdefault(PARAMS, {})
     return fields
 
 
 def merge(like: S, fields: Mapping[str, Any]) -> S:
     """The inverse of :func:`collections`: a new state of the type of `like`."""
+    if _is_split(like):
+        graph, state = cast("Any", like)
+        return cast("S", (graph, _nnx().state(merge(_nnx().merge(graph, state), fields))))
     found = _open(like)
-    return found.build([_at(fields, _name(found, path, leaf)) for path, leaf in found.leaves])
+    names = [_name(found.roots[path[0]], path[1:], leaf) for path, leaf in found.leaves]
+    return found.build([_at(fields, name) for name in names])
 
 
 def step_of(state: Any) -> Any:
     """What the only optimizer in a state counts; None if there is not one."""
     roots: list[Any] = jax.tree.leaves(state, is_leaf=is_node)
-    counts = [_value(root.step) for root in roots if isinstance(root, _nnx().Optimizer)]
+    counts = [_value(root.step) for root in roots if _kind(root) == "optimizer"]
     return counts[0] if len(counts) == 1 else None
 
 
 def _open(tree: Any) -> _Opened:
     nnx = _nnx()
     pairs, treedef = _tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
-    roots = [(tuple([jax.tree_util.keystr((k,), simple=True) for k in p]), x) for p, x in pairs]
-    numbered = {i: root for i, (_, root) in enumerate(roots)}
-    states = {i: root for i, root in numbered.items() if isinstance(root, nnx.State)}
-    objects = {i: x for i, x in numbered.items() if is_node(x) and i not in states}
-    plain = {i: root for i, root in numbered.items() if not is_node(root)}
-    graph, inside = nnx.split(objects)
-    leaves = list(nnx.to_flat_state(nnx.State({**plain, **states, **inside})))
+    kinds = [_kind(root) for _, root in pairs]
+    roots: dict[int, _Root] = {}
+    for i, (path, root) in enumerate(pairs):
+        alone = kinds[i] in ("optimizer", "module") and kinds.count(kinds[i]) == 1
+        where = tuple([jax.tree_util.keystr((key,), simple=True) for key in path])
+        roots[i] = _Root(root, kinds[i], () if alone else where)
+    numbered = {i: root.value for i, root in roots.items()}
+    others = {i: x for i, x in numbered.items() if kinds[i] == "leaf" or isinstance(x, nnx.State)}
+    graph, inside = nnx.split({i: root for i, root in numbered.items() if i not in others})
+    leaves = list(nnx.to_flat_state(nnx.State({**others, **inside})))
 
     def build(values: Sequence[Any]) -> Any:
         new = [(path, _filled(leaf, v)) for (path, leaf), v in zip(leaves, values, strict=True)]
         found = nnx.from_flat_state(new)
-        others = {i: found.pop(i, nnx.State({})) for i in (*plain, *states)}
-        nodes = nnx.merge(graph, found) | others
+        new_others = {i: found.pop(i, nnx.State({})) for i in others}
+        nodes = nnx.merge(graph, found) | new_others
         return treedef.unflatten([nodes[i] for i in numbered])
 
     return _Opened(roots, leaves, build)
@@ -175,34 +205,35 @@ def _other_than(node: Any) -> Callable[[Any], bool]:
     return lambda other: other is not node
 
 
-def _is_optimizer(found: _Opened, number: int) -> bool:
-    return isinstance(found.roots[number][1], _nnx().Optimizer)
-
-
-def _prefix(found: _Opened, number: int) -> Path:
-    """What the names of a root's leaves begin with."""
+def _is_split(tree: Any) -> bool:
+    """Whether this is what nnx.split returns."""
     nnx = _nnx()
-    where, root = found.roots[number]
-    for kinds in (nnx.Optimizer,), (nnx.Module, nnx.State):
-        if isinstance(root, kinds):
-            alone = sum(isinstance(other, kinds) for _, other in found.roots) == 1
-            return () if alone else where
-    return where
+    if type(tree) is not tuple or len(pair := cast("Path", tree)) != 2:
+        return False
+    return isinstance(pair[0], nnx.GraphDef) and isinstance(pair[1], nnx.State)
 
 
-def _name(found: _Opened, path: Path, leaf: Any) -> Path:
+def _kind(root: Any) -> str:
+    nnx = _nnx()
+    if isinstance(root, nnx.Optimizer):
+        return "optimizer"
+    if isinstance(root, nnx.Module | nnx.State):
+        return "module"
+    return "" if is_node(root) else "leaf"
+
+
+def _name(root: _Root, inside: Path, leaf: Any) -> Path:
     """Where a leaf is among the fields of its state."""
-    prefix, inside = _prefix(found, path[0]), path[1:]
-    if not is_node(found.roots[path[0]][1]):
-        return (OTHER, *prefix)
-    if _is_optimizer(found, path[0]):
+    if root.kind == "leaf":
+        return (OTHER, *root.prefix)
+    if root.kind == "optimizer":
         if inside[0] == OPT_STATE:
-            return (OPT_STATE, *prefix, *inside[1:])
+            return (OPT_STATE, *root.prefix, *inside[1:])
         if inside == ("step",):
-            return ("step", *prefix)
+            return ("step", *root.prefix)
         if inside[0] == "model":  # of a ModelAndOptimizer
             inside = inside[1:]
-    return (_collection(leaf), *prefix, *map(str, inside))
+    return (_collection(leaf), *root.prefix, *map(str, inside))
 
 
 def _collection(leaf: Any) -> str:

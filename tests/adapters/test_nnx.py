@@ -184,6 +184,7 @@ KINDS = {
     "a state": lambda net, optimizer: nnx.state(net),
     "a state of the params": lambda net, optimizer: nnx.state(net, nnx.Param),
     "what nnx.split returns": lambda net, optimizer: nnx.split(net),
+    "of both": lambda net, optimizer: nnx.split((net, optimizer)),
 }
 
 
@@ -192,7 +193,7 @@ KINDS = {
 def test_each_kind_of_state_restores_from_a_full_step(
     saved: Path, trained: Any, kind: str, abstract: bool
 ):
-    like = nnx.eval_shape(lambda: create(1)) if abstract else create(1)
+    like = nnx.eval_shape(create) if abstract else create(1)
     restored = fc.restore_train_state(saved, KINDS[kind](*like))
     assert_same(restored, KINDS[kind](*trained))
 
@@ -300,6 +301,14 @@ def test_states_that_orbax_saved_with_their_boxes_are_read(
     root = write(tmp_path / "root", nnx.state(expected))
     assert any(name.endswith("/value") for name in fc.restore(root).report.loaded)
     assert_same(fc.restore_train_state(root, KINDS[kind](*create(1))), expected)
+
+
+def test_pairs_that_orbax_saved_with_their_boxes_are_read(tmp_path: Path, trained: Any):
+    ocp.save(tmp_path / "tuple", tuple(map(nnx.state, trained)))
+    assert_same(fc.restore_train_state(tmp_path / "tuple", create(1)), trained)
+    state = nnx.state(trained)
+    ocp.save(tmp_path / "split", state)
+    assert_same(fc.restore_train_state(tmp_path / "split", nnx.state(create(1))), state)
 
 
 @pytest.mark.parametrize("write", [by_v0, by_manager, by_v1])
