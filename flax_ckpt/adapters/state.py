@@ -86,4 +86,4 @@ def _own_fields(state: Any) -> Mapping[str, Any]:
 
 def step_of(state: Any) -> Any:
     """The number of updates that the state itself counts, or None."""
-    return nnx.step_of(state) if is_nnx(state) else _own_fields(state).get("step")
+    return nnx.step_of(state) if is_nnx(state) else nnx.pure(_own_fields(state).get("step"))
