@@ -309,6 +309,7 @@ def test_pairs_that_orbax_saved_with_their_boxes_are_read(tmp_path: Path, traine
     state = nnx.state(trained)
     ocp.save(tmp_path / "split", state)
     assert_same(fc.restore_train_state(tmp_path / "split", nnx.state(create(1))), state)
+    assert_same(fc.restore_train_state(tmp_path / "split", create(1)), trained)
 
 
 @pytest.mark.parametrize("write", [by_v0, by_manager, by_v1])
@@ -636,6 +637,13 @@ class Shown(nnx.Param):
 
     def get_value(self, **kwargs: Any) -> Any:
         return super().get_value(**kwargs) * 2
+
+
+def test_lists_in_variables_that_updates_turn_into_states(tmp_path: Path):
+    """Which is what `nnx.update` does with the state of SM3."""
+    state = train(create(tx=optax.sm3(1e-2)), 0, 2)
+    restored = back(tmp_path, state, create(1, tx=optax.sm3(1e-2)))
+    assert_same(train(restored, 2, 4), train(state, 2, 4))
 
 
 def test_what_a_variable_has_is_saved_not_what_it_shows(tmp_path: Path):
