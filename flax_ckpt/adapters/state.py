@@ -4,7 +4,8 @@
     state = merge(state, parts)      # the same type; `apply_fn` and `tx` are those of `state`
 
 A state is anything with a part called `params`: Flax's `TrainState` and its subclasses, any
-dataclass that is a PyTree, a dict, a named tuple. Any other tree is one part, `state`.
+dataclass that is a PyTree, a dict, a named tuple; or anything that NNX's objects are in. Any other
+tree is one part, `state`.
 """
 
 import dataclasses
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 from typing import Any, Final, TypeVar, cast
 
 import jax
+
+from flax_ckpt.adapters import nnx
 
 PARAMS: Final = "params"
 OPT_STATE: Final = "opt_state"
@@ -24,7 +27,7 @@ S = TypeVar("S")
 def split(state: Any) -> dict[str, Any]:
     """The named trees of a training state; nothing is copied."""
     there = fields(state)
-    if PARAMS not in there:
+    if not there.keys() & {PARAMS, OPT_STATE}:
         return {WHOLE: state}
     rest = {name: there[name] for name in there if name not in (PARAMS, OPT_STATE)}
     parts = {name: there[name] for name in (PARAMS, OPT_STATE) if name in there}
@@ -33,18 +36,43 @@ def split(state: Any) -> dict[str, Any]:
 
 def merge(like: S, parts: Mapping[str, Any]) -> S:
     """A state of the type of `like` with the trees of `parts`; `like` is not changed."""
+    if WHOLE in parts:
+        return nnx.fill(like, parts[WHOLE])
     values = {name: parts[name] for name in (PARAMS, OPT_STATE) if name in parts}
     values |= parts.get(TRAIN_STATE, {})
     state: Any = like
+    if is_nnx(state):
+        return nnx.merge(state, values)
+    own = _own_fields(state)
+    values = {name: nnx.fill(own[name], value) for name, value in values.items()}
     if isinstance(like, Mapping):
-        return type(state)({**fields(state), **values})
+        return type(state)({**own, **values})
     if hasattr(state, "_replace"):
         return state._replace(**values)
     return dataclasses.replace(state, **values)
 
 
-def fields(state: Any) -> Mapping[str, Any]:
+def is_nnx(state: Any) -> bool:
+    """Whether a state consists of NNX's objects, so that its variables' types name its fields."""
+    return PARAMS not in _own_fields(state) and nnx.holds_nodes(state, typed=True)
+
+
+def whole(state: Any) -> Any:
+    """A state as one tree, without NNX's objects."""
+    return nnx.pure(state)
+
+
+def fields(state: Any) -> dict[str, Any]:
     """The fields of a state that are data; none if it has none by name."""
+    if is_nnx(state):
+        return nnx.collections(state)
+    return {name: nnx.pure(value) for name, value in _own_fields(state).items()}
+
+
+def _own_fields(state: Any) -> Mapping[str, Any]:
+    """The fields that a state's own type has."""
+    if nnx.is_node(state):
+        return {}
     if isinstance(state, Mapping):
         return cast("Mapping[str, Any]", state)
     if hasattr(state, "_asdict"):
@@ -60,10 +88,15 @@ def fields(state: Any) -> Mapping[str, Any]:
 
 def step_of(state: Any) -> Any:
     """The number of updates that the state itself counts, or None."""
-    return fields(state).get("step")
+    return nnx.step_of(state) if is_nnx(state) else nnx.pure(_own_fields(state).get("step"))
 
 
 def is_whole(state: Any) -> bool:
-    """Whether a state seen earlier is still what it was: none of its arrays was donated."""
+    """Whether a state seen earlier is still what it was: nothing donated, nothing of NNX's.
+
+    NNX's objects change in place; nobody knows whether a train step has since.
+    """
+    if nnx.holds_nodes(state):
+        return False
     leaves = jax.tree.leaves(state)
     return not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)

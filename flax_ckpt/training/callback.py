@@ -19,6 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import jax
 
+from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import Preempted, SaveFailedError, StateError
 from flax_ckpt.storage import hosts
@@ -174,7 +175,8 @@ class CheckpointCallback(Generic[S]):
             self._signals.install()
             if init is not None:
                 return init(), 0
-            if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
+            leaves = jax.tree.leaves(states.split(like))
+            if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
                 raise StateError(
                     f"{self.directory} has no step to restore, and the state given is abstract:"
                     " pass init=, a function that makes the first state"
@@ -369,7 +371,7 @@ class CheckpointCallback(Generic[S]):
             logger.info("interrupted: step %d, the last one seen, is saved", step)
         else:
             text = "interrupted: step %d is not saved, since %s. The newest saved step is %s"
-            why = "its arrays were donated, or it or the data went on, to the next step"
+            why = "its arrays were donated, or it or the data have changed in place"
             logger.warning(text, step, why, self.latest_step)
 
     def _release(self) -> None:

@@ -25,7 +25,7 @@ from flax_ckpt.leaves.base import PLACEHOLDER, LoadRules, SavedLeaf, show_array
 from flax_ckpt.training import progress
 from flax_ckpt.training.report import Report
 from flax_ckpt.training.selection import Missing, Selection, shortened
-from flax_ckpt.training.source import TRAINED, Form, Moved, Source, back, view
+from flax_ckpt.training.source import TRAINED, Form, Moved, Source, areas, back, view
 
 logger = logging.getLogger("flax_ckpt")
 
@@ -155,7 +155,7 @@ def fill(
                 parts = {path[0].key for path in itertools.compress(wish.paths, picked)}
                 source.open_parts(parts)
             places = dict(zip(wish.names, wish.paths, strict=True))
-            moved = source.move(places, None if form == "tree" else wanted.keys())
+            moved = source.move(places, areas(like, wanted, form))
         if chosen.is_partial and not any(picked):
             raise StateError(f"only= and exclude= select no leaf of {source.where}")
         ignore = chosen.unexpected == "ignore"

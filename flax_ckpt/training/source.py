@@ -18,6 +18,7 @@ from flax_ckpt.context import Context
 from flax_ckpt.format import names, tree
 from flax_ckpt.handlers.saved_tree import SavedTree, mismatch
 from flax_ckpt.leaves.base import SavedLeaf
+from flax_ckpt.training import boxes
 from flax_ckpt.training.selection import Selection
 
 _BY_NAME = "Load them by name with flax_ckpt.load_checkpointables, and put the state together"
@@ -43,10 +44,10 @@ def view(state: Any, form: Form) -> Any:
         Its parts or fields that are there; of a tree that is no state, itself as the params.
     """
     if form == "tree":
-        return state
+        return states.whole(state)
     parts = states.split(state)
     if states.WHOLE in parts:
-        return {states.PARAMS: state}
+        return {states.PARAMS: states.whole(state)}
     if form == "fields":
         parts |= parts.pop(states.TRAIN_STATE, {})
     return {name: part for name, part in parts.items() if part is not None}
@@ -55,15 +56,27 @@ def view(state: Any, form: Form) -> Any:
 def back(like: Any, found: Any, form: Form) -> Any:
     """A state of the type of `like` from what :func:`view` makes of it."""
     if form == "tree":
-        return found
+        return states.merge(like, {states.WHOLE: found})
     if states.WHOLE in states.split(like):
-        return found[states.PARAMS]
+        return states.merge(like, {states.WHOLE: found[states.PARAMS]})
     parts = {name: found[name] for name in found if form == "parts" or name in TRAINED}
     rest = {name: found[name] for name in found if name not in parts}
     return states.merge(like, parts | ({states.TRAIN_STATE: rest} if rest else {}))
 
 
 Moved: TypeAlias = tuple[tree.KeyPath, tree.KeyPath, SavedLeaf]
+
+
+def areas(like: Any, wanted: Any, form: Form) -> Set[str] | None:
+    """First keys of what is judged in a checkpoint; None: all.
+
+    Of NNX's variables, kinds that are not wanted are left alone: `train_state.rngs`, for example.
+    """
+    if form == "tree":
+        return None
+    rest: dict[str, Any] = wanted.get(states.TRAIN_STATE, {}) if states.is_nnx(like) else {}
+    kinds = {f"{states.TRAIN_STATE}.{name}" for name in rest}
+    return wanted.keys() - ({states.TRAIN_STATE} if kinds else set()) | kinds
 
 
 class Source(contextlib.ExitStack):
@@ -107,7 +120,7 @@ class Source(contextlib.ExitStack):
         there = {tree.name_of(path[:1]) for path in saved.leaves}
         if states.PARAMS in there:
             return "fields"
-        if states.WHOLE in states.split(like):
+        if states.WHOLE in states.split(like) or states.is_nnx(like):
             return "tree"
         if self._chosen.rename:
             return "fields"
@@ -143,13 +156,14 @@ class Source(contextlib.ExitStack):
 
         Args:
             wanted: paths of the wanted leaves, by their text.
-            areas: first keys of all that is wanted; None: any.
+            areas: what is wanted at all: parts, or fields as `train_state.rngs`; None: any.
 
         Returns:
             Every leaf that there was: its path before and after, and what it is.
         """
         before = [path for saved in self.trees.values() for path in saved.leaves]
         after = self._chosen.destinations(before, wanted, self.where)
+        after = [boxes.match(path, wanted) for path in after]
         places = [tree.show(path) for path in after]
         if self._chosen.is_partial:
             self._chosen.check({*wanted, *places, *self._layout.trees}, self.where)
@@ -160,7 +174,8 @@ class Source(contextlib.ExitStack):
             saved.leaves = {
                 path: leaf
                 for (_, path, leaf), pick in itertools.islice(picked, len(saved.leaves))
-                if pick and (areas is None or tree.name_of(path[:1]) in areas)
+                if pick
+                and (areas is None or not areas.isdisjoint(map(tree.name_of, (path[:1], path[:2]))))
             }
         return moved
 
