@@ -50,10 +50,14 @@ def batch_at(dataset: Batch, step: int, *, batch_size: int, seed: int) -> Batch:
 
 
 class CNN(nn.Module):
-    """Convolutions, each with batch normalization and pooling, and a linear classifier."""
+    """Convolutions, each with batch normalization and pooling, and a linear classifier.
+
+    Without classes it returns the features that the classifier would have seen.
+    """
 
     features: tuple[int, ...]
     dtype: Any = jnp.float32
+    num_classes: int | None = 10
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -63,7 +67,7 @@ class CNN(nn.Module):
             x = nn.relu(x)
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape((x.shape[0], -1))
-        return nn.Dense(10)(x)
+        return x if self.num_classes is None else nn.Dense(self.num_classes)(x)
 
 
 class TrainState(train_state.TrainState):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import flax_ckpt as fc
+from tests.programs import finish, start
 from tests.training.states import assert_same
 
-ROOT = Path(__file__).parents[1]
+CONFIG = "--config=configs/char_lm.py"
 SMALL = {
     "num_characters": 20_000,
     "context": 16,
@@ -26,35 +24,10 @@ SMALL = {
 }
 
 
-def start(script: str, workdir: Path, **config: int) -> subprocess.Popen[str]:
-    command = [sys.executable, f"examples/{script}.py", f"--workdir={workdir}"]
-    if config:
-        command += ["--config=configs/char_lm.py"]
-    command += [f"--config.{name}={value}" for name, value in config.items()]
-    cache = {  # compiled by the first one
-        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **cache},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
-    return out, err
-
-
 def test_a_killed_run_goes_on_with_the_same_text_and_ends_with_the_same_bits(
     tmp_path: Path,
 ) -> None:
-    killed = start("train_char_lm", tmp_path / "a", num_steps=1_000_000, **SMALL)
+    killed = start("train_char_lm", tmp_path / "a", CONFIG, num_steps=1_000_000, **SMALL)
     assert killed.stderr is not None
     log = next(line for line in killed.stderr if "saved step 8" in line)
     killed.kill()
@@ -64,7 +37,8 @@ def test_a_killed_run_goes_on_with_the_same_text_and_ends_with_the_same_bits(
 
     last = latest + 10
     resumed, unbroken = (
-        start("train_char_lm", tmp_path / run, num_steps=last, **SMALL) for run in ("a", "b")
+        start("train_char_lm", tmp_path / run, CONFIG, num_steps=last, **SMALL)
+        for run in ("a", "b")
     )
     losses = [re.findall(r"step (\d+: \S+) bits", finish(run)[1]) for run in (resumed, unbroken)]
     assert losses[0] == losses[1][latest:]

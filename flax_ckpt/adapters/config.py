@@ -75,8 +75,6 @@ def provenance_of(message: Message) -> dict[str, Any]:
 def from_message(message: Message) -> Any:
     """Turns a message into a config: our own into a `ConfigDict`, any other into itself.
 
-    None: ours has nothing but provenance.
-
     The `ConfigDict` keeps the saved order of its keys and is not locked.
 
     Raises:
@@ -87,8 +85,6 @@ def from_message(message: Message) -> Any:
     """
     if not isinstance(message, RunConfig):
         return message
-    if message.provenance and not message.item:
-        return None
     from ml_collections import ConfigDict
 
     return _read_items(message.item, "", ConfigDict)

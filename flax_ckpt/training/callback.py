@@ -56,8 +56,8 @@ class CheckpointCallback(Generic[S]):
         preservation_policy: keep what this policy keeps, in place of the last; the best and the
             multiples besides.
         config: the run's config, saved with each step: a `ConfigDict`, dict, dataclass, or a
-            protocol-buffer message. Versions, commit, devices and command line go with it, but not
-            with a message of your own.
+            protocol-buffer message. Versions, commit, devices and command line go with it, if it is
+            no message of your own; `{}` if there is nothing else to say.
         data_iterator: where the batches come from; its position is saved with each step, and
             `restore_or_init` puts it there, in place: an iterator of Grain, any object with
             `get_state` and `set_state`, or a `StatefulCheckpointable`.

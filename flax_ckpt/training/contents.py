@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+from google.protobuf.message import Message
+
 from flax_ckpt.adapters import config as configs
 from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context
@@ -17,7 +19,7 @@ class Contents:
     """What goes into each step, whatever its state.
 
     Attributes:
-        config: the run's, with where it comes from, as a message.
+        config: the run's, with where it comes from, as a message; or None.
         data_iterator: whose position is saved, or None.
         best: which steps are the best, or None.
     """
@@ -25,8 +27,10 @@ class Contents:
     def __init__(
         self, config: Any, data_iterator: Any, best: tuple[Any, ...] | None, context: Context
     ) -> None:
-        message = configs.to_message({} if config is None else config)
-        self.config = configs.add_provenance(message, provenance.collect())
+        self.config: Message | None = None
+        if config is not None:
+            message = configs.to_message(config)
+            self.config = configs.add_provenance(message, provenance.collect())
         data.require_iterator(data_iterator, context)
         self.data_iterator = data_iterator
         self.best = None if best is None else Best.of(best)
@@ -36,7 +40,9 @@ class Contents:
         """The arguments of :meth:`Saver.save` for a step; warns once if they are odd."""
         parts = {name: tree for name, tree in states.split(state).items() if tree is not None}
         trees = list(parts)
-        parts[CONFIG] = configs.add_provenance(self.config, {"mesh": provenance.mesh(parts)})
+        if self.config is not None:
+            mesh = {"mesh": provenance.mesh(parts)}
+            parts[CONFIG] = configs.add_provenance(self.config, mesh)
         if self.data_iterator is not None:
             parts[names.DATA] = self.data_iterator
         custom = None

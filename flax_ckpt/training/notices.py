@@ -21,9 +21,9 @@ _ADVICE = {
 }
 
 
-def config_changes(saved: str | None, current: Message) -> None:
+def config_changes(saved: str | None, current: Message | None) -> None:
     """Tells what differs between the config that was saved, as text, and this run's."""
-    if saved is None:
+    if saved is None or current is None:
         return
     try:
         changes = configs.diff(protos.text_to_message(saved), current)

@@ -171,7 +171,7 @@ def test_an_iterator_and_no_saved_position_is_an_error_unless_the_data_begin_ane
     iterator = Counter(5)
     with pytest.raises(CheckpointNotFoundError, match="has no position of a data iterator") as e:
         fc.restore(tmp_path, LIKE, data_iterator=iterator)
-    text = "'data'; it has: config, params. Without it the run would begin its data anew"
+    text = "'data'; it has: params. Without it the run would begin its data anew"
     assert text in str(e.value)
     with fc.CheckpointCallback(tmp_path, data_iterator=iterator) as callback:
         with pytest.raises(CheckpointNotFoundError, match="pass restart_data=True"):

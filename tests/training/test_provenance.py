@@ -69,17 +69,20 @@ def test_the_mesh_is_named(tmp_path: Path) -> None:
     devices = np.array(jax.devices()[:1]).reshape(1, 1)
     mesh = jax.sharding.Mesh(devices, ("data", "model"))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    with fc.CheckpointCallback(tmp_path) as ckpt:
+    with fc.CheckpointCallback(tmp_path, config={}) as ckpt:
         ckpt.on_step_end(1, {"params": jax.device_put(np.ones(4), sharding)})
     assert fc.restore(tmp_path).provenance["mesh"] == {"data": 1, "model": 1}
 
 
-def test_it_is_there_without_a_config_and_beside_one(tmp_path: Path) -> None:
+def test_it_is_a_part_of_the_config(tmp_path: Path) -> None:
     state = {"params": np.ones(3)}
-    with fc.CheckpointCallback(tmp_path / "a") as ckpt:
-        ckpt.on_step_end(1, state)
-    out = fc.restore(tmp_path / "a")
-    assert out.config is None
+    for name, given in (("none", None), ("empty", {})):
+        with fc.CheckpointCallback(tmp_path / name, config=given) as ckpt:
+            ckpt.on_step_end(1, state)
+    out = fc.restore(tmp_path / "none")
+    assert (out.config, out.provenance) == (None, {})
+    out = fc.restore(tmp_path / "empty")
+    assert out.config == ConfigDict()
     assert out.provenance["versions"]["jax"] == jax.__version__
     assert out.provenance["mesh"] is None
     config = ConfigDict({"rate": 0.1})
