@@ -31,6 +31,7 @@ FUNCTIONS = {
 }
 CLASSES = {
     "AsyncResponse",
+    "Best",
     "CheckpointMetadata",
     "CheckpointableHandler",
     "CheckpointCallback",
