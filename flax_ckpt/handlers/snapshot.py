@@ -4,7 +4,7 @@ Taking it is all of a save that blocks the caller. On CPU a JAX array is referen
 so the snapshot is good for as long as it is held, whatever becomes of the array.
 """
 
-import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -81,7 +81,7 @@ class Snapshot:
         encoding = arrays.Encoding(saving.use_zarr3, saving.use_compression)
         size = saving.ocdbt_target_data_file_size or 0
         self.layout = ArrayLayout(saving.use_ocdbt, encoding, size)
-        self._general = copy.copy(saving.storage_options)  # the caller may change his
+        self._general = dataclasses.replace(saving.storage_options)  # the caller may change his
         create = saving.scoped_storage_options_creator
         owns = _own_options(value, create) if create else itertools.repeat(None)
         self._empty: list[tree.Entry] = []

@@ -291,7 +291,9 @@ def test_a_state_that_json_cannot_hold_is_refused(tmp_path: Path, state: Any, me
 
 
 @pytest.mark.parametrize(
-    "value", [iter([1]), [1], {"a": 1}, "text", grain.MapDataset.source([1])], ids=repr
+    "value",
+    [iter([1]), [1], {"a": 1}, "text", grain.MapDataset.source([1])],
+    ids=lambda value: type(value).__name__,
 )
 def test_what_has_no_position_is_refused_before_training(tmp_path: Path, value: Any) -> None:
     with pytest.raises(StateError, match=f"data_iterator is a {type(value).__name__}, whose"):

@@ -150,7 +150,7 @@ def test_numbers_that_make_no_sense_are_refused_at_once(make: Any, message: str)
         make()
 
 
-@pytest.mark.parametrize("policy", policies(ours), ids=repr)
+@pytest.mark.parametrize("policy", policies(ours), ids=lambda policy: type(policy).__name__)
 def test_they_follow_the_protocol(policy: Any):
     assert isinstance(policy, ours.PreservationPolicy)
     assert isinstance(policy, theirs.PreservationPolicy)

@@ -169,7 +169,9 @@ def test_a_glob_unlike_anything_names_what_there_is(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"only": []}, {"only": lambda path: False}, {"exclude": "**"}], ids=str
+    "options",
+    [{"only": []}, {"only": lambda path: False}, {"exclude": "**"}],
+    ids=["none", "no", "all"],
 )
 def test_an_empty_selection_is_an_error(tmp_path: Path, options: Any):
     save(tmp_path, model(1, 2))
