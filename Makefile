@@ -27,7 +27,7 @@ demo: $(INSTALLED)
 	@$(BIN)/python examples/demo_digits.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
