@@ -4,7 +4,7 @@ Taking it is all of a save that blocks the caller. On CPU a JAX array is referen
 so the snapshot is good for as long as it is held, whatever becomes of the array.
 """
 
-import dataclasses
+import copy
 import functools
 import itertools
 import math
@@ -77,11 +77,11 @@ class Snapshot:
         paths, leaves = keypaths.flatten(value)
         if jax.default_backend() != "cpu":
             _start_transfers(leaves)
-        copy, saving = context.memory.deepcopy_host_arrays, context.array.saving
+        copies, saving = context.memory.deepcopy_host_arrays, context.array.saving
         encoding = arrays.Encoding(saving.use_zarr3, saving.use_compression)
         size = saving.ocdbt_target_data_file_size or 0
         self.layout = ArrayLayout(saving.use_ocdbt, encoding, size)
-        self._general = dataclasses.replace(saving.storage_options)  # the caller may change his
+        self._general = copy.copy(saving.storage_options)  # the caller may change his
         create = saving.scoped_storage_options_creator
         owns = _own_options(value, create) if create else itertools.repeat(None)
         self._empty: list[tree.Entry] = []
@@ -103,7 +103,7 @@ class Snapshot:
                     if isinstance(handler, ArrayLeaf):
                         held = handler.hold(leaf)
                     else:
-                        held = handler.write(leaf, copy=copy)
+                        held = handler.write(leaf, copy=copies)
                         if held.string is not None:
                             strings[on_disk] = held.string
                     self._taken.append(_Taken(path, on_disk, held, own))

@@ -19,6 +19,8 @@ import errno
 import logging
 import os
 import shutil
+import socket
+import sys
 import uuid
 from collections.abc import Iterable
 
@@ -26,7 +28,7 @@ from etils import epath
 
 from flax_ckpt.errors import CheckpointExistsError, CheckpointNotFoundError
 from flax_ckpt.format import names
-from flax_ckpt.storage import files, owners
+from flax_ckpt.storage import files
 from flax_ckpt.storage.kinds import contents
 
 logger = logging.getLogger("flax_ckpt")
@@ -87,10 +89,10 @@ class Staging:
         made = self._aside()
         try:
             os.mkdir(made)
-            files.write(os.path.join(made, names.OWNER), owners.identity(os.getpid()).encode())
+            files.write(os.path.join(made, names.OWNER), identity(os.getpid()).encode())
             while not _take(made, self.path):
                 host, pid = owner(self.path) or ("", 0)
-                if owners.is_here(host) and pid != os.getpid():
+                if is_here(host) and pid != os.getpid():
                     raise CheckpointExistsError(
                         f"{self.target} is being saved by process {pid} of this machine, which"
                         " still runs: save to another path, or end that process"
@@ -185,9 +187,43 @@ def _exchange(source: str, target: str) -> None:
 def owner(path: str) -> tuple[str, int] | None:
     """Host and number of the process that makes a staging directory, if it may still run."""
     try:
-        return owners.running(files.read(os.path.join(path, names.OWNER)).decode())
+        return running(files.read(os.path.join(path, names.OWNER)).decode())
     except (OSError, UnicodeDecodeError):
         return None
+
+
+def identity(pid: int) -> str:
+    """Host and number of a running process; on Linux its start too, as numbers are given again."""
+    started = ""
+    try:
+        if sys.platform == "linux":
+            stat = files.read(f"/proc/{pid}/stat").decode(errors="replace")
+            started = stat.rpartition(")")[2].split()[19]  # field 22 of proc(5)
+        else:
+            os.kill(pid, 0)
+    except PermissionError:
+        pass  # another user's
+    except OSError:
+        return ""
+    return f"{socket.gethostname()} {pid} {started}"
+
+
+def running(text: str) -> tuple[str, int] | None:
+    """Host and number of the process of that identity; None if it has ended.
+
+    One of another host counts as running: nothing is known of it.
+    """
+    try:
+        host, pid = text.split()[:2]
+        ended = is_here(host) and text != identity(int(pid))
+        return None if ended else (host, int(pid))
+    except ValueError:
+        return None
+
+
+def is_here(host: str) -> bool:
+    """Whether a host is this machine."""
+    return host == socket.gethostname()
 
 
 def _clear(path: str) -> None:

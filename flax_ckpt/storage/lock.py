@@ -20,7 +20,7 @@ from typing import Final
 from flax_ckpt._async import forget_in_child
 from flax_ckpt.errors import RunInUseError
 from flax_ckpt.format import names
-from flax_ckpt.storage import files, owners
+from flax_ckpt.storage import commit, files
 
 logger = logging.getLogger("flax_ckpt")
 
@@ -60,7 +60,7 @@ class RunLock:
         self._directory = directory
         self._path = os.path.join(directory, names.LOCK)
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self._text = f"{owners.identity(os.getpid())}\n{since}\n"
+        self._text = f"{commit.identity(os.getpid())}\n{since}\n"
         self._released = threading.Event()
         files.make_directory(directory)
         while not self._create():
@@ -114,8 +114,8 @@ class RunLock:
         if found is None:
             return
         text, _ = found
-        holder = owners.running(text.partition("\n")[0])
-        if holder is not None and owners.is_here(holder[0]):
+        holder = commit.running(text.partition("\n")[0])
+        if holder is not None and commit.is_here(holder[0]):
             raise self._in_use(text)
         if holder is not None or not text:  # it has another host, or is being written
             self._watch(text)
