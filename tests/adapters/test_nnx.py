@@ -708,3 +708,24 @@ def interrupted(ckpt: fc.CheckpointCallback[Any], model: Any) -> None:
     with ckpt:
         ckpt.on_step_end(1, model)
         raise KeyboardInterrupt
+
+
+def test_linen_params_go_into_an_nnx_module(tmp_path: Path):
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.encoder = nnx.Linear(2, 3, rngs=rngs)
+            self.head = nnx.Linear(3, 1, rngs=rngs)
+
+    params = nn.Sequential([nn.Dense(3)]).init(jax.random.key(1), jnp.ones((1, 2)))["params"]
+    with fc.CheckpointCallback(tmp_path) as ckpt:
+        ckpt.on_step_end(1, {"params": params})
+    (name,) = params
+    like = Net(nnx.Rngs(0))
+    before = jax.tree.map(jnp.copy, nnx.state(like))
+    rename = {f"params/{name}": "params/encoder"}
+    out = fc.restore(tmp_path, like, rename=rename, missing="keep")
+    assert isinstance(out.state, Net)
+    np.testing.assert_array_equal(out.state.encoder.kernel[...], params[name]["kernel"])
+    np.testing.assert_array_equal(out.state.head.kernel[...], like.head.kernel[...])
+    assert sorted(out.report.kept) == ["params/head/bias", "params/head/kernel"]
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(like), before)

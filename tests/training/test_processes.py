@@ -107,3 +107,22 @@ def test_a_preemption_saves_at_one_step_in_all(tmp_path: Path):
     first, second = run_two(program, tmp_path / "run", 20)
     assert first.out.startswith("saved "), first.err[-3000:]
     assert first.out == second.out, second.err[-3000:]
+
+
+def test_a_callback_leaves_at_one_step_in_all(tmp_path: Path):
+    program = """
+        from flax_ckpt.errors import Preempted
+        try:
+            with fc.CheckpointCallback(path, context=context, every_n_steps=1_000_000) as ckpt:
+                state = {"params": place(np.ones(4), P("x"))}
+                ckpt.restore_or_init(state)
+                if index == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                for step in range(1, 1_000_000):
+                    ckpt.on_step_end(step, state)
+        except Preempted as left:
+            print("left", left.code, left.step == ckpt.latest_step, left.step, flush=True)
+    """
+    first, second = run_two(program, tmp_path / "run", 20)
+    assert first.out.startswith("left 143 True "), first.err[-3000:]
+    assert first.out == second.out, second.err[-3000:]
