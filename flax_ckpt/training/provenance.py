@@ -24,8 +24,9 @@ def collect() -> dict[str, Any]:
     """
     versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in _PACKAGES}
     devices = _jax.devices()
+    program: str | None = getattr(sys.modules.get("__main__"), "__file__", None)
     return {
-        "git": _git(os.path.dirname(os.path.abspath(sys.argv[0])) if sys.argv[0] else os.getcwd()),
+        "git": _git(os.path.dirname(os.path.abspath(program)) if program else os.getcwd()),
         "versions": {"python": platform.python_version()} | versions,
         "device": {"kind": devices[0].device_kind, "count": len(devices)},
         "argv": list(sys.argv),

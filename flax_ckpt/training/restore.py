@@ -133,7 +133,8 @@ def restore(
         unexpected: saved leaves that `like` lacks, in parts that it has: "error", or "ignore".
         init: makes a whole state. Called at most once, only if it is needed: for what is missing,
             and for what is not selected and abstract in `like`.
-        cast: whether a dtype that differs is cast. Rank-0 numbers match anyway if they fit.
+        cast: whether a dtype that differs is cast. Rank-0 numbers of Python, NumPy and JAX match
+            anyway if the value fits; a float32 does not match a bfloat16.
         config: class of the config's message; None: the one that the file names.
         data_iterator: is put where it was when the step was saved, in place, after all else was
             loaded; None: the position is not read.

@@ -78,6 +78,7 @@ class Saver:
         self._current: Step | None = None
         self._cancelled = threading.Event()
         self._calls = self._saves = 0
+        self._told_of_later = False
         # A clock that does not go back, and agrees with the times on disk.
         self._clock_offset = time.time_ns() - time.monotonic_ns()
 
@@ -141,12 +142,22 @@ class Saver:
         """
         history = self.history if besides is None else self._without(besides)
         if history and history[-1].step >= step:
+            self._tell_of_later(step, history[-1].step)
             return False
         if not self.hosts.several or deciding.is_same_everywhere(self._save_policy):
             return self._decide(step, history)
         decision = self._decide(step, history) if self.hosts.is_primary else None
         self._calls += 1
         return self.hosts.broadcast(f"decision {self._saves}/{self._calls}", decision)
+
+    def _tell_of_later(self, step: int, latest: int) -> None:
+        if latest > step and not self._told_of_later:
+            self._told_of_later = True
+            logger.warning(
+                "step %d is not saved, since step %d is: only later steps are, from %d on. A loop that"
+                " resumes goes on from the step that was restored",
+                *(step, latest, latest + 1),
+            )
 
     def _decide(self, step: int, history: list[Step]) -> bool:
         # Its path is the run's: to build the one it may get would cost more than the decision.
@@ -351,7 +362,7 @@ class Saver:
                 commit.remove_left_over(doomed)
             return True
 
-        self.deletion = AsyncResponse(remove, f"deletion of {path}")
+        self.deletion = AsyncResponse(remove, f"step {path}", verb="deleted")
         return self.deletion
 
 

@@ -357,3 +357,15 @@ def test_the_repr_says_where_and_how_far(tmp_path: Path):
     with fc.CheckpointCallback(tmp_path, every_n_steps=1) as ckpt:
         ckpt.on_step_end(1, tree(1))
     assert repr(ckpt) == f"CheckpointCallback({str(tmp_path)!r}, latest_step=1, idle)"
+
+def test_a_loop_that_begins_anew_after_a_restore_is_warned_of_once(tmp_path: Path, caplog):
+    with fc.CheckpointCallback(tmp_path, every_n_steps=1) as ckpt:
+        run(ckpt, 1, 4)
+    with fc.CheckpointCallback(tmp_path, every_n_steps=1, at_end=False) as ckpt:
+        ckpt.restore_or_init(tree(0))
+        assert run(ckpt, 1, 6) == [4, 5]
+    (warning,) = [r.getMessage() for r in caplog.records if "is not saved" in r.getMessage()]
+    assert warning == (
+        "step 1 is not saved, since step 3 is: only later steps are, from 4 on. A loop that resumes"
+        " goes on from the step that was restored"
+    )
