@@ -154,8 +154,8 @@ class Saver:
         if latest > step and not self._told_of_later:
             self._told_of_later = True
             logger.warning(
-                "step %d is not saved, since step %d is: only later steps are, from %d on. A loop that"
-                " resumes goes on from the step that was restored",
+                "step %d is not saved, since step %d is: only later steps are, from %d on. A loop"
+                " that resumes goes on from the step that was restored",
                 *(step, latest, latest + 1),
             )
 

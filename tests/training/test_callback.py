@@ -358,6 +358,7 @@ def test_the_repr_says_where_and_how_far(tmp_path: Path):
         ckpt.on_step_end(1, tree(1))
     assert repr(ckpt) == f"CheckpointCallback({str(tmp_path)!r}, latest_step=1, idle)"
 
+
 def test_a_loop_that_begins_anew_after_a_restore_is_warned_of_once(tmp_path: Path, caplog):
     with fc.CheckpointCallback(tmp_path, every_n_steps=1) as ckpt:
         run(ckpt, 1, 4)
