@@ -95,22 +95,29 @@ class NativeStore:
 
     def describe(self, names: Sequence[str]) -> dict[str, StoredArray]:
         """See :class:`ArrayStore`."""
-        return {name: self._described(name) for name in names}
-
-    def _described(self, name: str) -> StoredArray:
-        if (stored := self._stored.get(name)) is None:
-            key = self._encoding.metadata_key(name)
-            data = self._value(key)
-            if (known := self._known.get(data)) is None:
-                known = self._known[data] = crc32c.crc32c(data), self._parse(name, data)
-            crc, stored = known
-            if crc != self._crcs.get(key, crc):
+        found: dict[str, StoredArray] = {}
+        known, key_of, value, crcs = (
+            self._known,
+            self._encoding.metadata_key,
+            self._value,
+            self._crcs,
+        )
+        for name in names:
+            key = key_of(name)
+            data = value(key)
+            if data not in known:
+                known[data] = crc32c.crc32c(data), self._parse(name, data)
+            crc, found[name] = known[data]
+            if crc != crcs.get(key, crc):
                 raise DamagedCheckpointError(
                     f"{self._directory}: the description of the array {name!r} is not the one that"
                     " was saved; restore another step"
                 )
-            self._stored[name] = stored
-        return stored
+        self._stored |= found
+        return found
+
+    def _described(self, name: str) -> StoredArray:
+        return self._stored.get(name) or self.describe([name])[name]
 
     def _parse(self, name: str, data: bytes) -> StoredArray:
         try:
