@@ -37,43 +37,12 @@ from flax_ckpt.training.best import Best
 from flax_ckpt.training.callback import CheckpointCallback
 from flax_ckpt.training.restore import Report, Restored, restore, restore_train_state
 
-__all__ = [
-    "PLACEHOLDER",
-    "AbstractCheckpointable",
-    "AsyncResponse",
-    "Best",
-    "CheckpointCallback",
-    "CheckpointMetadata",
-    "Checkpointable",
-    "CheckpointableHandler",
-    "Context",
-    "PyTreeMetadata",
-    "Report",
-    "Restored",
-    "StatefulCheckpointable",
-    "arrays",
-    "checkpointables_metadata",
-    "delete",
-    "delete_async",
-    "errors",
-    "handlers",
-    "is_orbax_checkpoint",
-    "leaves",
-    "load",
-    "load_async",
-    "load_checkpointables",
-    "load_checkpointables_async",
-    "metadata",
-    "multihost",
-    "options",
-    "partial",
-    "path",
-    "restore",
-    "restore_train_state",
-    "save",
-    "save_async",
-    "save_checkpointables",
-    "save_checkpointables_async",
-    "training",
-    "tree",
-]
+__all__ = ["save", "save_async", "save_checkpointables", "save_checkpointables_async"]
+__all__ += ["load", "load_async", "load_checkpointables", "load_checkpointables_async"]
+__all__ += ["PLACEHOLDER", "AbstractCheckpointable", "Checkpointable"]
+__all__ += ["CheckpointMetadata", "PyTreeMetadata", "checkpointables_metadata", "metadata"]
+__all__ += ["delete", "delete_async", "is_orbax_checkpoint"]
+__all__ += ["AsyncResponse", "CheckpointableHandler", "Context", "StatefulCheckpointable"]
+__all__ += ["Best", "CheckpointCallback", "Report", "Restored", "restore", "restore_train_state"]
+__all__ += ["arrays", "errors", "handlers", "leaves", "multihost"]
+__all__ += ["options", "partial", "path", "training", "tree"]

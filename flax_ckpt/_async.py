@@ -63,9 +63,6 @@ class AsyncResponse(Generic[T]):
         self.completed = self.told = False
         self.ended = threading.Event()
         self._callbacks: list[Callable[[T], None]] = [lambda _: then()] if then else []
-        if reported:
-            with _lock:
-                _unsurfaced.add(self)
         # The thread starts now, not on demand: once the main thread has ended, none can start.
         # Its work begins when `start` has returned: else the caller would wait up to 5 ms for the
         # GIL, and one that was interrupted there would not know that the work goes on.
@@ -73,6 +70,9 @@ class AsyncResponse(Generic[T]):
         name, within = f"flax_ckpt {what}", contextvars.copy_context().run
         thread = threading.Thread(target=within, args=(self._run, work), name=name)
         try:
+            if reported:
+                with _lock:
+                    _unsurfaced.add(self)
             thread.start()
             self._begun = True
         finally:

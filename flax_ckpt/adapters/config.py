@@ -69,7 +69,7 @@ def add_provenance(message: Message, provenance: Mapping[str, Any]) -> Message:
 
 def provenance_of(message: Message) -> dict[str, Any]:
     """Where a config comes from, as `add_provenance` was told; empty if nobody did."""
-    return _read_items(getattr(message, "provenance", ()), "", None)
+    return _read_items(message.provenance, "", None) if isinstance(message, RunConfig) else {}
 
 
 def from_message(message: Message) -> Any:

@@ -113,7 +113,12 @@ def collections(state: Any) -> dict[str, Any]:
         StateError: two values would have one name, or an abstract module hides an array.
     """
     if _is_split(state):
-        return collections(_nnx().merge(*state))
+        try:
+            return collections(_nnx().merge(*state))
+        except ValueError as error:
+            raise StateError(
+                f"this graphdef and this state are not all of what nnx.split returned: {error}"
+            ) from error
     found = _open(state)
     fields: dict[str, Any] = {}
     values = [_value(leaf) for _, leaf in found.leaves]

@@ -8,14 +8,17 @@ dataclass that is a PyTree, a dict, a named tuple; or anything that NNX's object
 tree is one part, `state`.
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar, cast
 
 import jax
+import numpy as np
 
 from flax_ckpt.adapters import nnx
 
+_tree_util: Any = jax.tree_util  # jaxlib says nothing about the types of its trees
 PARAMS: Final = "params"
 OPT_STATE: Final = "opt_state"
 TRAIN_STATE: Final = "train_state"
@@ -45,6 +48,10 @@ def merge(like: S, parts: Mapping[str, Any]) -> S:
         return nnx.merge(state, values)
     own = _own_fields(state)
     values = {name: nnx.fill(own[name], value) for name, value in values.items()}
+    if isinstance(like, dict):
+        copied = copy.copy(state)  # a `defaultdict` has more than its items
+        copied.update(values)
+        return copied
     if isinstance(like, Mapping):
         return type(state)({**own, **values})
     if hasattr(state, "_replace"):
@@ -77,13 +84,20 @@ def _own_fields(state: Any) -> Mapping[str, Any]:
         return cast("Mapping[str, Any]", state)
     if hasattr(state, "_asdict"):
         return state._asdict()
-    if dataclasses.is_dataclass(state) and not isinstance(state, type):
-        return {
-            field.name: getattr(state, field.name)
-            for field in dataclasses.fields(state)
-            if field.metadata.get("pytree_node", True)  # flax.struct marks static fields so
-        }
-    return {}
+    if not dataclasses.is_dataclass(state) or isinstance(state, type):
+        return {}
+
+    def is_field(other: Any) -> bool:
+        return other is not state
+
+    pairs = _tree_util.tree_flatten_with_path(state, is_leaf=is_field)[0]
+    if all(path and isinstance(path[0], jax.tree_util.GetAttrKey) for path, _ in pairs):
+        return {path[0].name: value for path, value in pairs}  # JAX knows which are static
+    return {
+        field.name: getattr(state, field.name)
+        for field in dataclasses.fields(state)
+        if field.metadata.get("pytree_node", True)  # flax.struct marks static fields so
+    }
 
 
 def step_of(state: Any) -> Any:
@@ -94,9 +108,16 @@ def step_of(state: Any) -> Any:
 def is_whole(state: Any) -> bool:
     """Whether a state seen earlier is still what it was: nothing donated, nothing of NNX's.
 
-    NNX's objects change in place; nobody knows whether a train step has since.
+    NNX's objects and NumPy arrays change in place; nobody knows whether a train step has since.
     """
     if nnx.holds_nodes(state):
         return False
-    leaves = jax.tree.leaves(state)
-    return not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)
+    return not any(
+        leaf.is_deleted() if isinstance(leaf, jax.Array) else isinstance(leaf, np.ndarray)
+        for leaf in jax.tree.leaves(state)
+    )
+
+
+def unfilled(state: S) -> S:
+    """A state that stays as it is when the user goes on filling the dict that it is."""
+    return cast("S", copy.copy(cast("object", state))) if isinstance(state, dict) else state

@@ -162,7 +162,9 @@ class SavedTree(contextlib.ExitStack):
         saved = self.leaves.get(path)
         empty = keypaths.is_empty(abstract)
         if empty and (saved is None or saved.is_empty):
-            return None, tree.EMPTY[saved.value_type]() if saved and abstract is None else abstract
+            if saved is None or abstract is not None or rules.strict:
+                return None, abstract
+            return None, tree.EMPTY[saved.value_type]()
         if saved is None:
             wish = _place(_show(abstract), path, self.leaves)
             return None, Difference(tree.show(path), "nothing", wish)

@@ -172,7 +172,7 @@ def _own_options(value: Any, create: Any) -> Iterator[StorageOptions | None]:
                 "scoped_storage_options_creator must return StorageOptions or None, got"
                 f" {own!r} for {_tree_util.keystr(path)}"
             )
-        yield own
+        yield copy.copy(own)  # the next call may change it
 
 
 def _spec(leaf: _Leaf, shape: tuple[int, ...], general: StorageOptions) -> arrays.ArraySpec:

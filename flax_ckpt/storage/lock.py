@@ -57,7 +57,7 @@ class RunLock:
 
     def __init__(self, directory: str) -> None:
         self.users = 0
-        self._directory = directory
+        self._directory, self._pid = directory, os.getpid()
         self._path = os.path.join(directory, names.LOCK)
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._text = f"{commit.identity(os.getpid())}\n{since}\n"
@@ -87,6 +87,8 @@ class RunLock:
 
     def _end(self) -> None:
         self._released.set()
+        if self._pid != os.getpid():  # a forked process does not hold it
+            return
         found = self._look()
         if found is not None and found[0] == self._text:
             with contextlib.suppress(FileNotFoundError):
@@ -115,9 +117,12 @@ class RunLock:
             return
         text, _ = found
         holder = commit.running(text.partition("\n")[0])
-        if holder is not None and commit.is_here(holder[0]):
+        is_own = holder is not None and holder[1] == os.getpid()  # before it was replaced by `exec`
+        if holder is not None and commit.is_here(holder[0]) and not is_own:
             raise self._in_use(text)
-        if holder is not None or not text:  # it has another host, or is being written
+        if (
+            holder is not None and not is_own
+        ) or not text:  # it has another host, or is being written
             self._watch(text)
         aside = f"{self._path}-{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):  # another process was quicker

@@ -4,13 +4,20 @@ Linen's `Partitioned` is saved as `kernel/value`, as variables of NNX were by Or
 states have dicts with the keys 0, 1, … where an optimizer has a tuple.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flax_ckpt.format import tree
 
 
-def match(path: tree.KeyPath, wanted: Mapping[str, tree.KeyPath]) -> tree.KeyPath:
-    """The wanted path that a saved leaf stands for: its own, or one with or without the box."""
-    text = tree.show(path)
-    boxed = text.removesuffix("/value") if text.endswith("/value") else f"{text}/value"
-    return wanted.get(text) or wanted.get(boxed) or path
+def match(saved: Sequence[tree.KeyPath], wanted: Mapping[str, tree.KeyPath]) -> list[tree.KeyPath]:
+    """For each saved path the wanted one that it stands for, if that is not saved itself."""
+    there, asked = set(saved), set(wanted.values())
+    found: list[tree.KeyPath] = []
+    for path in saved:
+        if path not in asked:
+            text = tree.show(path)
+            boxed = text.removesuffix("/value") if text.endswith("/value") else f"{text}/value"
+            other = wanted.get(text) or wanted.get(boxed) or path
+            path = path if other in there else other
+        found.append(path)
+    return found

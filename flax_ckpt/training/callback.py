@@ -62,7 +62,7 @@ class CheckpointCallback(Generic[S]):
             `restore_or_init` puts it there, in place: an iterator of Grain, any object with
             `get_state` and `set_state`, or a `StatefulCheckpointable`.
         at_end: whether leaving the `with` block without an exception, or `close`, saves the last
-            state seen if it is not saved yet.
+            state seen if it is not saved yet: what an object that changes in place has become.
         on_error: "raise": a save that failed in the background raises at the next call; "warn":
             it is logged, and training goes on.
         on_preemption: what follows when one of `signals` has come, or JAX's own notice in a run of
@@ -127,6 +127,7 @@ class CheckpointCallback(Generic[S]):
         self.directory = self._saver.directory
         self._timer.start(self._saver.now())
         self._signals = Signals(() if self._saver.hosts.several else signals)
+        weakref.finalize(self, self._signals.restore)
         self._writer = writer
         self._decided: tuple[int, bool] | None = None
         self._seen: tuple[int, S, Mapping[str, Any] | None] | None = None
@@ -169,8 +170,10 @@ class CheckpointCallback(Generic[S]):
             TreeMismatchError: the checkpoint does not fit `like`.
             DamagedCheckpointError: the step asked for, or every one, is damaged.
         """
+        self.wait()
         self._saver.claim()
         self._saver.clean()
+        self._seen = self._decided = None
         if not steps.committed(self.directory) and step in ("latest", "best", None):
             self._signals.install()
             if init is not None:
@@ -200,6 +203,7 @@ class CheckpointCallback(Generic[S]):
                 f"this callback was replaced by a later one for {self.directory}: use that one"
             )
         self._after, self._begun = after, True
+        self._superseded = False
         self._signals.install()
         self._saver.begin(after)
 
@@ -209,6 +213,7 @@ class CheckpointCallback(Generic[S]):
 
     def should_save(self, step: int) -> bool:
         """Whether `on_step_end` will save at this step; decided once per step."""
+        step = step_number(step)
         self._begin_at(step)
         if self._decided is None or self._decided[0] != step:
             self._decided = step, self._saver.is_due(step)
@@ -235,8 +240,9 @@ class CheckpointCallback(Generic[S]):
             Preempted: the process was told to end, and the step is saved.
         """
         self._guard(self._saver.notice)
+        step = step_number(step)
         due = self.should_save(step) or force
-        self._seen = step, state, metrics
+        self._seen = step, states.unfilled(state), metrics
         preempted = self._is_preempted(step)
         if not (due or preempted):
             return False
@@ -281,7 +287,7 @@ class CheckpointCallback(Generic[S]):
     def _leave(self, step: int) -> None:
         self.should_stop = True
         self.wait()
-        logger.warning("this process was told to end: step %d is saved, %s", step, self.directory)
+        notices.leaving(step, self._is_saved(step), self.directory)
         if self._on_preemption == "exit":
             raise Preempted(128 + (self._signals.received or signal.SIGTERM), step)
 
@@ -319,7 +325,7 @@ class CheckpointCallback(Generic[S]):
         while self._saver.finished:
             figures = self._saver.finished.popleft()
             if self._writer is not None:
-                self._writer.write_scalars(*figures)
+                notices.told(self._writer, *figures)
 
     def close(self) -> None:
         """Saves the last state seen if `at_end` and it is not saved yet; waits for all saves.
@@ -341,9 +347,11 @@ class CheckpointCallback(Generic[S]):
         if self._seen is not None and self._at_end and not self._is_saved(self._seen[0]):
             self._save(*self._seen)
             self.wait()
-        self._seen = None
+        last, self._seen = self._seen, None
         if failure is not None:
             raise failure
+        if last is not None and self._signals.received is not None and not self.should_stop:
+            self._leave(last[0])
 
     def __enter__(self) -> CheckpointCallback[S]:
         return self
@@ -353,7 +361,7 @@ class CheckpointCallback(Generic[S]):
             self.close()
             return
         try:
-            if isinstance(error, KeyboardInterrupt):
+            if not isinstance(error, Exception):
                 self._save_interrupted()
             self.wait()  # after any other error the state may be torn: it is not saved
         except SaveFailedError as failure:
@@ -362,17 +370,12 @@ class CheckpointCallback(Generic[S]):
             self._release()
 
     def _save_interrupted(self) -> None:
-        """After Ctrl-C the last state seen is saved, if it is whole."""
+        """After Ctrl-C, `sys.exit` and the like the last state seen is saved, if it is whole."""
         if self._seen is None or not self._at_end or self._is_saved(self._seen[0]):
             return
-        step = self._seen[0]
-        if self._contents.is_whole(self._seen[1]):
+        if whole := self._contents.is_whole(self._seen[1]):
             self._save(*self._seen)
-            logger.info("interrupted: step %d, the last one seen, is saved", step)
-        else:
-            text = "interrupted: step %d is not saved, since %s. The newest saved step is %s"
-            why = "its arrays were donated, or it or the data have changed in place"
-            logger.warning(text, step, why, self.latest_step)
+        notices.interrupted(self._seen[0], whole, self.latest_step)
 
     def _release(self) -> None:
         """Signals and the directory are others' again."""
@@ -383,8 +386,9 @@ class CheckpointCallback(Generic[S]):
 
     def _make_way(self) -> None:
         """For a later callback of the same directory, made by a notebook's cell that ran again."""
-        self._replaced, self._begun = True, False
         try:
+            self._save_interrupted()
+            self._replaced, self._begun = True, False
             self._saver.wait()
         except SaveFailedError as failure:
             logger.warning("%s", failure, exc_info=failure.__cause__)

@@ -9,7 +9,7 @@ from flax_ckpt.adapters import config as configs
 from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context
 from flax_ckpt.format import names
-from flax_ckpt.training import data, metadata, notices, provenance
+from flax_ckpt.training import data, notices, provenance
 from flax_ckpt.training.best import Best
 
 CONFIG: Final = "config"
@@ -45,16 +45,16 @@ class Contents:
             parts[CONFIG] = configs.add_provenance(self.config, mesh)
         if self.data_iterator is not None:
             parts[names.DATA] = self.data_iterator
-        custom = None
+        numbers, custom = metrics and notices.numbers(metrics), None
         if self.best is not None:
             custom = self.best.to_metadata()
             told = self._warned_of_best
-            self._warned_of_best = told or notices.no_metric(step, self.best.metric, metrics)
+            self._warned_of_best = told or notices.no_metric(step, self.best.metric, numbers)
         self._warned = self._warned or notices.other_count(step, "is saved", state)
         return {
             "checkpointables": parts,
             "trees": trees,
-            "metrics": metrics and {k: metadata.number(k, v) for k, v in metrics.items()},
+            "metrics": numbers,
             "custom_metadata": custom,
         }
 

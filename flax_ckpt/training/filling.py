@@ -75,12 +75,12 @@ class _Wish:
         Raises:
             StateError: there is no `init`, or what it makes does not fit.
         """
-        abstract = {i for i in self.kept if _is_abstract(self.values[i])}
+        abstract = {i for i in self.kept if _has_no_value(self.values[i])}
         if abstract and init is None:
             named = shortened([self.names[i] for i in sorted(abstract)])
             raise StateError(
-                f"these leaves are not read, and are abstract in the wanted state: {named}. Give a"
-                " concrete state, or init=, a function that makes one"
+                "these leaves are not read, and are abstract or deleted in the wanted state:"
+                f" {named}. Give a concrete state, or init=, a function that makes one"
             )
         self.kept = [i for i in self.kept if i not in abstract]
         self.initialised = sorted([*self.initialised, *abstract])
@@ -90,11 +90,19 @@ class _Wish:
         wrong: list[str] = []
         for i in self.initialised:
             found, wish = made.get(self.paths[i]), self.values[i]
-            if _is_nothing(found) or _is_abstract(found) or not _fits(found, wish):
+            if _is_nothing(found) or _has_no_value(found) or not _fits(found, wish):
                 wrong.append(f"{self.names[i]}: {_show(found)}, wanted {_show(wish)}")
-            self.values[i] = found
+            placed = getattr(wish, "sharding", None) if _is_abstract(wish) else None
+            self.values[i] = found if placed is None else jax.device_put(found, placed)
         if wrong:
             raise StateError(f"init() does not make the wanted leaves: {shortened(wrong)}")
+
+    def parts(self, picked: Sequence[bool]) -> dict[str, bool]:
+        """First keys of those that are selected, and whether there are leaves beneath them."""
+        found: dict[str, bool] = {}
+        for path, value in itertools.compress(zip(self.paths, self.values, strict=True), picked):
+            found[path[0].key] = found.get(path[0].key, False) or not _is_nothing(value)
+        return found
 
     def leaves(self, which: Sequence[int]) -> tuple[list[tree.KeyPath], list[Any]]:
         """Paths and values of some of them."""
@@ -118,10 +126,20 @@ def _is_abstract(value: Any) -> bool:
     return is_array and not isinstance(value, jax.Array) and not hasattr(value, "__array__")
 
 
+def _has_no_value(value: Any) -> bool:
+    return _is_abstract(value) or (isinstance(value, jax.Array) and value.is_deleted())
+
+
 def _fits(value: Any, wish: Any) -> bool:
     """Whether a value can stand for a wanted leaf; numbers of rank 0 may be of another kind."""
-    shape = np.shape(value)
-    return shape == np.shape(wish) and (shape == () or value.dtype == wish.dtype)
+    if np.shape(value) != np.shape(wish) or isinstance(value, str) != isinstance(wish, str):
+        return False
+    if isinstance(value, str):
+        return True
+    own, wanted = (x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype for x in (value, wish))
+    if not (hasattr(own, "char") and hasattr(wanted, "char")):  # of a typed key
+        return own == wanted
+    return dtypes.matches(own, wanted, np.shape(value), strict=True)
 
 
 def _show(value: Any) -> str:
@@ -152,8 +170,7 @@ def fill(
             wish = _Wish(*keypaths.flatten(wanted))
             picked = chosen.picks(wish.names)
             if form == "parts":
-                parts = {path[0].key for path in itertools.compress(wish.paths, picked)}
-                source.open_parts(parts)
+                source.open_parts(wish.parts(picked))
             places = dict(zip(wish.names, wish.paths, strict=True))
             moved = source.move(places, areas(like, wanted, form))
         if chosen.is_partial and not any(picked):
@@ -183,7 +200,7 @@ def _report(wish: _Wish, moved: Sequence[Moved]) -> Report:
     read = sorted(itertools.chain(*wish.read.values()))
     there = {wish.paths[i] for i in read}
     ignored = [(old, leaf) for old, new, leaf in moved if new not in there and not leaf.is_empty]
-    renamed = [(old, new) for old, new, _ in moved if new in there and new != old]
+    renamed = [(tree.show(old), tree.show(new)) for old, new, _ in moved if new in there]
     return Report(
         *wish.summary(read),
         0.0,
@@ -192,7 +209,7 @@ def _report(wish: _Wish, moved: Sequence[Moved]) -> Report:
         *wish.summary(wish.initialised),
         tuple([tree.show(path) for path, _ in ignored]),
         sum(_size(leaf) for _, leaf in ignored),
-        tuple([(tree.show(old), tree.show(new)) for old, new in renamed]),
+        tuple([(old, new) for old, new in renamed if old != new]),
     )
 
 

@@ -9,8 +9,9 @@ from google.protobuf.message import Message
 
 from flax_ckpt.adapters import config as configs
 from flax_ckpt.adapters import state as states
-from flax_ckpt.errors import ConfigError, FormatError
+from flax_ckpt.errors import ConfigError, FormatError, StateError
 from flax_ckpt.format import protos
+from flax_ckpt.training import metadata, progress
 
 logger = logging.getLogger("flax_ckpt")
 
@@ -44,10 +45,49 @@ def other_count(step: int, event: str, state: Any) -> bool:
     return True
 
 
+def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as JSON has them; one that is no number is left out with a warning, not the state."""
+    found: dict[str, Any] = {}
+    for name, value in metrics.items():
+        try:
+            number: Any = metadata.number(name, value)
+        except StateError as error:
+            logger.warning("not saved: %s", error)
+            continue
+        if np.size(number) == 1:
+            number = np.asarray(number).item()  # an array of one number is that
+        found[str(name)] = number
+    return found
+
+
 def no_metric(step: int, metric: str, metrics: Mapping[str, Any] | None) -> bool:
     """Warns if a step that is saved lacks the metric of the best, and says whether."""
-    if metric in (metrics or {}):
+    if isinstance((metrics or {}).get(metric), int | float):
         return False
     text = "step %d has no metric %r, so it cannot be the best; it has: %s"
     logger.warning(text, step, metric, ", ".join(metrics or {}) or "none")
     return True
+
+
+def told(writer: progress.Writer, step: int, scalars: Mapping[str, float]) -> None:
+    """Tells a writer; one that fails is worth a warning, not the run."""
+    try:
+        writer.write_scalars(step, scalars)
+    except Exception:
+        logger.warning("the writer refused the figures of step %d", step, exc_info=True)
+
+
+def interrupted(step: int, is_saved: bool, latest: int | None) -> None:
+    """Says what has become of the last state of a loop that was left in the middle."""
+    if is_saved:
+        logger.info("interrupted: step %d, the last one seen, is saved", step)
+        return
+    text = "interrupted: step %d is not saved, since %s. The newest saved step is %s"
+    why = "its arrays were donated, or it or the data have changed in place"
+    logger.warning(text, step, why, latest)
+
+
+def leaving(step: int, is_saved: bool, directory: str) -> None:
+    """Says that the process was told to end, and what is saved."""
+    text = "this process was told to end: step %d %s saved, %s"
+    logger.warning(text, step, "is" if is_saved else "is NOT", directory)

@@ -49,6 +49,8 @@ class Timer:
     ) -> bool:
         """See :class:`SaveDecisionPolicy`."""
         last = previous_steps[-1].time if previous_steps else self.since
+        if last > step.time:  # by the clock of another machine
+            last = self.since
         return (step.time - max(last, self.since)).total_seconds() >= self.secs
 
 

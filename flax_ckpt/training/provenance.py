@@ -22,14 +22,14 @@ def collect() -> dict[str, Any]:
     >>> sorted(collect())
     ['argv', 'device', 'git', 'versions']
     """
-    versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in _PACKAGES}
+    versions = {name.replace("-", "_"): _version(name) for name in _PACKAGES}
     devices = _jax.devices()
     program: str | None = getattr(sys.modules.get("__main__"), "__file__", None)
     return {
-        "git": _git(os.path.dirname(os.path.abspath(program)) if program else os.getcwd()),
+        "git": _git(program),
         "versions": {"python": platform.python_version()} | versions,
         "device": {"kind": devices[0].device_kind, "count": len(devices)},
-        "argv": list(sys.argv),
+        "argv": [text.encode(errors="backslashreplace").decode() for text in sys.argv],
     }
 
 
@@ -42,21 +42,33 @@ def mesh(state: Any) -> dict[str, int] | None:
     return None
 
 
-def _git(directory: str) -> dict[str, Any] | None:
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # on the path, but not installed
+        return "unknown"
+
+
+def _git(program: str | None) -> dict[str, Any] | None:
     """The commit that the program's directory is at, and whether tracked files have changed."""
     try:
+        directory = os.path.dirname(os.path.abspath(program)) if program else os.getcwd()
         commit = _run(directory, "rev-parse", "HEAD")
-        dirty = bool(_run(directory, "status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
-        return None  # no git, no repository, or one that answers too slowly
-    return {"commit": commit, "dirty": dirty}
+        return None  # no git, or no repository
+    try:
+        changes = _run(directory, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": commit, "dirty": None}  # it answers too slowly
+    return {"commit": commit, "dirty": bool(changes)}
 
 
 def _run(directory: str, *command: str) -> str:
     run = subprocess.run(
-        ["git", "-C", directory, *command],
+        ["git", "--no-optional-locks", "-C", directory, *command],
         capture_output=True,
         text=True,
+        errors="replace",
         check=True,
         timeout=5,
     )

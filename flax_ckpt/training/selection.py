@@ -59,6 +59,10 @@ class Selection:
     init: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("only", "exclude"):
+            given = getattr(self, name)
+            if not (given is None or isinstance(given, str) or callable(given)):
+                object.__setattr__(self, name, tuple(given))  # it is gone through several times
         known = self.missing in ("error", "keep", "init")
         if not known or self.unexpected not in ("error", "ignore"):
             raise ValueError(
@@ -78,11 +82,12 @@ class Selection:
         only, exclude = _test(self.only, True), _test(self.exclude, False)
         return [only(path) and not exclude(path) for path in paths]
 
-    def check(self, paths: Collection[str], where: str) -> None:
+    def check(self, paths: Collection[str], unopened: Collection[str], where: str) -> None:
         """Checks that every name and glob fits one of these paths.
 
         Args:
-            paths: of leaves, and of parts that were not looked into.
+            paths: of leaves, and of parts.
+            unopened: parts that were not looked into; what is in them is not known.
             where: they are.
 
         Raises:
@@ -90,7 +95,9 @@ class Selection:
         """
         for option, selector in (("only", self.only), ("exclude", self.exclude)):
             for glob in _parts(selector):
-                if isinstance(glob, str) and not any(map(_glob(glob), paths)):
+                if not isinstance(glob, str) or glob.strip("/").split("/")[0] in unopened:
+                    continue
+                if not any(map(_glob(glob), paths)):
                     _no_such(f"{option}={glob!r}", glob, paths, where)
 
     def destinations(
@@ -143,7 +150,10 @@ class Selection:
         for old in new.keys() - {match[1] for match in found if match}:
             _no_such(f"the prefix {old!r} of rename=", old, paths, where)
         pairs = zip(found, paths, strict=True)
-        return [new[match[1]] + path[match.end() :] if match else path for match, path in pairs]
+        return [
+            (new[match[1]] + path[match.end() :]).strip("/") if match else path
+            for match, path in pairs
+        ]
 
 
 def shortened(items: Sequence[str]) -> str:

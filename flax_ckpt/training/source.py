@@ -50,6 +50,9 @@ def view(state: Any, form: Form) -> Any:
         return {states.PARAMS: states.whole(state)}
     if form == "fields":
         parts |= parts.pop(states.TRAIN_STATE, {})
+    empty = isinstance(params := parts.get(states.PARAMS), dict) and not params
+    if empty and len(parts) > 1 and states.is_nnx(state):
+        del parts[states.PARAMS]  # of a filtered state
     return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -130,20 +133,23 @@ class Source(contextlib.ExitStack):
             " tree of this form with flax_ckpt.load, and put the state together"
         )
 
-    def open_parts(self, wanted: Set[str]) -> None:
+    def open_parts(self, wanted: Mapping[str, bool]) -> None:
         """Opens the parts that are wanted; all that there are, if leaves may move.
+
+        Args:
+            wanted: their names, and whether there are leaves in them.
 
         Raises:
             CheckpointNotFoundError: one is not there, and nothing is said about missing leaves.
         """
         there, moving = self._layout.items, bool(self._chosen.rename)
-        absent = sorted(wanted - there.keys())
+        absent = sorted(name for name, needed in wanted.items() if needed and name not in there)
         if absent and not moving and self._chosen.missing == "error":
             raise errors.CheckpointNotFoundError(
                 f"{self.where} has no {absent[0]!r}, which the wanted state has; it has:"
                 f" {', '.join(there)}. {_BY_NAME}"
             )
-        for name in self._layout.trees if moving else sorted(wanted & there.keys()):
+        for name in self._layout.trees if moving else sorted(wanted.keys() & there.keys()):
             self._open(name, tree.Key(name, tree.DICT))
 
     def open_all(self) -> None:
@@ -163,10 +169,11 @@ class Source(contextlib.ExitStack):
         """
         before = [path for saved in self.trees.values() for path in saved.leaves]
         after = self._chosen.destinations(before, wanted, self.where)
-        after = [boxes.match(path, wanted) for path in after]
+        after = boxes.match(after, wanted)
         places = [tree.show(path) for path in after]
         if self._chosen.is_partial:
-            self._chosen.check({*wanted, *places, *self._layout.trees}, self.where)
+            unopened = set(self._layout.trees) - self.trees.keys()
+            self._chosen.check({*wanted, *places, *self._layout.trees}, unopened, self.where)
         leaves = [leaf for saved in self.trees.values() for leaf in saved.leaves.values()]
         moved = list(zip(before, after, leaves, strict=True))
         picked = zip(moved, self._chosen.picks(places), strict=True)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -31,8 +32,10 @@ INTERRUPTED = """
     sync, interrupted = files.sync_tree, threading.Event()
 
     def interrupt_then_sync(root):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupted.wait(60)
+        for _ in range(12):  # one that comes just before a lock is waited for is not seen
+            os.kill(os.getpid(), signal.SIGINT)
+            if interrupted.wait(5):
+                break
         sync(root)
 
     files.sync_tree = interrupt_then_sync
@@ -228,10 +231,11 @@ def test_steps_of_jax_and_numpy_are_numbers_too(tmp_path: Path):
 
 
 @pytest.mark.parametrize("wrong", [None, "3", 1 + 2j, {"a": 1}, object()])
-def test_metrics_that_are_no_numbers_are_refused_by_name(tmp_path: Path, wrong: Any):
-    ckpt = fc.CheckpointCallback(tmp_path, every_n_steps=1)
-    with pytest.raises(StateError, match="metric 'loss' is .*: metrics are real numbers"):
-        ckpt.on_step_end(1, tree(1), metrics={"loss": wrong})
+def test_metrics_that_are_no_numbers_are_left_out_by_name(tmp_path: Path, wrong: Any, caplog: Any):
+    with fc.CheckpointCallback(tmp_path, every_n_steps=1) as ckpt:
+        ckpt.on_step_end(1, tree(1), metrics={"loss": wrong, "accuracy": 1})
+    assert fc.restore(tmp_path).metrics == {"accuracy": 1}
+    assert re.search("not saved: metric 'loss' is .*: metrics are real numbers", caplog.text)
 
 
 def test_metrics_keep_their_value(tmp_path: Path):

@@ -21,7 +21,7 @@ from flax_ckpt.errors import Preempted
 
 
 def tree(step: int) -> dict[str, Any]:
-    return {"params": {"w": np.full(3, float(step))}, "step": step}
+    return {"params": {"w": jnp.full(3, float(step))}, "step": step}
 
 
 def tell(_: object = None, number: int = signal.SIGTERM) -> None:

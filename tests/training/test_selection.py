@@ -131,11 +131,11 @@ def test_a_leaf_that_is_not_read_must_be_concrete(tmp_path: Path):
     with pytest.raises(fc.errors.StateError) as caught:
         fc.restore(tmp_path, like, only="params/encoder")
     assert str(caught.value) == (
-        "these leaves are not read, and are abstract in the wanted state: params/head/bias,"
-        " params/head/kernel, train_state/step. Give a concrete state, or init=, a function that"
-        " makes one"
+        "these leaves are not read, and are abstract or deleted in the wanted state:"
+        " params/head/bias, params/head/kernel, train_state/step. Give a concrete state, or init=,"
+        " a function that makes one"
     )
-    with pytest.raises(fc.errors.StateError, match="abstract in the wanted state: train_state/n"):
+    with pytest.raises(fc.errors.StateError, match="deleted in the wanted state: train_state/n"):
         fc.restore(tmp_path, like | {"n": np.ndarray}, missing="keep")
 
 
