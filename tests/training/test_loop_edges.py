@@ -2,11 +2,9 @@
 
 import datetime
 import logging
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,22 +48,6 @@ def test_leaving_after_going_back_saves_nothing_of_what_was_given_up(tmp_path: P
             ckpt.on_step_end(step, tree(step))
         ckpt.restore_or_init(tree(0), step=10)
     assert steps.committed(str(tmp_path)) == [10]
-
-
-def forever() -> None:
-    threading.Event().wait()
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_can_be_told_to_end(tmp_path: Path) -> None:
-    with fc.CheckpointCallback(tmp_path) as ckpt:
-        ckpt.on_step_end(1, tree(1))
-        child = multiprocessing.get_context("fork").Process(target=forever)
-        child.start()
-        child.terminate()
-        child.join(60)
-        assert child.exitcode == -signal.SIGTERM
-        assert not ckpt.should_stop
 
 
 def test_callbacks_closed_in_any_order_leave_signals_as_they_were(tmp_path: Path) -> None:
