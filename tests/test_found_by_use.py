@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -20,6 +19,7 @@ import pytest
 
 import flax_ckpt as fc
 from flax_ckpt.errors import CheckpointExistsError, DamagedCheckpointError, InvalidLayoutError
+from flax_ckpt.storage import commit
 from flax_ckpt.storage.commit import Staging
 
 BIG = {f"a{i}": np.full(500_000, i, np.float32) for i in range(20)}
@@ -81,7 +81,7 @@ def test_another_process_with_the_number_of_a_dead_one_is_no_obstacle(tmp_path: 
     path = tmp_path / "ckpt"
     left = tmp_path / "ckpt.orbax-checkpoint-tmp"
     left.mkdir()
-    (left / ".owner").write_text(f"{socket.gethostname()} {os.getppid()} 1")
+    (left / ".owner").write_text(commit.identity(os.getppid()).rpartition(" ")[0] + " 1")
     fc.save(path, {"v": 2})
     assert os.listdir(tmp_path) == ["ckpt"]
 

@@ -205,7 +205,7 @@ def identity(pid: int) -> str:
         pass  # another user's
     except OSError:
         return ""
-    return f"{socket.gethostname()} {pid} {started}"
+    return f"{_machine()} {pid} {started}"
 
 
 def running(text: str) -> tuple[str, int] | None:
@@ -223,7 +223,14 @@ def running(text: str) -> tuple[str, int] | None:
 
 def is_here(host: str) -> bool:
     """Whether a host is this machine."""
-    return host == socket.gethostname()
+    return host == _machine()
+
+
+def _machine() -> str:
+    """Where a process number means one process: a container may have numbers of its own."""
+    numbers = "/proc/self/ns/pid"
+    space = os.stat(numbers).st_ino if os.path.exists(numbers) else ""
+    return f"{socket.gethostname()}:{space}"
 
 
 def _clear(path: str) -> None:

@@ -71,10 +71,11 @@ class RunLock:
         """Checks that it is held still.
 
         Raises:
-            RunInUseError: another process has taken it, while this one was stopped.
+            RunInUseError: another process has taken it, while this one was stopped; or this one
+                was forked, and the lock is its parent's.
         """
         found = self._look()
-        if found is not None and found[0] != self._text:
+        if found is not None and (found[0] != self._text or self._pid != os.getpid()):
             raise self._in_use(found[0])
 
     def release(self) -> None:
@@ -97,7 +98,12 @@ class RunLock:
     def _create(self) -> bool:
         try:
             with open(self._path, "x") as file:
-                file.write(self._text)
+                try:
+                    file.write(self._text)
+                    file.flush()
+                except OSError:  # a full disk: nobody is to wait for a lock that says nothing
+                    os.unlink(self._path)
+                    raise
         except FileExistsError:
             return False
         return True
@@ -144,9 +150,9 @@ class RunLock:
         owner, _, since = text.strip().partition("\n")
         host, pid, *_ = [*owner.split(), "?", "?"]
         return RunInUseError(
-            f"{self._directory} is in use: process {pid} on {host} saves there since"
-            f" {since or '?'}. Give this run another directory, or end that process. If it is"
-            f" gone, remove {self._path}"
+            f"{self._directory} is in use: process {pid} on {host.partition(':')[0]} saves there"
+            f" since {since or '?'}. Give this run another directory, or end that process. If"
+            f" it is gone, remove {self._path}"
         )
 
     def _beat(self) -> None:

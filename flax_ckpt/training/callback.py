@@ -300,9 +300,7 @@ class CheckpointCallback(Generic[S]):
         self.wait()
         self._saver.claim()
         if not self._superseded:
-            if self._saver.hosts.is_primary:
-                steps.supersede(self.directory, self._after)
-            self._saver.hosts.barrier("superseded")
+            self._saver.supersede(self._after)
             self._superseded = True
         self._saver.save(step, force=True, **self._contents.of(step, state, metrics))
 

@@ -6,12 +6,18 @@ signals.install()
 if signals.received: save, and leave
 """
 
+from __future__ import annotations
+
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
+
+_installed: weakref.WeakSet[Signals] = weakref.WeakSet()
+_masks = threading.local()
 
 
 class Signals:
@@ -22,12 +28,12 @@ class Signals:
 
     Attributes:
         received: the number of the last one, or None.
+        numbers: those that it takes note of.
     """
 
-    def __init__(self, signals: Iterable[int]) -> None:
+    def __init__(self, numbers: Iterable[int]) -> None:
         self.received: int | None = None
-        self._signals = tuple(signals)
-        self._pid = os.getpid()
+        self.numbers = tuple(numbers)
         self._previous: dict[int, Any] = {}
         self._ended = False
 
@@ -37,16 +43,18 @@ class Signals:
             not (self._previous or self._ended)
             and threading.current_thread() is threading.main_thread()
         ):
-            self._previous = {s: signal.signal(s, self._receive) for s in self._signals}
+            self._previous = {s: signal.signal(s, self._receive) for s in self.numbers}
+            _installed.add(self)
 
     def restore(self) -> None:
         """Puts back the handlers that were there, unless another one has come since."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in self._signals if self._previous else ():
+        for number in self.numbers if self._previous else ():
             if signal.getsignal(number) == self._receive:
                 signal.signal(number, self._before(number))
         self._ended = True
+        _installed.discard(self)
 
     def _before(self, number: int) -> Any:
         """The handler that was there, unless it is one of ours that has ended: then its."""
@@ -58,10 +66,32 @@ class Signals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         previous = self._before(number)
-        if self._ended or os.getpid() != self._pid:  # in a forked process, which has its own life
+        if self._ended:  # called by a handler that came later
             signal.signal(number, previous)
             os.kill(os.getpid(), number)
             return
         again, self.received = self.received is not None, number
         if callable(previous) and (again or previous is not signal.default_int_handler):
             previous(number, frame)
+
+
+def _before_fork() -> None:
+    # Python drops what comes between the fork and its first steps in the child: it has to wait.
+    numbers = [number for signals in list(_installed) for number in signals.numbers]
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
+def _after_fork_in_child() -> None:
+    """A forked process has a life of its own, and ends when it is told."""
+    for signals in list(_installed):
+        signals.restore()
+    _after_fork()
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child
+)

@@ -124,6 +124,14 @@ class Saver:
             self._lock.release()
         self._lock = None
 
+    def supersede(self, after: int) -> None:
+        """Moves later steps aside: when no process restores one, and before any saves."""
+        self._calls += 1
+        self.hosts.barrier(f"superseding {self._calls}")
+        if self.hosts.is_primary:
+            steps.supersede(self.directory, after)
+        self.hosts.barrier(f"superseded {self._calls}")
+
     def path_of(self, step: int) -> str:
         """Where a step will be."""
         return os.path.join(self.directory, self._name_format.build_name(step))

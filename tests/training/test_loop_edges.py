@@ -50,6 +50,32 @@ def test_leaving_after_going_back_saves_nothing_of_what_was_given_up(tmp_path: P
     assert steps.committed(str(tmp_path)) == [10]
 
 
+FORKS = """
+    import multiprocessing, sys, threading, warnings
+    import jax.numpy as jnp
+    import flax_ckpt as fc
+    warnings.simplefilter("ignore")  # JAX and Python warn of forks
+    fork = multiprocessing.get_context("fork")
+    with fc.CheckpointCallback(sys.argv[1], at_end=False) as ckpt:
+        ckpt.on_step_end(1, {"params": jnp.ones(3)})
+        for _ in range(20):  # told at once, in the middle of the fork, and a little later
+            for told in (lambda child: None, lambda child: child.join(0.02)):
+                child = fork.Process(target=threading.Event().wait)
+                child.start()
+                told(child)
+                child.terminate()
+                child.join(60)
+                print(child.exitcode)
+                child.kill()
+        assert not ckpt.should_stop
+"""
+
+
+def test_forked_processes_end_when_they_are_told(tmp_path: Path, run_child: Any) -> None:
+    done = run_child(FORKS, tmp_path / "run")
+    assert done.stdout.split() == ["-15"] * 40
+
+
 def test_callbacks_closed_in_any_order_leave_signals_as_they_were(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     a, b = (fc.CheckpointCallback(tmp_path / name) for name in "ab")
