@@ -5,6 +5,7 @@
 #   make test     all tests
 #   make lint     formatting, lint rules, types
 #   make bench    save and load times
+#   make torture  damage, crashes, faults: all campaigns, for hours
 #   make clean    remove what the targets created, .venv included
 #
 # Another interpreter: make test PYTHON=python3.13
@@ -18,7 +19,7 @@ PIP_FLAGS := --disable-pip-version-check --no-input --quiet
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench torture clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -37,6 +38,9 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.scale
+
+torture: $(INSTALLED)
+	$(BIN)/python -m torture
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
