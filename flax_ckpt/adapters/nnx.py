@@ -192,21 +192,22 @@ def _refuse_hidden(state: Any, found: _Opened) -> None:
 
 def _value(leaf: Any) -> Any:
     """What is in a variable, as it is: no hook sees it."""
-    return leaf if not _is_variable(leaf) else jax.tree.leaves(leaf, is_leaf=_other_than(leaf))[0]
+    return leaf if not _is_variable(leaf) else jax.tree.leaves(leaf, is_leaf=other_than(leaf))[0]
 
 
 def _filled(leaf: Any, value: Any) -> Any:
     """A new variable like `leaf`, its metadata included; the value, if `leaf` is none."""
     if not _is_variable(leaf):
         return value
-    return _tree_util.tree_structure(leaf, is_leaf=_other_than(leaf)).unflatten([value])
+    return _tree_util.tree_structure(leaf, is_leaf=other_than(leaf)).unflatten([value])
 
 
 def _is_variable(leaf: Any) -> bool:
     return isinstance(leaf, _nnx().Variable)
 
 
-def _other_than(node: Any) -> Callable[[Any], bool]:
+def other_than(node: Any) -> Callable[[Any], bool]:
+    """An `is_leaf` of JAX's that stops at the children of a node."""
     return lambda other: other is not node
 
 

@@ -86,11 +86,7 @@ def _own_fields(state: Any) -> Mapping[str, Any]:
         return state._asdict()
     if not dataclasses.is_dataclass(state) or isinstance(state, type):
         return {}
-
-    def is_field(other: Any) -> bool:
-        return other is not state
-
-    pairs = _tree_util.tree_flatten_with_path(state, is_leaf=is_field)[0]
+    pairs = _tree_util.tree_flatten_with_path(state, is_leaf=nnx.other_than(state))[0]
     if all(path and isinstance(path[0], jax.tree_util.GetAttrKey) for path, _ in pairs):
         return {path[0].name: value for path, value in pairs}  # JAX knows which are static
     return {
