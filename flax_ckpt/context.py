@@ -65,9 +65,8 @@ class Context:
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(
-            f"set an option of a group, not Context.{name}; groups: {', '.join(vars(self))}"
-        )
+        groups = ", ".join(vars(self))
+        raise AttributeError(f"set an option of a group, not Context.{name}; groups: {groups}")
 
     def __enter__(self) -> Context:
         for group in vars(self).values():

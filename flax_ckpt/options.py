@@ -31,13 +31,12 @@ class _Options:
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        group = type(self).__qualname__
         if name not in known:
-            raise AttributeError(
-                f"{type(self).__qualname__} has no option {name!r}; it has: {', '.join(known)}"
-            )
+            raise AttributeError(f"{group} has no option {name!r}; it has: {', '.join(known)}")
         if self._active:
             raise ContextFrozenError(
-                f"cannot set {type(self).__qualname__}.{name}: the Context that holds it is active."
+                f"cannot set {group}.{name}: the Context that holds it is active."
                 " Set options before `with ctx:`, or derive a new one: `Context(ctx)`."
             )
         object.__setattr__(self, name, value)

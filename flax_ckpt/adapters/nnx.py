@@ -116,9 +116,8 @@ def collections(state: Any) -> dict[str, Any]:
         try:
             return collections(_nnx().merge(*state))
         except ValueError as error:
-            raise StateError(
-                f"this graphdef and this state are not all of what nnx.split returned: {error}"
-            ) from error
+            what = "this graphdef and this state are not all of what nnx.split returned"
+            raise StateError(f"{what}: {error}") from error
     found = _open(state)
     fields: dict[str, Any] = {}
     values = [_value(leaf) for _, leaf in found.leaves]

@@ -156,9 +156,8 @@ def _check(entries: Sequence[Entry], file: str) -> None:
             files.add(value.file)
             _check_place(value, "out-of-line value")
         elif len(value) > _MAX_INLINE_BYTES:
-            raise FormatError(
-                f"key {key[:80]!r}: found a value of {len(value)} bytes, expected at most 1048576"
-            )
+            found = f"a value of {len(value)} bytes"
+            raise FormatError(f"key {key[:80]!r}: found {found}, expected at most 1048576")
     for path in files:
         wire.check_path(path, "B+tree")
 
@@ -263,10 +262,9 @@ def read_tree(root: NodeRef, fetch: Callable[[str, int, int], wire.Buffer]) -> d
         _check_place(ref, "B+tree node")
         spent += _NODE_COST + ref.length
         if ref.length > wire.MAX_NODE or spent > _MAX_TREE_BYTES:
-            raise FormatError(
-                f"{ref}: found a node of {ref.length} bytes in a tree of {spent}, "
-                f"expected at most {wire.MAX_NODE} in {_MAX_TREE_BYTES}"
-            )
+            size = f"{ref.length} bytes in a tree of {spent}"
+            limits = f"expected at most {wire.MAX_NODE} in {_MAX_TREE_BYTES}"
+            raise FormatError(f"{ref}: found a node of {size}, {limits}")
         reader, files, keys, marks = _open_node(fetch(ref.file, ref.offset, ref.length), ref)
         spent += reader.size + _ROW_COST * len(keys) + sum(map(len, keys))
         if ref.height:

@@ -145,12 +145,8 @@ class TreeMetadata(NamedTuple):
         if len(set(paths)) < len(paths):
             [(twice, _)] = Counter(paths).most_common(1)
             raise FormatError(f"{what}: the leaf {show(twice)} is there twice")
-        ocdbt = document.use_ocdbt
-        return cls(
-            _without_leftovers(entries),
-            ocdbt if isinstance(ocdbt, bool) else None,
-            document.use_zarr3 is True,
-        )
+        ocdbt = document.use_ocdbt if isinstance(document.use_ocdbt, bool) else None
+        return cls(_without_leftovers(entries), ocdbt, document.use_zarr3 is True)
 
 
 def _without_leftovers(entries: list[Entry]) -> list[Entry]:
@@ -244,9 +240,8 @@ _URL_SAFE: Final = str.maketrans("-_", "+/")
 
 def encode_shardings(shardings: Mapping[str, str]) -> bytes:
     """`_sharding`: the JSON text of each array's sharding, by the array's name."""
-    return jsons.dump(
-        {base64.urlsafe_b64encode(name.encode()).decode(): s for name, s in shardings.items()}
-    )
+    keys = [base64.urlsafe_b64encode(name.encode()).decode() for name in shardings]
+    return jsons.dump(dict(zip(keys, shardings.values(), strict=True)))
 
 
 def decode_shardings(data: bytes, what: str) -> dict[str, str]:

@@ -59,9 +59,9 @@ class CheckpointableHandlerRegistry:
                 " To give a handler arguments, subclass or wrap it in a class without any"
             )
         if checkpointable_name and self.has(checkpointable_name):
+            bound = self.get(checkpointable_name).__name__
             raise AlreadyExistsError(
-                f"the name {checkpointable_name!r} is bound to"
-                f" {self.get(checkpointable_name).__name__} already"
+                f"the name {checkpointable_name!r} is bound to {bound} already"
             )
         if not checkpointable_name and (handler_type, None) in self._entries:
             raise AlreadyExistsError(f"{handler_type.__name__} is registered already")
@@ -229,10 +229,8 @@ def _build(handler_type: HandlerType) -> Handler:
     try:
         return handler_type()
     except TypeError as error:
-        raise TypeError(
-            f"{handler_type.__name__} cannot be built without arguments, as handlers must be:"
-            f" {error}"
-        ) from error
+        why = f"cannot be built without arguments, as handlers must be: {error}"
+        raise TypeError(f"{handler_type.__name__} {why}") from error
 
 
 def _shown(registry: CheckpointableHandlerRegistry) -> str:

@@ -153,10 +153,8 @@ def _own_options(value: Any, create: Any) -> Iterator[StorageOptions | None]:
     for path, leaf in _tree_util.tree_flatten_with_path(value)[0]:
         own: Any = create(path, leaf)
         if not isinstance(own, StorageOptions | None):
-            raise TypeError(
-                "scoped_storage_options_creator must return StorageOptions or None, got"
-                f" {own!r} for {_tree_util.keystr(path)}"
-            )
+            what = "scoped_storage_options_creator must return StorageOptions or None"
+            raise TypeError(f"{what}, got {own!r} for {_tree_util.keystr(path)}")
         yield copy.copy(own)  # the next call may change it
 
 

@@ -103,12 +103,9 @@ class ArrayLeaf:
         fits = dtypes.matches(saved.dtype, dtype, shape, strict=rules.strict)
         if not rules.fits(saved.shape, shape) or not fits:
             return show_array(shape, dtype)
-        if not dtypes.is_canonical(dtype):  # a 64-bit one, without `jax_enable_x64`
-            canonical = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
-            return (
-                f"{show_array(shape, dtype)}, which JAX would silently make {canonical.name}:"
-                " set jax_enable_x64, or ask for a 32-bit dtype or for NumPy"
-            )
+        if (canonical := dtypes.canonical(dtype)) != dtype:
+            what = f"{show_array(shape, dtype)}, which JAX would silently make {canonical.name}"
+            return f"{what}: set jax_enable_x64, or ask for a 32-bit dtype or for NumPy"
         placed = _placement(saved, abstract, rules)
         if placed is not None and not _fits(placed, shape):
             return f"{show_array(shape, dtype)} split as {placed}, which does not fit the shape"
@@ -285,16 +282,15 @@ def sharding_text(sharding: Any) -> str:
         return json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": str(device)})
     mesh: Any = sharding.mesh
     ids = np.array([{"id": device.id} for device in mesh.devices.flat]).reshape(mesh.devices.shape)
-    return json.dumps(
-        {
-            "sharding_type": "NamedSharding",
-            "shape": list(mesh.devices.shape),
-            "axis_names": [str(name) for name in mesh.axis_names],
-            "axis_types": [f"AxisType.{kind.name}" for kind in mesh.axis_types],
-            "partition_spec": list(sharding.spec),
-            "device_mesh": {"mesh": ids.tolist()},
-        }
-    )
+    document = {
+        "sharding_type": "NamedSharding",
+        "shape": list(mesh.devices.shape),
+        "axis_names": [str(name) for name in mesh.axis_names],
+        "axis_types": [f"AxisType.{kind.name}" for kind in mesh.axis_types],
+        "partition_spec": list(sharding.spec),
+        "device_mesh": {"mesh": ids.tolist()},
+    }
+    return json.dumps(document)
 
 
 @functools.lru_cache(maxsize=4096)

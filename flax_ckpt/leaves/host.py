@@ -63,9 +63,7 @@ class NumpyLeaf:
 
     def describe(self, saved: SavedLeaf) -> Any:
         """A :class:`NumpyShapeDtype`."""
-        assert saved.shape is not None
-        assert saved.dtype is not None
-        return NumpyShapeDtype(saved.shape, saved.dtype)
+        return _wish(saved, None)
 
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
         """See :class:`LeafHandler`."""
