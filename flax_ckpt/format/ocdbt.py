@@ -356,8 +356,7 @@ def decode_table(
     if data[:12] != head[:12]:
         raise FormatError(f"{what}: found {data[:12]!r} at its start, expected {head[:12]!r}")
     if data[:24] != head or len(data) != size:
-        raise DamagedCheckpointError(
-            f"{what}: found {data[12:24].hex()} and {len(data)} bytes, expected {head[12:].hex()} "
-            f"and {size} bytes for the {len(keys)} keys in the database"
-        )
+        found = f"{data[12:24].hex()} and {len(data)} bytes"
+        expected = f"{head[12:].hex()} and {size} bytes for the {len(keys)} keys in the database"
+        raise DamagedCheckpointError(f"{what}: found {found}, expected {expected}")
     return np.frombuffer(data, "<u4", len(keys), len(head))

@@ -11,7 +11,8 @@ import base64
 import binascii
 import json
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from types import NoneType
 from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
@@ -27,13 +28,7 @@ ARRAY: Final = "jax.Array"
 NUMPY: Final = "np.ndarray"
 SCALAR: Final = "scalar"
 STRING: Final = "string"
-EMPTY: Final[Mapping[str, Callable[[], Any]]] = {
-    "None": lambda: None,
-    "Dict": dict,
-    "List": list,
-    "Tuple": tuple,
-    "NamedTuple": lambda: None,
-}
+EMPTY: Any = {"Dict": dict, "List": list, "Tuple": tuple, "None": NoneType, "NamedTuple": NoneType}
 
 
 # What there is once for each leaf is a Struct with `gc=False`: there may be 200,000, and each
@@ -334,9 +329,8 @@ def encode_strings(strings: Mapping[str, str]) -> bytes:
         for parent in parents:
             node = node.setdefault(parent, {}) if jsons.is_object(node) else None
         if not jsons.is_object(node) or last in node:
-            raise DuplicateNameError(
-                f"the string leaf {name!r} and another one share a name up to a '/'; rename a key"
-            )
+            why = "share a name up to a '/'; rename a key"
+            raise DuplicateNameError(f"the string leaf {name!r} and another one {why}")
         node[last] = value
     return json.dumps(root, ensure_ascii=True).encode()
 
@@ -363,8 +357,6 @@ def _pointer(name: str) -> list[str]:
     parts = name.split("/")
     for part in parts:
         if "~" in part.replace("~0", "").replace("~1", ""):
-            raise FormatError(
-                f"the string leaf {name!r} has a '~' in its key, which {names.STRINGS} cannot"
-                " store; rename the key"
-            )
+            why = f"which {names.STRINGS} cannot store; rename the key"
+            raise FormatError(f"the string leaf {name!r} has a '~' in its key, {why}")
     return [part.replace("~1", "/").replace("~0", "~") for part in parts]

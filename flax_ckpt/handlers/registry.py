@@ -79,10 +79,8 @@ class CheckpointableHandlerRegistry:
         for handler_type, name in self._entries:
             if name == checkpointable_name:
                 return handler_type
-        bound = sorted(name for _, name in self._entries if name)
-        raise NoEntryError(
-            f"no handler is bound to the name {checkpointable_name!r}; bound names: {bound}"
-        )
+        bound = f"bound names: {sorted(name for _, name in self._entries if name)}"
+        raise NoEntryError(f"no handler is bound to the name {checkpointable_name!r}; {bound}")
 
     def has(self, checkpointable_name: str) -> bool:
         """Whether a handler is bound to the name."""
@@ -201,9 +199,8 @@ def for_load(
         # Of a tree, the handler itself says which of its leaves cannot be loaded so.
         judged = abstract is not None and typestr(handler_type) != names.TYPE_PYTREE
         if judged and handler.is_abstract_handleable(abstract) is False:
-            raise NotHandleableError(
-                f"checkpointable {name!r}: {handler_type.__name__} does not load into {abstract!r}"
-            )
+            why = f"{handler_type.__name__} does not load into {abstract!r}"
+            raise NotHandleableError(f"checkpointable {name!r}: {why}")
         return handler
     for handler in () if abstract is None else map(_build, entries):
         if handler.is_abstract_handleable(abstract):

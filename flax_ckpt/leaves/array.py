@@ -345,9 +345,7 @@ def _concrete(sharding: Any) -> Any:
             return None
         mesh = jax.sharding.get_mesh()
         if mesh.empty:
-            raise StateError(
-                f"{sharding} is on an abstract mesh, and no mesh is set: call this within"
-                " jax.set_mesh(mesh)"
-            )
+            what = f"{sharding} is on an abstract mesh, and no mesh is set"
+            raise StateError(f"{what}: call this within jax.set_mesh(mesh)")
         return NamedSharding(mesh, sharding.spec)
     return sharding

@@ -155,10 +155,8 @@ def _convert(value: Any, target: Target) -> Any:
             return result
     except (TypeError, ValueError, OverflowError):
         pass  # as an int, neither NaN, infinity nor a complex number is anything
-    raise TreeMismatchError(
-        f"{tree.show(target.saved.path)}: the saved number {value!r} does not fit a Python"
-        f" {wanted.__name__}"
-    )
+    what = f"the saved number {value!r} does not fit a Python {wanted.__name__}"
+    raise TreeMismatchError(f"{tree.show(target.saved.path)}: {what}")
 
 
 class StringLeaf:
