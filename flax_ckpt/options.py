@@ -12,7 +12,7 @@ is an error instead of silence.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Protocol, dataclass_transform
 
 from etils import epath
@@ -42,12 +42,12 @@ class _Options:
         object.__setattr__(self, name, value)
 
 
-def freeze(options: object, by: int) -> None:
-    """Counts one activation more (`by=1`) or less (`by=-1`) of `options` and all groups in it."""
-    if isinstance(options, _Options):
-        object.__setattr__(options, "_active", options._active + by)  # pyright: ignore[reportPrivateUsage]
-        for field in dataclasses.fields(options):  # type: ignore[arg-type]
-            freeze(getattr(options, field.name), by)
+def freeze(values: Iterable[object], by: int) -> None:
+    """Counts one activation more (`by=1`) or less (`by=-1`) of all option groups, also nested."""
+    for options in values:
+        if isinstance(options, _Options):
+            object.__setattr__(options, "_active", options._active + by)  # pyright: ignore[reportPrivateUsage]
+            freeze(vars(options).values(), by)
 
 
 def copy(options: Any) -> Any:

@@ -30,11 +30,10 @@ S = TypeVar("S")
 def split(state: Any) -> dict[str, Any]:
     """The named trees of a training state; nothing is copied."""
     there = fields(state)
-    if not there.keys() & {PARAMS, OPT_STATE}:
+    parts = {name: there.pop(name) for name in (PARAMS, OPT_STATE) if name in there}
+    if not parts:
         return {WHOLE: state}
-    rest = {name: there[name] for name in there if name not in (PARAMS, OPT_STATE)}
-    parts = {name: there[name] for name in (PARAMS, OPT_STATE) if name in there}
-    return parts | ({TRAIN_STATE: rest} if rest else {})
+    return parts | ({TRAIN_STATE: there} if there else {})
 
 
 def merge(like: S, parts: Mapping[str, Any]) -> S:

@@ -284,8 +284,7 @@ def _open_node(data: wire.Buffer, ref: NodeRef) -> tuple[wire.Reader, _Files, li
     reader = wire.open_frame(data, NODE_MAGIC, str(ref))
     if (height := reader.take(1, "height")[0]) != ref.height:
         raise reader.error("height", height, ref.height)
-    files = reader.files(ref.base)
-    return reader, files, *reader.strings("key", ref.prefix, marked=height > 0)
+    return reader, reader.files(ref.base), *reader.strings("key", ref.prefix, marked=height > 0)
 
 
 def _children(

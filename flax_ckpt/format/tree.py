@@ -250,7 +250,9 @@ def decode_shardings(data: bytes, what: str) -> dict[str, str]:
         raise FormatError(f"{what}: a key is not base64 of UTF-8: {error}") from error
 
 
-class _ExtMetadata(msgspec.Struct, frozen=True, gc=False):
+class ExtMetadata(msgspec.Struct, frozen=True, gc=False):
+    """What only arrays of typed PRNG keys have."""
+
     random_key_impl: str | None = None
 
 
@@ -267,14 +269,7 @@ class ArrayMetadata(msgspec.Struct, frozen=True, gc=False):
     name: str = msgspec.field(name="param_name")
     write_shape: Shape
     chunk_shape: Shape
-    ext_metadata: _ExtMetadata | None = None
-
-    @classmethod
-    def of(
-        cls, name: str, write_shape: Shape, chunk_shape: Shape, key_impl: str | None
-    ) -> ArrayMetadata:
-        """The metadata of one array."""
-        return cls(name, write_shape, chunk_shape, _ExtMetadata(key_impl) if key_impl else None)
+    ext_metadata: ExtMetadata | None = None
 
     @property
     def key_impl(self) -> str | None:

@@ -204,8 +204,7 @@ class Reader:
 
     def pick(self, files: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
         """The next `count` data file ids, looked up in `files`."""
-        ids = self.varints(count, "data file id", len(files) - 1)
-        return [files[i] for i in ids.tolist()]
+        return [files[i] for i in self.varints(count, "data file id", len(files) - 1).tolist()]
 
 
 def check_path(path: str, what: str) -> None:

@@ -48,11 +48,9 @@ def _children(node: Any) -> list[tuple[Key, Any]] | None:
     kind = cast("type[Any]", type(node))
     if kind is dict:
         try:
-            keys = sorted(node)
+            return [(Key(str(key), DICT), node[key]) for key in sorted(node)]
         except TypeError:
             pass  # keys of several types: JAX says whether and how it orders them
-        else:
-            return [(Key(str(key), DICT), node[key]) for key in keys]
     if kind is list or kind is tuple:
         return [(Key(str(i), SEQUENCE), child) for i, child in enumerate(node)]
     if _flatten_one_level(node) is None:

@@ -130,8 +130,9 @@ class Snapshot:
                 spec = known[kind] = _spec(leaf, w, self._general)
             writes.append(ArrayWrite(leaf.name, spec, w.shards, w.spread))
             if w.value_type == tree.ARRAY:
-                chunk, impl = spec.chunk_shape, w.key_impl
-                metadatas.append(tree.ArrayMetadata.of(leaf.name, w.shard_shape, chunk, impl))
+                extra = tree.ExtMetadata(w.key_impl) if w.key_impl else None
+                shapes = w.shard_shape, spec.chunk_shape
+                metadatas.append(tree.ArrayMetadata(leaf.name, *shapes, extra))
         return writes, metadatas
 
     def files(self) -> dict[str, bytes]:

@@ -109,8 +109,7 @@ class ArrayLeaf:
         placed = _placement(saved, abstract, rules)
         if placed is not None and not _fits(placed, shape):
             return f"{show_array(shape, dtype)} split as {placed}, which does not fit the shape"
-        weak = bool(getattr(abstract, "weak_type", False))
-        wish = _struct(shape, dtype, placed, weak)
+        wish = _struct(shape, dtype, placed, bool(getattr(abstract, "weak_type", False)))
         return Target(saved, _regions(placed, shape), wish, rules.strict)
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:

@@ -163,8 +163,7 @@ class HandlerTests(Samples):
                     before = _files(path)
                     metadata = self.handler().metadata(epath.Path(path / _NAME))
                     described = _async.run(_at_once(metadata))
-                    forms = [*self.forms(i), *([] if described is None else [described])]
-                    for form in 2 * forms:
+                    for form in 2 * [*self.forms(i), *([] if described is None else [described])]:
                         found = load_checkpointables(path, {_NAME: form})[_NAME]
                         self.check(found, i, f"loaded into {form!r}")
                     assert _files(path) == before, "loading changed the checkpoint"
@@ -251,9 +250,8 @@ class _Directory:
 
 
 async def _at_once(awaitable: Awaitable[Any]) -> Any:
-    waiting = awaitable.__await__()
     try:
-        next(waiting)
+        next(awaitable.__await__())
     except StopIteration as end:
         return end.value
     raise AssertionError("`metadata` waits: it must end in the caller's thread")
