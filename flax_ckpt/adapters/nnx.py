@@ -73,12 +73,11 @@ def holds_nodes(tree: Any, *, typed: bool = False) -> bool:
     """Whether there are nodes in a tree; with `typed`, others than states of bare arrays."""
     nnx = _nnx()
     leaves: list[Any] = jax.tree.leaves(tree, is_leaf=is_node) if nnx else []
-    return any(
-        any(_is_variable(inner) for _, inner in nnx.to_flat_state(leaf))
-        if typed and isinstance(leaf, nnx.State)
-        else is_node(leaf)
-        for leaf in leaves
-    )
+    for node in filter(is_node, leaves):
+        is_bare = typed and isinstance(node, nnx.State)
+        if not is_bare or any(_is_variable(inner) for _, inner in nnx.to_flat_state(node)):
+            return True
+    return False
 
 
 def pure(tree: Any) -> Any:

@@ -114,11 +114,10 @@ class ArrayLeaf:
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`. Aligned memory is adopted by JAX on CPU without a copy."""
-        parts = [
-            [dtypes.convert(part, target.abstract.dtype, target) for part in each]
+        pairs = [
+            (target, [dtypes.convert(part, target.abstract.dtype, target) for part in each])
             for target, each in zip(targets, data, strict=True)
         ]
-        pairs = list(zip(targets, parts, strict=True))
         unplaced = iter(to_device([p[0] for t, p in pairs if t.abstract.sharding is None]))
         found = [_assemble(t, p) if t.abstract.sharding else next(unplaced) for t, p in pairs]
         return [
