@@ -92,9 +92,8 @@ def _is_there(target: str, name: str | None, missing_ok: bool) -> bool:
         raise kinds.not_there(target)
     kinds.require_directory(target)
     if os.path.islink(target):
-        raise InvalidLayoutError(
-            f"{target} is a link; delete what it leads to: {os.path.realpath(target)}"
-        )
+        real = os.path.realpath(target)
+        raise InvalidLayoutError(f"{target} is a link; delete what it leads to: {real}")
     marked = names.MARKS.intersection(os.listdir(target))
     if not marked or kinds.owner(target) or kinds.unfinished(target):
         raise InvalidLayoutError(f"{target} {kinds.describe(target)}. Nothing was deleted")

@@ -43,9 +43,8 @@ class CheckpointMetadata(Generic[T]):
     ) -> None:
         self.path = path
         self.metadata = metadata
-        self._root = RootMetadata(
-            {}, init_timestamp_nsecs, commit_timestamp_nsecs, custom_metadata or {}
-        )
+        times = init_timestamp_nsecs, commit_timestamp_nsecs
+        self._root = RootMetadata({}, *times, custom_metadata or {})
 
     @functools.cached_property
     def _root(self) -> RootMetadata:

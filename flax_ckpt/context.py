@@ -65,20 +65,17 @@ class Context:
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(
-            f"set an option of a group, not Context.{name}; groups: {', '.join(vars(self))}"
-        )
+        groups = ", ".join(vars(self))
+        raise AttributeError(f"set an option of a group, not Context.{name}; groups: {groups}")
 
     def __enter__(self) -> Context:
-        for group in vars(self).values():
-            options.freeze(group, +1)
+        options.freeze(vars(self).values(), +1)
         _active.set((*_active.get(), self))
         return self
 
     def __exit__(self, *error: object) -> None:
         _active.set(_active.get()[:-1])
-        for group in vars(self).values():
-            options.freeze(group, -1)
+        options.freeze(vars(self).values(), -1)
 
 
 _GROUPS: Final[dict[str, Any]] = get_type_hints(Context)

@@ -12,7 +12,7 @@ is an error instead of silence.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Protocol, dataclass_transform
 
 from etils import epath
@@ -31,24 +31,23 @@ class _Options:
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        group = type(self).__qualname__
         if name not in known:
-            raise AttributeError(
-                f"{type(self).__qualname__} has no option {name!r}; it has: {', '.join(known)}"
-            )
+            raise AttributeError(f"{group} has no option {name!r}; it has: {', '.join(known)}")
         if self._active:
             raise ContextFrozenError(
-                f"cannot set {type(self).__qualname__}.{name}: the Context that holds it is active."
+                f"cannot set {group}.{name}: the Context that holds it is active."
                 " Set options before `with ctx:`, or derive a new one: `Context(ctx)`."
             )
         object.__setattr__(self, name, value)
 
 
-def freeze(options: object, by: int) -> None:
-    """Counts one activation more (`by=1`) or less (`by=-1`) of `options` and all groups in it."""
-    if isinstance(options, _Options):
-        object.__setattr__(options, "_active", options._active + by)  # pyright: ignore[reportPrivateUsage]
-        for field in dataclasses.fields(options):  # type: ignore[arg-type]
-            freeze(getattr(options, field.name), by)
+def freeze(values: Iterable[object], by: int) -> None:
+    """Counts one activation more (`by=1`) or less (`by=-1`) of all option groups, also nested."""
+    for options in values:
+        if isinstance(options, _Options):
+            object.__setattr__(options, "_active", options._active + by)  # pyright: ignore[reportPrivateUsage]
+            freeze(vars(options).values(), by)
 
 
 def copy(options: Any) -> Any:

@@ -68,9 +68,8 @@ def save_async(
     target = local_path(path)
     session = Session(target, context.file.path_permission_mode)
     session.check()
-    response = _save.start(
-        target, {names.STATE: state}, context, custom_metadata=custom_metadata, session=session
-    )
+    tree = {names.STATE: state}
+    response = _save.start(target, tree, context, custom_metadata=custom_metadata, session=session)
     unknown = [r for r in _responses.get(target, []) if not (r.told or r.completed)]
     _responses[target] = [*unknown, response]
     return response

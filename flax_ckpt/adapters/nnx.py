@@ -73,12 +73,11 @@ def holds_nodes(tree: Any, *, typed: bool = False) -> bool:
     """Whether there are nodes in a tree; with `typed`, others than states of bare arrays."""
     nnx = _nnx()
     leaves: list[Any] = jax.tree.leaves(tree, is_leaf=is_node) if nnx else []
-    return any(
-        any(_is_variable(inner) for _, inner in nnx.to_flat_state(leaf))
-        if typed and isinstance(leaf, nnx.State)
-        else is_node(leaf)
-        for leaf in leaves
-    )
+    for node in filter(is_node, leaves):
+        is_bare = typed and isinstance(node, nnx.State)
+        if not is_bare or any(_is_variable(inner) for _, inner in nnx.to_flat_state(node)):
+            return True
+    return False
 
 
 def pure(tree: Any) -> Any:
@@ -116,9 +115,8 @@ def collections(state: Any) -> dict[str, Any]:
         try:
             return collections(_nnx().merge(*state))
         except ValueError as error:
-            raise StateError(
-                f"this graphdef and this state are not all of what nnx.split returned: {error}"
-            ) from error
+            what = "this graphdef and this state are not all of what nnx.split returned"
+            raise StateError(f"{what}: {error}") from error
     found = _open(state)
     fields: dict[str, Any] = {}
     values = [_value(leaf) for _, leaf in found.leaves]
@@ -192,21 +190,22 @@ def _refuse_hidden(state: Any, found: _Opened) -> None:
 
 def _value(leaf: Any) -> Any:
     """What is in a variable, as it is: no hook sees it."""
-    return leaf if not _is_variable(leaf) else jax.tree.leaves(leaf, is_leaf=_other_than(leaf))[0]
+    return leaf if not _is_variable(leaf) else jax.tree.leaves(leaf, is_leaf=other_than(leaf))[0]
 
 
 def _filled(leaf: Any, value: Any) -> Any:
     """A new variable like `leaf`, its metadata included; the value, if `leaf` is none."""
     if not _is_variable(leaf):
         return value
-    return _tree_util.tree_structure(leaf, is_leaf=_other_than(leaf)).unflatten([value])
+    return _tree_util.tree_structure(leaf, is_leaf=other_than(leaf)).unflatten([value])
 
 
 def _is_variable(leaf: Any) -> bool:
     return isinstance(leaf, _nnx().Variable)
 
 
-def _other_than(node: Any) -> Callable[[Any], bool]:
+def other_than(node: Any) -> Callable[[Any], bool]:
+    """An `is_leaf` of JAX's that stops at the children of a node."""
     return lambda other: other is not node
 
 

@@ -30,11 +30,10 @@ S = TypeVar("S")
 def split(state: Any) -> dict[str, Any]:
     """The named trees of a training state; nothing is copied."""
     there = fields(state)
-    if not there.keys() & {PARAMS, OPT_STATE}:
+    parts = {name: there.pop(name) for name in (PARAMS, OPT_STATE) if name in there}
+    if not parts:
         return {WHOLE: state}
-    rest = {name: there[name] for name in there if name not in (PARAMS, OPT_STATE)}
-    parts = {name: there[name] for name in (PARAMS, OPT_STATE) if name in there}
-    return parts | ({TRAIN_STATE: rest} if rest else {})
+    return parts | ({TRAIN_STATE: there} if there else {})
 
 
 def merge(like: S, parts: Mapping[str, Any]) -> S:
@@ -86,11 +85,7 @@ def _own_fields(state: Any) -> Mapping[str, Any]:
         return state._asdict()
     if not dataclasses.is_dataclass(state) or isinstance(state, type):
         return {}
-
-    def is_field(other: Any) -> bool:
-        return other is not state
-
-    pairs = _tree_util.tree_flatten_with_path(state, is_leaf=is_field)[0]
+    pairs = _tree_util.tree_flatten_with_path(state, is_leaf=nnx.other_than(state))[0]
     if all(path and isinstance(path[0], jax.tree_util.GetAttrKey) for path, _ in pairs):
         return {path[0].name: value for path, value in pairs}  # JAX knows which are static
     return {

@@ -148,9 +148,8 @@ class Encoding(NamedTuple):
 
     def metadata(self, spec: ArraySpec) -> bytes:
         """The description of an array."""
-        return (
-            _zarr3_json(spec, self.compressed) if self.zarr3 else _zarr2_json(spec, self.compressed)
-        )
+        describe = _zarr3_json if self.zarr3 else _zarr2_json
+        return describe(spec, self.compressed)
 
     def encode(self, data: Bytes, padding: int) -> tuple[Bytes, int]:
         """What is stored of a chunk that is `data` and as many zero bytes as `padding`.
@@ -189,33 +188,31 @@ def _zarr3_json(spec: ArraySpec, compressed: bool) -> bytes:
     little = {"configuration": {"endian": "little"}} if dtype.itemsize > 1 else {}
     zstd = {"configuration": {"checksum": False, "level": _LEVEL}, "name": "zstd"}
     fill = {"b": False, "c": [0.0, 0.0]}.get(dtype.kind, 0 if "int" in spec.dtype else 0.0)
-    return jsons.dump(
-        {
-            "chunk_grid": {"configuration": {"chunk_shape": spec.chunk_shape}, "name": "regular"},
-            "chunk_key_encoding": {"name": "default"},
-            "codecs": [{**little, "name": "bytes"}, *[zstd] * compressed, {"name": "crc32c"}],
-            "data_type": spec.dtype,
-            "fill_value": fill,
-            "node_type": "array",
-            "shape": spec.shape,
-            "zarr_format": 3,
-        }
-    )
+    document = {
+        "chunk_grid": {"configuration": {"chunk_shape": spec.chunk_shape}, "name": "regular"},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{**little, "name": "bytes"}, *[zstd] * compressed, {"name": "crc32c"}],
+        "data_type": spec.dtype,
+        "fill_value": fill,
+        "node_type": "array",
+        "shape": spec.shape,
+        "zarr_format": 3,
+    }
+    return jsons.dump(document)
 
 
 def _zarr2_json(spec: ArraySpec, compressed: bool) -> bytes:
     dtype = _DTYPES[spec.dtype]
-    return jsons.dump(
-        {
-            **_ZARR2,
-            "chunks": spec.chunk_shape,
-            "compressor": {"id": "zstd", "level": _LEVEL} if compressed else None,
-            "dtype": dtype.str if dtype.isbuiltin == 1 else spec.dtype,
-            "fill_value": None,
-            "shape": spec.shape,
-            "zarr_format": 2,
-        }
-    )
+    document = {
+        **_ZARR2,
+        "chunks": spec.chunk_shape,
+        "compressor": {"id": "zstd", "level": _LEVEL} if compressed else None,
+        "dtype": dtype.str if dtype.isbuiltin == 1 else spec.dtype,
+        "fill_value": None,
+        "shape": spec.shape,
+        "zarr_format": 2,
+    }
+    return jsons.dump(document)
 
 
 class StoredArray(NamedTuple):

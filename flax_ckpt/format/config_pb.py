@@ -42,20 +42,18 @@ def _file() -> descriptor_pb2.FileDescriptorProto:
     for scope, scope_name, repeated, kind, name, number in _TOKEN.findall(PROTO):
         if scope == "message":
             file.message_type.add(name=scope_name)
-            continue
-        message = file.message_type[-1]
-        if scope == "oneof":
-            message.oneof_decl.add(name=scope_name)
-            continue
-        is_message = kind[0].isupper()
-        message.field.add(
-            name=name,
-            number=int(number),
-            label=_Field.LABEL_REPEATED if repeated else _Field.LABEL_OPTIONAL,
-            type=_Field.Type.Value(f"TYPE_{'MESSAGE' if is_message else kind.upper()}"),
-            type_name=f".flax_ckpt.{kind}" if is_message else None,
-            oneof_index=len(message.oneof_decl) - 1 if message.oneof_decl else None,
-        )
+        elif scope == "oneof":
+            file.message_type[-1].oneof_decl.add(name=scope_name)
+        else:
+            message, is_message = file.message_type[-1], kind[0].isupper()
+            message.field.add(
+                name=name,
+                number=int(number),
+                label=_Field.LABEL_REPEATED if repeated else _Field.LABEL_OPTIONAL,
+                type=_Field.Type.Value(f"TYPE_{'MESSAGE' if is_message else kind.upper()}"),
+                type_name=f".flax_ckpt.{kind}" if is_message else None,
+                oneof_index=len(message.oneof_decl) - 1 if message.oneof_decl else None,
+            )
     return file
 
 

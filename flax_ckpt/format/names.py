@@ -88,9 +88,6 @@ def is_unfinished(name: str) -> bool:
     return TMP_SUFFIX in name or PARTIAL_SUFFIX in name
 
 
-_POSITION_FILE = re.compile(r"process_[0-9]+-of-([0-9]+)\.json")
-
-
 def position_file(index: int, count: int) -> str:
     """The file in which a process keeps the position of its data iterator, as Grain calls it."""
     return f"process_{index}-of-{count}.json"
@@ -102,11 +99,8 @@ def process_count_of(name: str) -> int | None:
     >>> process_count_of("process_0-of-2.json"), process_count_of("row.json")
     (2, None)
     """
-    match = _POSITION_FILE.fullmatch(name)
+    match = re.fullmatch(r"process_[0-9]+-of-([0-9]+)\.json", name)
     return None if match is None else int(match[1])
-
-
-_STEP = re.compile(r"(?:(.+)_)?([0-9]+)")
 
 
 def step_of(name: str) -> tuple[str, int, int] | None:
@@ -115,7 +109,7 @@ def step_of(name: str) -> tuple[str, int, int] | None:
     >>> step_of("1500"), step_of("ckpt_000020"), step_of("20.orbax-checkpoint-tmp")
     (('', 1500, 4), ('ckpt', 20, 6), None)
     """
-    match = _STEP.fullmatch(name)
+    match = re.fullmatch(r"(?:(.+)_)?([0-9]+)", name)
     if match is None or is_unfinished(name):
         return None
     return match[1] or "", int(match[2]), len(match[2])

@@ -156,9 +156,8 @@ def _check(entries: Sequence[Entry], file: str) -> None:
             files.add(value.file)
             _check_place(value, "out-of-line value")
         elif len(value) > _MAX_INLINE_BYTES:
-            raise FormatError(
-                f"key {key[:80]!r}: found a value of {len(value)} bytes, expected at most 1048576"
-            )
+            found = f"a value of {len(value)} bytes"
+            raise FormatError(f"key {key[:80]!r}: found {found}, expected at most 1048576")
     for path in files:
         wire.check_path(path, "B+tree")
 
@@ -263,10 +262,9 @@ def read_tree(root: NodeRef, fetch: Callable[[str, int, int], wire.Buffer]) -> d
         _check_place(ref, "B+tree node")
         spent += _NODE_COST + ref.length
         if ref.length > wire.MAX_NODE or spent > _MAX_TREE_BYTES:
-            raise FormatError(
-                f"{ref}: found a node of {ref.length} bytes in a tree of {spent}, "
-                f"expected at most {wire.MAX_NODE} in {_MAX_TREE_BYTES}"
-            )
+            size = f"{ref.length} bytes in a tree of {spent}"
+            limits = f"expected at most {wire.MAX_NODE} in {_MAX_TREE_BYTES}"
+            raise FormatError(f"{ref}: found a node of {size}, {limits}")
         reader, files, keys, marks = _open_node(fetch(ref.file, ref.offset, ref.length), ref)
         spent += reader.size + _ROW_COST * len(keys) + sum(map(len, keys))
         if ref.height:
@@ -286,8 +284,7 @@ def _open_node(data: wire.Buffer, ref: NodeRef) -> tuple[wire.Reader, _Files, li
     reader = wire.open_frame(data, NODE_MAGIC, str(ref))
     if (height := reader.take(1, "height")[0]) != ref.height:
         raise reader.error("height", height, ref.height)
-    files = reader.files(ref.base)
-    return reader, files, *reader.strings("key", ref.prefix, marked=height > 0)
+    return reader, reader.files(ref.base), *reader.strings("key", ref.prefix, marked=height > 0)
 
 
 def _children(
@@ -358,8 +355,7 @@ def decode_table(
     if data[:12] != head[:12]:
         raise FormatError(f"{what}: found {data[:12]!r} at its start, expected {head[:12]!r}")
     if data[:24] != head or len(data) != size:
-        raise DamagedCheckpointError(
-            f"{what}: found {data[12:24].hex()} and {len(data)} bytes, expected {head[12:].hex()} "
-            f"and {size} bytes for the {len(keys)} keys in the database"
-        )
+        found = f"{data[12:24].hex()} and {len(data)} bytes"
+        expected = f"{head[12:].hex()} and {size} bytes for the {len(keys)} keys in the database"
+        raise DamagedCheckpointError(f"{what}: found {found}, expected {expected}")
     return np.frombuffer(data, "<u4", len(keys), len(head))

@@ -11,7 +11,8 @@ import base64
 import binascii
 import json
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from types import NoneType
 from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
@@ -27,13 +28,7 @@ ARRAY: Final = "jax.Array"
 NUMPY: Final = "np.ndarray"
 SCALAR: Final = "scalar"
 STRING: Final = "string"
-EMPTY: Final[Mapping[str, Callable[[], Any]]] = {
-    "None": lambda: None,
-    "Dict": dict,
-    "List": list,
-    "Tuple": tuple,
-    "NamedTuple": lambda: None,
-}
+EMPTY: Any = {"Dict": dict, "List": list, "Tuple": tuple, "None": NoneType, "NamedTuple": NoneType}
 
 
 # What there is once for each leaf is a Struct with `gc=False`: there may be 200,000, and each
@@ -145,12 +140,8 @@ class TreeMetadata(NamedTuple):
         if len(set(paths)) < len(paths):
             [(twice, _)] = Counter(paths).most_common(1)
             raise FormatError(f"{what}: the leaf {show(twice)} is there twice")
-        ocdbt = document.use_ocdbt
-        return cls(
-            _without_leftovers(entries),
-            ocdbt if isinstance(ocdbt, bool) else None,
-            document.use_zarr3 is True,
-        )
+        ocdbt = document.use_ocdbt if isinstance(document.use_ocdbt, bool) else None
+        return cls(_without_leftovers(entries), ocdbt, document.use_zarr3 is True)
 
 
 def _without_leftovers(entries: list[Entry]) -> list[Entry]:
@@ -244,9 +235,8 @@ _URL_SAFE: Final = str.maketrans("-_", "+/")
 
 def encode_shardings(shardings: Mapping[str, str]) -> bytes:
     """`_sharding`: the JSON text of each array's sharding, by the array's name."""
-    return jsons.dump(
-        {base64.urlsafe_b64encode(name.encode()).decode(): s for name, s in shardings.items()}
-    )
+    keys = [base64.urlsafe_b64encode(name.encode()).decode() for name in shardings]
+    return jsons.dump(dict(zip(keys, shardings.values(), strict=True)))
 
 
 def decode_shardings(data: bytes, what: str) -> dict[str, str]:
@@ -260,7 +250,9 @@ def decode_shardings(data: bytes, what: str) -> dict[str, str]:
         raise FormatError(f"{what}: a key is not base64 of UTF-8: {error}") from error
 
 
-class _ExtMetadata(msgspec.Struct, frozen=True, gc=False):
+class ExtMetadata(msgspec.Struct, frozen=True, gc=False):
+    """What only arrays of typed PRNG keys have."""
+
     random_key_impl: str | None = None
 
 
@@ -277,14 +269,7 @@ class ArrayMetadata(msgspec.Struct, frozen=True, gc=False):
     name: str = msgspec.field(name="param_name")
     write_shape: Shape
     chunk_shape: Shape
-    ext_metadata: _ExtMetadata | None = None
-
-    @classmethod
-    def of(
-        cls, name: str, write_shape: Shape, chunk_shape: Shape, key_impl: str | None
-    ) -> ArrayMetadata:
-        """The metadata of one array."""
-        return cls(name, write_shape, chunk_shape, _ExtMetadata(key_impl) if key_impl else None)
+    ext_metadata: ExtMetadata | None = None
 
     @property
     def key_impl(self) -> str | None:
@@ -339,9 +324,8 @@ def encode_strings(strings: Mapping[str, str]) -> bytes:
         for parent in parents:
             node = node.setdefault(parent, {}) if jsons.is_object(node) else None
         if not jsons.is_object(node) or last in node:
-            raise DuplicateNameError(
-                f"the string leaf {name!r} and another one share a name up to a '/'; rename a key"
-            )
+            why = "share a name up to a '/'; rename a key"
+            raise DuplicateNameError(f"the string leaf {name!r} and another one {why}")
         node[last] = value
     return json.dumps(root, ensure_ascii=True).encode()
 
@@ -368,8 +352,6 @@ def _pointer(name: str) -> list[str]:
     parts = name.split("/")
     for part in parts:
         if "~" in part.replace("~0", "").replace("~1", ""):
-            raise FormatError(
-                f"the string leaf {name!r} has a '~' in its key, which {names.STRINGS} cannot"
-                " store; rename the key"
-            )
+            why = f"which {names.STRINGS} cannot store; rename the key"
+            raise FormatError(f"the string leaf {name!r} has a '~' in its key, {why}")
     return [part.replace("~1", "/").replace("~0", "~") for part in parts]

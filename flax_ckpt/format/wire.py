@@ -79,10 +79,8 @@ def open_frame(data: Buffer, magic: bytes, what: str) -> Reader:
         DamagedCheckpointError: magic, length, CRC-32C or zstd stream are wrong.
         FormatError: unknown version or compression; a compressed body above 256 MiB.
     """
-    if data[:4] != magic:
-        raise DamagedCheckpointError(
-            f"{what}: found magic {data[:4].hex()}, expected {magic.hex()}"
-        )
+    if (found := data[:4]) != magic:
+        raise DamagedCheckpointError(f"{what}: found magic {found.hex()}, expected {magic.hex()}")
     size = max(int.from_bytes(data[4:12], "little"), _FRAME_BYTES)
     if len(data) != size:
         raise DamagedCheckpointError(f"{what}: found {len(data)} bytes, expected {size}")
@@ -98,9 +96,8 @@ def open_frame(data: Buffer, magic: bytes, what: str) -> Reader:
         decoder = zstandard.ZstdDecompressor()
         return Reader(decoder.decompress(body, MAX_NODE, allow_extra_data=False), what)
     except zstandard.ZstdError as e:
-        raise DamagedCheckpointError(
-            f"{what}: found a bad zstd body, expected one frame of at most {MAX_NODE} bytes: {e}"
-        ) from e
+        frame = f"one frame of at most {MAX_NODE} bytes"
+        raise DamagedCheckpointError(f"{what}: found a bad zstd body, expected {frame}: {e}") from e
 
 
 class Reader:
@@ -207,8 +204,7 @@ class Reader:
 
     def pick(self, files: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
         """The next `count` data file ids, looked up in `files`."""
-        ids = self.varints(count, "data file id", len(files) - 1)
-        return [files[i] for i in ids.tolist()]
+        return [files[i] for i in self.varints(count, "data file id", len(files) - 1).tolist()]
 
 
 def check_path(path: str, what: str) -> None:
@@ -216,7 +212,5 @@ def check_path(path: str, what: str) -> None:
     parts = path.split("/")
     escapes = "" in (parts[0], parts[-1]) or ".." in parts
     if escapes or "\0" in path or len(path.encode()) > MAX_KEY:
-        raise FormatError(
-            f"{what}: data file path: found {path[:200]!r}, "
-            "expected a relative path inside the database"
-        )
+        inside = "a relative path inside the database"
+        raise FormatError(f"{what}: data file path: found {path[:200]!r}, expected {inside}")

@@ -17,21 +17,10 @@ from flax_ckpt.handlers.registry import (
 from flax_ckpt.handlers.stateful import StatefulHandler
 from flax_ckpt.handlers.text import JsonHandler, MetricsHandler, ProtoHandler
 
-__all__ = [
-    "AbstractCheckpointable",
-    "ArrayMetadataValidator",
-    "Checkpointable",
-    "CheckpointableHandler",
-    "CheckpointableHandlerRegistry",
-    "JsonHandler",
-    "PathAwaitingCreation",
-    "ProtoHandler",
-    "PyTreeHandler",
-    "StatefulCheckpointable",
-    "global_registry",
-    "local_registry",
-    "register_handler",
-]
+__all__ = ["AbstractCheckpointable", "Checkpointable", "CheckpointableHandler"]
+__all__ += ["ArrayMetadataValidator", "CheckpointableHandlerRegistry", "PathAwaitingCreation"]
+__all__ += ["JsonHandler", "ProtoHandler", "PyTreeHandler", "StatefulCheckpointable"]
+__all__ += ["global_registry", "local_registry", "register_handler"]
 
 # The last registered that accepts a value wins: a dict of numbers is a tree before it is JSON.
 register_handler(ProtoHandler)

@@ -5,30 +5,25 @@ from typing import Any, cast
 import jax
 from jax.tree_util import FlattenedIndexKey, SequenceKey
 
-from flax_ckpt.format import tree
-from flax_ckpt.format.tree import DICT, MAX_DEPTH, SEQUENCE, Key
+from flax_ckpt.format.tree import DICT, MAX_DEPTH, SEQUENCE, Key, KeyPath
 
 _tree_util: Any = jax.tree_util  # jaxlib says nothing about the types of its trees
 _flatten_one_level = _tree_util.default_registry.flatten_one_level
 
 
-def flatten(value: Any) -> tuple[list[tree.KeyPath], list[Any]]:
+def flatten(value: Any) -> tuple[list[KeyPath], list[Any]]:
     """Key paths of leaves and empty nodes, and these, in the order of JAX's own flattening.
 
     What lies deeper than the format goes counts as a leaf.
     """
-    paths: list[tree.KeyPath] = []
+    paths: list[KeyPath] = []
     leaves: list[Any] = []
     _walk(value, (), paths, leaves, set())
     return paths, leaves
 
 
 def _walk(
-    node: Any,
-    path: tree.KeyPath,
-    paths: list[tree.KeyPath],
-    leaves: list[Any],
-    leaf_types: set[type],
+    node: Any, path: KeyPath, paths: list[KeyPath], leaves: list[Any], leaf_types: set[type]
 ) -> None:
     # JAX's own flattening with paths takes four times as long: it makes a key object, and calls
     # back for each node to learn that it is not empty.
@@ -53,11 +48,9 @@ def _children(node: Any) -> list[tuple[Key, Any]] | None:
     kind = cast("type[Any]", type(node))
     if kind is dict:
         try:
-            keys = sorted(node)
+            return [(Key(str(key), DICT), node[key]) for key in sorted(node)]
         except TypeError:
             pass  # keys of several types: JAX says whether and how it orders them
-        else:
-            return [(Key(str(key), DICT), node[key]) for key in keys]
     if kind is list or kind is tuple:
         return [(Key(str(i), SEQUENCE), child) for i, child in enumerate(node)]
     if _flatten_one_level(node) is None:

@@ -17,12 +17,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from flax_ckpt.errors import (
-    CheckpointExistsError,
-    DuplicateNameError,
-    FormatError,
-    InvalidLayoutError,
-)
+from flax_ckpt import errors
 from flax_ckpt.format import arrays, names, tree
 from flax_ckpt.storage import commit, files, native_write
 from flax_ckpt.storage.record import Record
@@ -61,12 +56,12 @@ class Session(commit.Staging):
             InvalidLayoutError: Orbax has begun it.
         """
         if os.path.lexists(self.checkpoint):
-            raise CheckpointExistsError(
+            raise errors.CheckpointExistsError(
                 f"{self.checkpoint} already exists, and finished checkpoints are not added to; save"
                 " to another path, or delete it first"
             )
         if os.path.lexists(other := self.checkpoint + names.PARTIAL_SUFFIX):
-            raise InvalidLayoutError(
+            raise errors.InvalidLayoutError(
                 f"{other} is a partial save that Orbax has begun: finish it there, with"
                 " orbax.checkpoint.v1.partial.finalize; what it makes loads here"
             )
@@ -175,7 +170,7 @@ def _unite(parts: Sequence[_Files], what: str) -> tuple[tree.TreeMetadata, _File
     entries = _unite_entries([entry for m in metadatas for entry in m.entries], what)
     stored = {(m.use_ocdbt, m.use_zarr3) for m in metadatas}
     if len(stored) > 1 or not all(use_ocdbt for use_ocdbt, _ in stored):
-        raise FormatError(
+        raise errors.FormatError(
             f"{what}: parts with (use_ocdbt, use_zarr3) = {sorted(map(str, stored))}; all parts"
             " of one tree must be saved with the same options, and with use_ocdbt"
         )
@@ -218,7 +213,7 @@ def _unite_entries(entries: Iterable[tree.Entry], what: str) -> list[tree.Entry]
         elif entry:
             clashes.append(f"  {tree.show(path)} is one leaf in one part, and has some in another")
     if clashes:
-        raise DuplicateNameError(
+        raise errors.DuplicateNameError(
             f"{what}: what was saved stays as it is, nothing was added to it:\n"
             + "\n".join(clashes)
             + "\nParts of one tree must be disjoint; a leaf cannot be replaced: leave it out"

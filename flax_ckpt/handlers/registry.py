@@ -59,9 +59,9 @@ class CheckpointableHandlerRegistry:
                 " To give a handler arguments, subclass or wrap it in a class without any"
             )
         if checkpointable_name and self.has(checkpointable_name):
+            bound = self.get(checkpointable_name).__name__
             raise AlreadyExistsError(
-                f"the name {checkpointable_name!r} is bound to"
-                f" {self.get(checkpointable_name).__name__} already"
+                f"the name {checkpointable_name!r} is bound to {bound} already"
             )
         if not checkpointable_name and (handler_type, None) in self._entries:
             raise AlreadyExistsError(f"{handler_type.__name__} is registered already")
@@ -79,10 +79,8 @@ class CheckpointableHandlerRegistry:
         for handler_type, name in self._entries:
             if name == checkpointable_name:
                 return handler_type
-        bound = sorted(name for _, name in self._entries if name)
-        raise NoEntryError(
-            f"no handler is bound to the name {checkpointable_name!r}; bound names: {bound}"
-        )
+        bound = f"bound names: {sorted(name for _, name in self._entries if name)}"
+        raise NoEntryError(f"no handler is bound to the name {checkpointable_name!r}; {bound}")
 
     def has(self, checkpointable_name: str) -> bool:
         """Whether a handler is bound to the name."""
@@ -201,9 +199,8 @@ def for_load(
         # Of a tree, the handler itself says which of its leaves cannot be loaded so.
         judged = abstract is not None and typestr(handler_type) != names.TYPE_PYTREE
         if judged and handler.is_abstract_handleable(abstract) is False:
-            raise NotHandleableError(
-                f"checkpointable {name!r}: {handler_type.__name__} does not load into {abstract!r}"
-            )
+            why = f"{handler_type.__name__} does not load into {abstract!r}"
+            raise NotHandleableError(f"checkpointable {name!r}: {why}")
         return handler
     for handler in () if abstract is None else map(_build, entries):
         if handler.is_abstract_handleable(abstract):
@@ -229,10 +226,8 @@ def _build(handler_type: HandlerType) -> Handler:
     try:
         return handler_type()
     except TypeError as error:
-        raise TypeError(
-            f"{handler_type.__name__} cannot be built without arguments, as handlers must be:"
-            f" {error}"
-        ) from error
+        why = f"cannot be built without arguments, as handlers must be: {error}"
+        raise TypeError(f"{handler_type.__name__} {why}") from error
 
 
 def _shown(registry: CheckpointableHandlerRegistry) -> str:

@@ -34,26 +34,12 @@ _tree_util: Any = jax.tree_util  # jaxlib says nothing about the types of its tr
 
 
 class _Leaf(msgspec.Struct, frozen=True, gc=False):
-    """One leaf that is no empty node, with the storage options of its own."""
-
-    path: tree.KeyPath
-    name: str
-    write: LeafWrite
-    own: StorageOptions | None
-
-
-class _Taken(msgspec.Struct, frozen=True, gc=False):
-    """The same while the caller waits, in as few words as will do."""
+    """One leaf that is no empty node, and the storage options of its own."""
 
     path: tree.KeyPath
     name: str
     held: LeafWrite | Held
     own: StorageOptions | None
-
-    def to_leaf(self) -> _Leaf:
-        held = self.held
-        write = held if isinstance(held, LeafWrite) else held.to_write()
-        return _Leaf(self.path, self.name, write, self.own)
 
 
 class Snapshot:
@@ -85,7 +71,7 @@ class Snapshot:
         create = saving.scoped_storage_options_creator
         owns = _own_options(value, create) if create else itertools.repeat(None)
         self._empty: list[tree.Entry] = []
-        self._taken: list[_Taken] = []
+        self._leaves: list[_Leaf] = []
         strings: dict[str, str] = {}
         refused: list[str] = []
         found = [tree.name_of(path) for path in paths]
@@ -106,7 +92,7 @@ class Snapshot:
                         held = handler.write(leaf, copy=copies)
                         if held.string is not None:
                             strings[on_disk] = held.string
-                    self._taken.append(_Taken(path, on_disk, held, own))
+                    self._leaves.append(_Leaf(path, on_disk, held, own))
                     continue
             except Exception:  # JAX raises several types for an array without a value
                 if not (reason := _no_value(leaf)):
@@ -117,8 +103,8 @@ class Snapshot:
         # Checked and encoded now: a key that cannot be stored must be an error of the call, not of
         # its thread, and so must a dtype. The rest can wait until training has gone on.
         if not plain or len(set(found)) < len(found):
-            stored = [arrays.prefix(leaf.name) for leaf in self._taken]
-            tree.unique_names([leaf.path for leaf in self._taken], stored)
+            stored = [arrays.prefix(leaf.name) for leaf in self._leaves]
+            tree.unique_names([leaf.path for leaf in self._leaves], stored)
         self._strings = {names.STRINGS: tree.encode_strings(strings)} if strings else {}
         if create or self._general != _PLAIN or not self.layout.ocdbt:
             writes, _ = self.stored
@@ -126,8 +112,9 @@ class Snapshot:
                 native_write.check_names([write.name for write in writes])
 
     @functools.cached_property
-    def _leaves(self) -> list[_Leaf]:
-        return [taken.to_leaf() for taken in self._taken]
+    def _writes(self) -> list[LeafWrite]:
+        helds = [leaf.held for leaf in self._leaves]
+        return [held if isinstance(held, LeafWrite) else held.to_write() for held in helds]
 
     @functools.cached_property
     def stored(self) -> tuple[list[ArrayWrite], list[tree.ArrayMetadata]]:
@@ -135,25 +122,24 @@ class Snapshot:
         known: dict[Any, arrays.ArraySpec] = {}  # leaves that are alike share one object
         writes: list[ArrayWrite] = []
         metadatas: list[tree.ArrayMetadata] = []
-        for leaf in self._leaves:
-            name, w = leaf.name, leaf.write
+        for leaf, w in zip(self._leaves, self._writes, strict=True):
             if w.shape is None:  # a string
                 continue
             kind = (id(leaf.own), w.value_type, w.key_impl, w.shape, w.dtype, w.shard_shape)
             if (spec := known.get(kind)) is None:
-                spec = known[kind] = _spec(leaf, w.shape, self._general)
-            writes.append(ArrayWrite(name, spec, w.shards, w.spread))
+                spec = known[kind] = _spec(leaf, w, self._general)
+            writes.append(ArrayWrite(leaf.name, spec, w.shards, w.spread))
             if w.value_type == tree.ARRAY:
-                chunk, impl = spec.chunk_shape, w.key_impl
-                metadatas.append(tree.ArrayMetadata.of(name, w.shard_shape, chunk, impl))
+                extra = tree.ExtMetadata(w.key_impl) if w.key_impl else None
+                shapes = w.shard_shape, spec.chunk_shape
+                metadatas.append(tree.ArrayMetadata(leaf.name, *shapes, extra))
         return writes, metadatas
 
     def files(self) -> dict[str, bytes]:
         """The files that describe the tree, by name."""
         entries = list(self._empty)
         shardings: dict[str, str] = {}
-        for leaf in self._leaves:
-            w = leaf.write
+        for leaf, w in zip(self._leaves, self._writes, strict=True):
             shape = w.shard_shape if w.value_type == tree.ARRAY else None
             entries.append(tree.Entry.of(leaf.path, w.value_type, shape))
             if (placed := w.sharding) is not None:
@@ -168,17 +154,15 @@ def _own_options(value: Any, create: Any) -> Iterator[StorageOptions | None]:
     for path, leaf in _tree_util.tree_flatten_with_path(value)[0]:
         own: Any = create(path, leaf)
         if not isinstance(own, StorageOptions | None):
-            raise TypeError(
-                "scoped_storage_options_creator must return StorageOptions or None, got"
-                f" {own!r} for {_tree_util.keystr(path)}"
-            )
+            what = "scoped_storage_options_creator must return StorageOptions or None"
+            raise TypeError(f"{what}, got {own!r} for {_tree_util.keystr(path)}")
         yield copy.copy(own)  # the next call may change it
 
 
-def _spec(leaf: _Leaf, shape: tuple[int, ...], general: StorageOptions) -> arrays.ArraySpec:
+def _spec(leaf: _Leaf, write: LeafWrite, general: StorageOptions) -> arrays.ArraySpec:
     """How an array is stored: of two options that are set that of the leaf wins."""
-    own, shard = leaf.own or _PLAIN, leaf.write.shard_shape
-    dtype = _dtype(leaf, general.dtype, own.dtype)
+    own, shape, shard = leaf.own or _PLAIN, write.shape or (), write.shard_shape
+    dtype = _dtype(leaf.path, write, general.dtype, own.dtype)
     axes = general.shard_axes if own.shard_axes is None else own.shard_axes
     size = own.chunk_byte_size or general.chunk_byte_size
     limit, each = size or arrays.DEFAULT_CHUNK_BYTES, dtype.itemsize
@@ -188,13 +172,12 @@ def _spec(leaf: _Leaf, shape: tuple[int, ...], general: StorageOptions) -> array
     return arrays.ArraySpec(shape, arrays.zarr_dtype(dtype), chunk)
 
 
-def _dtype(leaf: _Leaf, general: Any, own: Any) -> np.dtype[Any]:
+def _dtype(path: tree.KeyPath, write: LeafWrite, general: Any, own: Any) -> np.dtype[Any]:
     """The dtype on disk; numbers and typed keys keep theirs.
 
     Raises:
         UnsupportedLeafError: the leaf cannot be stored in the one that was chosen for it.
     """
-    write = leaf.write
     assert write.dtype is not None
     wished = general if own is None else own
     if wished is None or write.value_type == tree.SCALAR or write.key_impl is not None:
@@ -204,9 +187,9 @@ def _dtype(leaf: _Leaf, general: Any, own: Any) -> np.dtype[Any]:
         return write.dtype
     castable = dtypes.matches(write.dtype, wanted, (), strict=False)
     if not arrays.is_storable(wanted) or not castable:
+        what = f"{tree.show(path)}: {show_array(write.shape or (), write.dtype)}"
         raise UnsupportedLeafError(
-            f"{tree.show(leaf.path)}: {show_array(write.shape or (), write.dtype)} cannot be stored"
-            f" as {wanted.name}; set another storage_options.dtype for it"
+            f"{what} cannot be stored as {wanted.name}; set another storage_options.dtype for it"
         )
     return wanted
 

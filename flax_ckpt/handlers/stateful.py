@@ -75,17 +75,12 @@ class StatefulHandler:
                 f" load_checkpointables(path, {{{directory.name!r}: iterator}})"
             )
         _require_processes(os.fspath(directory))
-        if isinstance(target, StatefulCheckpointable):
-            return self._load(await target.load(directory), target)
-        return self._read(os.fspath(directory), target)
+        saves_itself = isinstance(target, StatefulCheckpointable)
+        rest = await target.load(directory) if saves_itself else _read(os.fspath(directory), target)
+        return self._load(rest, target)
 
     async def _load(self, rest: Awaitable[None], target: Stateful) -> Stateful:
         await rest
-        return target
-
-    async def _read(self, directory: str, target: HasState) -> Stateful:
-        data = Record(directory).read(file_name())
-        target.set_state(position.decode(data, os.path.join(directory, file_name())))
         return target
 
     async def metadata(self, directory: epath.Path) -> None:
@@ -98,6 +93,11 @@ class StatefulHandler:
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Likewise."""
         return isinstance(abstract_checkpointable, Stateful)
+
+
+async def _read(directory: str, target: HasState) -> None:
+    data = Record(directory).read(file_name())
+    target.set_state(position.decode(data, os.path.join(directory, file_name())))
 
 
 def file_name() -> str:

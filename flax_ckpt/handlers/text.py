@@ -47,9 +47,8 @@ class _TextHandler:
         try:
             text = self._encode(checkpointable)
         except _NOT_TEXT as error:
-            raise NotHandleableError(
-                f"checkpointable {directory.name!r}: {self._REFUSAL}: {error}"
-            ) from error
+            why = f"{self._REFUSAL}: {error}"
+            raise NotHandleableError(f"checkpointable {directory.name!r}: {why}") from error
         return self._write(directory, text)
 
     async def _write(self, directory: PathAwaitingCreation, text: str) -> None:
@@ -75,9 +74,8 @@ class _TextHandler:
             try:
                 return self._decode(data.decode(), abstract)
             except (ValueError, RecursionError) as error:
-                raise FormatError(
-                    f"{directory / filename}: {type(self).__name__} cannot read it: {error}"
-                ) from error
+                why = f"{type(self).__name__} cannot read it: {error}"
+                raise FormatError(f"{directory / filename}: {why}") from error
         wanted = ", ".join(dict.fromkeys(self._filenames))
         raise CheckpointNotFoundError(f"{directory}: found none of the files {wanted}")
 

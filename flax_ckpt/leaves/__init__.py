@@ -50,15 +50,5 @@ from flax_ckpt.leaves.host import host_write
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage.store import Shard, whole
 
-__all__ = [
-    "ArrayLeaf",
-    "LeafHandler",
-    "LeafRegistry",
-    "LeafWrite",
-    "LoadRules",
-    "SavedLeaf",
-    "Shard",
-    "Target",
-    "host_write",
-    "whole",
-]
+__all__ = ["ArrayLeaf", "LeafHandler", "LeafRegistry", "LeafWrite", "LoadRules"]
+__all__ += ["SavedLeaf", "Shard", "Target", "host_write", "whole"]

@@ -103,26 +103,21 @@ class ArrayLeaf:
         fits = dtypes.matches(saved.dtype, dtype, shape, strict=rules.strict)
         if not rules.fits(saved.shape, shape) or not fits:
             return show_array(shape, dtype)
-        if not dtypes.is_canonical(dtype):  # a 64-bit one, without `jax_enable_x64`
-            canonical = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
-            return (
-                f"{show_array(shape, dtype)}, which JAX would silently make {canonical.name}:"
-                " set jax_enable_x64, or ask for a 32-bit dtype or for NumPy"
-            )
+        if (canonical := dtypes.canonical(dtype)) != dtype:
+            what = f"{show_array(shape, dtype)}, which JAX would silently make {canonical.name}"
+            return f"{what}: set jax_enable_x64, or ask for a 32-bit dtype or for NumPy"
         placed = _placement(saved, abstract, rules)
         if placed is not None and not _fits(placed, shape):
             return f"{show_array(shape, dtype)} split as {placed}, which does not fit the shape"
-        weak = bool(getattr(abstract, "weak_type", False))
-        wish = _struct(shape, dtype, placed, weak)
+        wish = _struct(shape, dtype, placed, bool(getattr(abstract, "weak_type", False)))
         return Target(saved, _regions(placed, shape), wish, rules.strict)
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`. Aligned memory is adopted by JAX on CPU without a copy."""
-        parts = [
-            [dtypes.convert(part, target.abstract.dtype, target) for part in each]
+        pairs = [
+            (target, [dtypes.convert(part, target.abstract.dtype, target) for part in each])
             for target, each in zip(targets, data, strict=True)
         ]
-        pairs = list(zip(targets, parts, strict=True))
         unplaced = iter(to_device([p[0] for t, p in pairs if t.abstract.sharding is None]))
         found = [_assemble(t, p) if t.abstract.sharding else next(unplaced) for t, p in pairs]
         return [
@@ -285,16 +280,15 @@ def sharding_text(sharding: Any) -> str:
         return json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": str(device)})
     mesh: Any = sharding.mesh
     ids = np.array([{"id": device.id} for device in mesh.devices.flat]).reshape(mesh.devices.shape)
-    return json.dumps(
-        {
-            "sharding_type": "NamedSharding",
-            "shape": list(mesh.devices.shape),
-            "axis_names": [str(name) for name in mesh.axis_names],
-            "axis_types": [f"AxisType.{kind.name}" for kind in mesh.axis_types],
-            "partition_spec": list(sharding.spec),
-            "device_mesh": {"mesh": ids.tolist()},
-        }
-    )
+    document = {
+        "sharding_type": "NamedSharding",
+        "shape": list(mesh.devices.shape),
+        "axis_names": [str(name) for name in mesh.axis_names],
+        "axis_types": [f"AxisType.{kind.name}" for kind in mesh.axis_types],
+        "partition_spec": list(sharding.spec),
+        "device_mesh": {"mesh": ids.tolist()},
+    }
+    return json.dumps(document)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -349,9 +343,7 @@ def _concrete(sharding: Any) -> Any:
             return None
         mesh = jax.sharding.get_mesh()
         if mesh.empty:
-            raise StateError(
-                f"{sharding} is on an abstract mesh, and no mesh is set: call this within"
-                " jax.set_mesh(mesh)"
-            )
+            what = f"{sharding} is on an abstract mesh, and no mesh is set"
+            raise StateError(f"{what}: call this within jax.set_mesh(mesh)")
         return NamedSharding(mesh, sharding.spec)
     return sharding

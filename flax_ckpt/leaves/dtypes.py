@@ -47,9 +47,9 @@ def matches(
     return shape == () and (a == b or (a in numbers and b in numbers))
 
 
-def is_canonical(dtype: np.dtype[Any]) -> bool:
-    """Whether JAX has arrays of this dtype; of 64-bit ones only with `jax_enable_x64`."""
-    return dtype not in _WIDE or bool(jax.dtypes.canonicalize_dtype(dtype) == dtype)
+def canonical(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype that JAX takes for this one: of 64 bits only with `jax_enable_x64`."""
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype)) if dtype in _WIDE else dtype
 
 
 def convert(array: NDArray[Any], wanted: np.dtype[Any], target: Target) -> NDArray[Any]:
@@ -74,9 +74,7 @@ def convert(array: NDArray[Any], wanted: np.dtype[Any], target: Target) -> NDArr
         same = array.item() == result.item()
     if not same and (exact or np.isfinite(back) != np.isfinite(array)):
         leaf, saved = tree.show(target.saved.path), f"{array.item()!r} ({array.dtype.name})"
-        raise TreeMismatchError(
-            f"{leaf}: the saved number {saved} does not fit {wanted.name}; restore it into a"
-            " wider dtype",
-            [Difference(leaf, saved, wanted.name)],
-        )
+        difference = Difference(leaf, saved, wanted.name)
+        text = f"the saved number {saved} does not fit {wanted.name}"
+        raise TreeMismatchError(f"{leaf}: {text}; restore it into a wider dtype", [difference])
     return result

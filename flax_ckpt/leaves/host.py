@@ -63,9 +63,7 @@ class NumpyLeaf:
 
     def describe(self, saved: SavedLeaf) -> Any:
         """A :class:`NumpyShapeDtype`."""
-        assert saved.shape is not None
-        assert saved.dtype is not None
-        return NumpyShapeDtype(saved.shape, saved.dtype)
+        return _wish(saved, None)
 
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
         """See :class:`LeafHandler`."""
@@ -157,10 +155,8 @@ def _convert(value: Any, target: Target) -> Any:
             return result
     except (TypeError, ValueError, OverflowError):
         pass  # as an int, neither NaN, infinity nor a complex number is anything
-    raise TreeMismatchError(
-        f"{tree.show(target.saved.path)}: the saved number {value!r} does not fit a Python"
-        f" {wanted.__name__}"
-    )
+    what = f"the saved number {value!r} does not fit a Python {wanted.__name__}"
+    raise TreeMismatchError(f"{tree.show(target.saved.path)}: {what}")
 
 
 class StringLeaf:

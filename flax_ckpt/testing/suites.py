@@ -10,7 +10,6 @@ class TestPointHandler(HandlerTests):   # `HandlerTests` and `LeafTests` are `Sa
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import inspect
 import os
@@ -132,22 +131,26 @@ class HandlerTests(Samples):
 
         Before the rest runs, the value may change and other saves may begin.
         """
-        begun: list[tuple[_Directory, Any]] = []
-        for i, value in enumerate(self.values()):
-            directory = _Directory(epath.Path(tmp_path / str(i) / _NAME))
-            rest: Any = _async.run(self.handler().save(directory, value))
-            told = f"`save` returned {rest!r}, not the rest as an awaitable"
-            assert inspect.isawaitable(rest), told
-            self.change(value)
-            begun.append((directory, rest))
-        _async.run(_finish([rest for _, rest in reversed(begun)]))
-        for directory, _ in begun:
-            assert directory.made, "the background part never awaited its directory's creation"
-            beside = set(os.listdir(directory.path.parent)) - {_NAME}
-            assert not beside, f"{beside} was written beside the directory"
-        for i, (directory, _) in enumerate(begun):
-            when = "the value was changed after `save`, and other saves overlapped"
-            self.check(_async.run(self._read(directory.path, i)), i, when)
+
+        async def overlapping() -> None:
+            begun: list[tuple[_Directory, Any]] = []
+            for i, value in enumerate(self.values()):
+                directory = _Directory(epath.Path(tmp_path / str(i) / _NAME))
+                rest: Any = await self.handler().save(directory, value)
+                told = f"`save` returned {rest!r}, not the rest as an awaitable"
+                assert inspect.isawaitable(rest), told
+                self.change(value)
+                begun.append((directory, rest))
+            await asyncio.gather(*(rest for _, rest in reversed(begun)))
+            for i, (directory, _) in enumerate(begun):
+                assert directory.made, "the background part never awaited its directory's creation"
+                beside = set(os.listdir(directory.path.parent)) - {_NAME}
+                assert not beside, f"{beside} was written beside the directory"
+                when = "the value was changed after `save`, and other saves overlapped"
+                found = await (await self.handler().load(directory.path, self.forms(i)[0]))
+                self.check(found, i, when)
+
+        _async.run(overlapping())
 
     def test_it_loads_what_it_saved_and_leaves_it_as_it_is(self, tmp_path: Path) -> None:
         """Bound to a name or not, into each abstract form, as often as one likes.
@@ -160,8 +163,7 @@ class HandlerTests(Samples):
                     before = _files(path)
                     metadata = self.handler().metadata(epath.Path(path / _NAME))
                     described = _async.run(_at_once(metadata))
-                    forms = [*self.forms(i), *([] if described is None else [described])]
-                    for form in 2 * forms:
+                    for form in 2 * [*self.forms(i), *([] if described is None else [described])]:
                         found = load_checkpointables(path, {_NAME: form})[_NAME]
                         self.check(found, i, f"loaded into {form!r}")
                     assert _files(path) == before, "loading changed the checkpoint"
@@ -171,11 +173,10 @@ class HandlerTests(Samples):
 
         async def in_a_loop() -> None:
             self._round_trip(tmp_path / "in a loop")
+            await asyncio.to_thread(self._round_trip, tmp_path / "in another thread")
 
         self._round_trip(tmp_path / "in the main thread")
         asyncio.run(in_a_loop())
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            pool.submit(self._round_trip, tmp_path / "in another thread").result()
 
     def test_damage_is_noticed(self, tmp_path: Path) -> None:
         """A changed byte or a lost file is a FormatError, or does not matter to the value."""
@@ -214,9 +215,6 @@ class HandlerTests(Samples):
             save_checkpointables(path, {_NAME: value})
         return paths
 
-    async def _read(self, path: epath.Path, index: int) -> Any:
-        return await (await self.handler().load(path, self.forms(index)[0]))
-
     def _load(self, path: Path, index: int) -> Any:
         return load_checkpointables(path, {_NAME: self.forms(index)[0]})[_NAME]
 
@@ -251,14 +249,9 @@ class _Directory:
         return self.path
 
 
-async def _finish(saves: Sequence[Awaitable[None]]) -> None:
-    await asyncio.gather(*saves)
-
-
 async def _at_once(awaitable: Awaitable[Any]) -> Any:
-    waiting = awaitable.__await__()
     try:
-        next(waiting)
+        next(awaitable.__await__())
     except StopIteration as end:
         return end.value
     raise AssertionError("`metadata` waits: it must end in the caller's thread")
