@@ -20,6 +20,7 @@ class Record:
 
     Attributes:
         native: whether the checkpoint has a record, so that all its files are checked.
+        crcs: what is recorded: the CRC-32C of each file by its path in the directory.
 
     Raises:
         DamagedCheckpointError: the record itself is damaged.
@@ -28,28 +29,28 @@ class Record:
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self.native = False
-        self._crcs: dict[str, int] = {}
+        self.crcs: dict[str, int] = {}
         parent, name = os.path.split(directory)
         for root, prefix in ((directory, ""), (parent, f"{name}/")):
             path = os.path.join(root, names.INTEGRITY)
             if os.path.isfile(path):
                 crcs = Integrity.from_bytes(files.read(path), path).crc32c
-                self._crcs = {p[len(prefix) :]: c for p, c in crcs.items() if p.startswith(prefix)}
+                self.crcs = {p[len(prefix) :]: c for p, c in crcs.items() if p.startswith(prefix)}
                 self.native = True
                 break
 
     def listed(self, within: str = "") -> set[str]:
         """First parts of the paths that were saved in a sub-directory; empty without a record."""
-        inside = [path[len(within) :] for path in self._crcs if path.startswith(within)]
+        inside = [path[len(within) :] for path in self.crcs if path.startswith(within)]
         return {path.partition("/")[0] for path in inside}
 
     def lists(self, name: str) -> bool:
         """Whether the file is there, or should be."""
-        return name in self._crcs or os.path.isfile(os.path.join(self.directory, name))
+        return name in self.crcs or os.path.isfile(os.path.join(self.directory, name))
 
     def check_all(self) -> None:
         """Checks every file of the directory, for a reader that does not go through `read`."""
-        for name in self._crcs:
+        for name in self.crcs:
             self.read(name)
 
     def read(self, name: str) -> bytes:
@@ -70,7 +71,7 @@ class Record:
             ) from error
         if not self.native:
             return data
-        if (expected := self._crcs.get(name)) is None:
+        if (expected := self.crcs.get(name)) is None:
             raise DamagedCheckpointError(
                 f"{path}: not among the files that {names.INTEGRITY} lists: it was added later"
             )

@@ -16,12 +16,13 @@ from etils import epath
 from google.protobuf.message import Message
 
 from flax_ckpt import errors
-from flax_ckpt._load import Layout, load_layout, steadily
+from flax_ckpt._load import Layout, load_layout, steadily, warn_of_damage
 from flax_ckpt._metadata import CheckpointMetadata
 from flax_ckpt.adapters import config as configs
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.format import names, protos
 from flax_ckpt.handlers.pytree import log_fallbacks
+from flax_ckpt.handlers.saved_tree import OnDamage
 from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.storage import kinds
 from flax_ckpt.storage.files import local_path
@@ -33,6 +34,8 @@ from flax_ckpt.training.report import Damaged, Report
 from flax_ckpt.training.selection import Missing, Rename, Selection, Selector, Unexpected
 
 S = TypeVar("S")
+T = TypeVar("T")
+_Config: TypeAlias = tuple[str | None, Any, Any]
 PathLike = str | os.PathLike[str]
 logger = logging.getLogger("flax_ckpt")
 
@@ -74,6 +77,7 @@ def restore_train_state(
     missing: Missing = "error",
     unexpected: Unexpected = "error",
     init: Callable[[], S] | None = None,
+    on_damage: OnDamage = "raise",
     cast: bool = False,
     context: Context | None = None,
 ) -> S:
@@ -87,7 +91,7 @@ def restore_train_state(
     >>> fc.restore_train_state(root, {"params": {"w": jnp.zeros(2)}, "step": 0})
     {'params': {'w': Array([1., 1.], dtype=float32)}, 'step': 1}
     """
-    chosen = Selection(only, exclude, rename, missing, unexpected, init)
+    chosen = Selection(only, exclude, rename, missing, unexpected, init, on_damage)
     return _restore(path, like, step, _Rules(cast, chosen, None, None, resolve(context))).state
 
 
@@ -102,6 +106,7 @@ def restore(
     missing: Missing = "error",
     unexpected: Unexpected = "error",
     init: Callable[[], S] | None = None,
+    on_damage: OnDamage = "raise",
     cast: bool = False,
     config: type[Message] | None = None,
     data_iterator: Any = None,
@@ -133,6 +138,10 @@ def restore(
         unexpected: saved leaves that `like` lacks, in parts that it has: "error", or "ignore".
         init: makes a whole state. Called at most once, only if it is needed: for what is missing,
             and for what is not selected and abstract in `like`.
+        on_damage: "skip": a leaf that is damaged stays as it is in `like`, or is taken from `init`
+            where that is abstract; without `like` it is `PLACEHOLDER`. A damaged config or damaged
+            metrics are None. The report and a WARNING name each. Damage to what describes a tree,
+            its index or the step itself raises, or has the step passed over, as ever.
         cast: whether a dtype that differs is cast. Rank-0 numbers of Python, NumPy and JAX match
             anyway if the value fits; a float32 does not match a bfloat16.
         config: class of the config's message; None: the one that the file names.
@@ -158,7 +167,7 @@ def restore(
     >>> fc.restore(root, new, only="params/encoder").state
     {'params': {'encoder': array([1., 1.]), 'head': array([0., 0., 0., 0., 0.])}}
     """
-    chosen = Selection(only, exclude, rename, missing, unexpected, init)
+    chosen = Selection(only, exclude, rename, missing, unexpected, init, on_damage)
     cast = like is None or cast
     rules = _Rules(cast, chosen, config, data_iterator, resolve(context))
     return _restore(path, like, step, rules)
@@ -231,19 +240,38 @@ def _restore_one(
     data.require(layout, rules.data_iterator)
     state, done = fill(layout, like, rules.chosen, load_rules, rules.context)
     log_fallbacks(epath.Path(path), load_rules)
+    damaged += done.damaged
+
+    def beside(part: str, read: Callable[[], T], nothing: T) -> T:
+        """A part that is not of the state; nothing, if it is damaged and that is to be skipped."""
+        nonlocal damaged
+        try:
+            return read()
+        except (errors.DamagedCheckpointError, OSError) as error:
+            if rules.chosen.on_damage == "raise":
+                raise
+            warn_of_damage(path, {part: str(error)})
+            damaged += ((part, str(error)),)
+            return nothing
+
     seconds = time.perf_counter() - started
-    report = dataclasses.replace(done, seconds=seconds, damaged=damaged)
-    logger.info("restored %s", progress.line(path, number, report.nbytes, seconds))
-    progress.record("restore", duration_secs=seconds, bytes=report.nbytes)
-    text, config, provenance = _load_config(layout, rules.config)
-    metrics = None
-    if names.METRICS in layout.items:
-        metrics = load_layout(layout, {names.METRICS: None}, rules.context)[names.METRICS]
+    logger.info("restored %s", progress.line(path, number, done.nbytes, seconds))
+    progress.record("restore", duration_secs=seconds, bytes=done.nbytes)
+    saved: _Config = beside(CONFIG, lambda: _load_config(layout, rules.config), (None, None, {}))
+    text, config, provenance = saved
+    metrics = beside(names.METRICS, lambda: _load_metrics(layout, rules.context), None)
     data.restore(layout, rules.data_iterator, rules.context)
+    report = dataclasses.replace(done, seconds=seconds, damaged=damaged)
     return Restored(state, number, metrics, config, text, provenance, report)
 
 
-def _load_config(layout: Layout, kind: type[Message] | None) -> tuple[str | None, Any, Any]:
+def _load_metrics(layout: Layout, context: Context) -> dict[str, Any] | None:
+    if names.METRICS not in layout.items:
+        return None
+    return load_layout(layout, {names.METRICS: None}, context)[names.METRICS]
+
+
+def _load_config(layout: Layout, kind: type[Message] | None) -> _Config:
     """The config as text and as what it stands for, and where it comes from."""
     record = Record(layout.items[CONFIG]) if CONFIG in layout.items else None
     if record is None or not record.lists(names.PROTO_FILE):

@@ -99,7 +99,9 @@ class Source(contextlib.ExitStack):
         self._chosen = chosen
 
     def _open(self, name: str, *mount: tree.Key) -> SavedTree:
-        saved = self.enter_context(open_tree(self._layout, name, self._context))
+        saved = self.enter_context(
+            open_tree(self._layout, name, self._context, self._chosen.on_damage)
+        )
         saved.leaves = {(*mount, *path): leaf for path, leaf in saved.leaves.items()}
         self.trees[name] = saved
         return saved

@@ -1,0 +1,238 @@
+"""`verify`: whether what is saved can be restored, found out by reading all of it.
+
+found = fc.verify("/runs/7/checkpoints")
+print(found)                    # a line for each step, and one for each damaged leaf and file
+assert found.ok
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Generator
+from typing import Final
+
+from flax_ckpt._load import identity
+from flax_ckpt.errors import CheckpointNotFoundError, FlaxCkptError, InvalidLayoutError
+from flax_ckpt.format import jsons, names
+from flax_ckpt.format.checkpoint import file_crc
+from flax_ckpt.handlers.saved_tree import SavedTree
+from flax_ckpt.storage import deletion, files, kinds
+from flax_ckpt.storage.record import Record
+from flax_ckpt.training import progress
+from flax_ckpt.training.steps import SUPERSEDED
+
+_BATCH: Final = 256 << 20  # bytes of arrays in memory at a time
+
+Damage = tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What was found in one checkpoint.
+
+    Attributes:
+        path: where it is.
+        leaves: damaged leaves, each with the reason: `state/params/w`.
+        files: damaged files that are no leaf's, each with the reason, by their whole path.
+        unchecked: what could not be checked, and why.
+        count: how many leaves there are, empty nodes left out.
+        nbytes: how many bytes were read.
+    """
+
+    path: str
+    leaves: Damage
+    files: Damage
+    unchecked: tuple[str, ...]
+    count: int
+    nbytes: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found damaged."""
+        return not (self.leaves or self.files)
+
+    def __str__(self) -> str:
+        state = "whole" if self.ok else "DAMAGED"
+        lines = [f"{self.path}: {state}, {self.count} leaves, {progress.size(self.nbytes)}"]
+        lines += [f"  leaf {path}: {why}" for path, why in self.leaves]
+        lines += [f"  file {path}: {why.removeprefix(f'{path}: ')}" for path, why in self.files]
+        lines += [f"  not checked: {what}" for what in self.unchecked]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found; it prints as a line for each checkpoint, and its damage.
+
+    Attributes:
+        path: what was asked for.
+        checkpoints: that one, or those of the root, in order.
+        unchecked: what else is in the root.
+    """
+
+    path: str
+    checkpoints: tuple[Checked, ...]
+    unchecked: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found damaged."""
+        return all(found.ok for found in self.checkpoints)
+
+    def __str__(self) -> str:
+        lines = [str(found) for found in self.checkpoints]
+        return "\n".join([*lines, *(f"not checked: {what}" for what in self.unchecked)])
+
+
+def verify(path: files.PathLike) -> Verification:
+    """Reads all of a checkpoint, or of all checkpoints in a root, and says what is damaged.
+
+    Every byte that a load would use is compared with the checksums that were saved. Of what Orbax
+    wrote, which has next to none, arrays are decoded and files parsed; `unchecked` says how far
+    that goes. About 256 MB are in memory at a time, or one chunk if that is larger.
+
+    Args:
+        path: of a checkpoint, or the root of a run.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing, or no checkpoint in it.
+        InvalidLayoutError: a file, one checkpointable of a checkpoint, something unfinished.
+
+    >>> import os, tempfile, numpy as np, flax_ckpt as fc
+    >>> os.chdir(tempfile.mkdtemp())
+    >>> fc.save("ckpt", {"w": np.ones(3), "step": 1})
+    >>> found = fc.verify("ckpt")
+    >>> found.ok, found.checkpoints[0].count
+    (True, 2)
+    """
+    here = files.local_path(path)
+    kinds.require_directory(here)
+    if kinds.is_checkpoint(here):
+        if (one := _steadily(here)) is None:
+            raise kinds.not_there(here)
+        return Verification(here, (one,))
+    if kinds.unfinished(here) or kinds.owner(here):
+        raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
+    found: list[Checked] = []
+    unchecked: list[str] = []
+    for name in sorted(os.listdir(here), key=kinds.by_number):
+        inside = os.path.join(here, name)
+        if not os.path.isdir(inside):
+            continue
+        if why := kinds.unfinished(inside):
+            unchecked.append(f"{inside} is {why}")
+        elif name == SUPERSEDED:
+            unchecked.append(f"{inside} has steps that were moved aside: verify it by its path")
+        elif (one := _found_at(inside)) is not None:
+            found.append(one)
+    if not found:
+        raise CheckpointNotFoundError(f"{here} has no checkpoint; it has: {kinds.contents(here)}")
+    return Verification(here, tuple(found), tuple(unchecked))
+
+
+def _found_at(path: str) -> Checked | None:
+    """What is found in a directory of a root; None if it is no checkpoint."""
+    try:
+        return _steadily(path) if kinds.is_checkpoint(path) else None
+    except OSError as error:  # nobody may look
+        return Checked(path, (), ((path, str(error)),), (), 0, 0)
+
+
+def _steadily(path: str) -> Checked | None:
+    """What is found in a checkpoint as it stays; None if it is deleted meanwhile."""
+    while True:
+        before = identity(path)
+        found = _Check(path).run()
+        if found.ok or identity(path) == before:
+            return found
+        if not os.path.isdir(path):
+            return None
+
+
+class _Check:
+    """The check of one checkpoint."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.leaves: dict[str, str] = {}
+        self.files: dict[str, str] = {}
+        self.unchecked: list[str] = []
+        self.covered: set[str] = set()  # directories of arrays, read file by file
+        self.count = self.nbytes = self.arrays = self.without = 0  # the last have no checksum
+
+    def run(self) -> Checked:
+        with self._noting(self.path):
+            record, deleting = Record(self.path), deletion.read(self.path)
+            hidden = deleting.checkpointable_name if deleting else None
+            if hidden:
+                self.unchecked.append(f"{hidden!r}, whose deletion was not finished")
+            entries = [entry for entry in os.scandir(self.path) if kinds.is_item(entry)]
+            items = {entry.name: entry.path for entry in entries if entry.name != hidden}
+            if kinds.holds_tree(self.path):
+                items = {"": self.path}
+            for name, where in items.items():
+                if (inner := Record(where)).lists(names.TREE_METADATA):
+                    self._tree(name, inner)
+            if record.native:
+                self._recorded(record, hidden)
+            else:
+                self._foreign(record)
+        found = tuple(self.leaves.items()), tuple(self.files.items()), tuple(self.unchecked)
+        return Checked(self.path, *found, self.count, self.nbytes)
+
+    @contextlib.contextmanager
+    def _noting(self, path: str) -> Generator[None]:
+        """Takes note of a path as damaged, instead of raising the error."""
+        try:
+            yield
+        except (FlaxCkptError, OSError) as error:
+            self.files.setdefault(path, str(error))
+
+    def _tree(self, name: str, record: Record) -> None:
+        where = record.directory
+        with self._noting(where), SavedTree(where, on_damage="skip") as saved:
+            self.nbytes += saved.check(_BATCH)
+            self.count += sum(not leaf.is_empty for leaf in saved.leaves.values())
+            for path, why in saved.damaged().items():
+                found = self.files if os.path.isabs(path) else self.leaves
+                found[os.path.join(name, path)] = why
+            encodings = [array.encoding for array in saved.stored.values()]
+            self.arrays += len(encodings)
+            self.without += sum(not (encoding and encoding.trailer) for encoding in encodings)
+            if record.native and names.MANIFEST not in record.crcs:
+                self.covered |= {os.path.join(name, array) for array in saved.stored}
+        if not record.native and os.path.lexists(os.path.join(where, names.CHUNK_TABLE)):
+            lost = os.path.join(self.path, names.INTEGRITY)
+            self.files[lost] = "the file is missing, so that most others cannot be checked"
+
+    def _recorded(self, record: Record, hidden: str | None) -> None:
+        """Compares the files of a checkpoint that has a record of them."""
+        parts = {name: name.split("/") for name in record.crcs}
+        deleted = self._deleted(record) | {hidden}
+        for name, (item, *rest) in parts.items():
+            steps = range(1, len(rest) + 1)
+            inside = any("/".join([item, *rest[:i]]) in self.covered for i in steps)
+            if not (inside or item in deleted):
+                with self._noting(os.path.join(self.path, name)):
+                    self.nbytes += len(record.read(name))
+
+    def _deleted(self, record: Record) -> set[str | None]:
+        """What a deletion left in the record: its items, and the metadata that it rewrote."""
+        with contextlib.suppress(FlaxCkptError, OSError):
+            data = deletion.read_metadata(record)
+            if data and file_crc(data) != record.crcs.get(names.CHECKPOINT_METADATA):
+                gone = record.listed() - set(os.listdir(self.path))
+                return {names.CHECKPOINT_METADATA, *filter(lambda n: record.listed(f"{n}/"), gone)}
+        return set()
+
+    def _foreign(self, record: Record) -> None:
+        """Parses what can be parsed, and says what that leaves unchecked."""
+        for name in (names.CHECKPOINT_METADATA, f"{names.METRICS}/{names.METRICS_FILE}"):
+            if record.lists(name):
+                with self._noting(path := os.path.join(self.path, name)):
+                    data = record.read(name)
+                    self.nbytes += len(data)
+                    jsons.parse_object(data, path)
+        text = f"{self.without} of {self.arrays} arrays have no checksum: they were only decoded"
+        self.unchecked += [text] if self.without else []
+        self.unchecked.append("files beside the arrays have no checksums: JSON was only parsed")
