@@ -156,12 +156,13 @@ class _Check:
         self.path = path
         self.leaves: dict[str, str] = {}
         self.files: dict[str, str] = {}
+        self.broken: dict[str, str] = {}  # trees, of which no leaf can be read
         self.unchecked: list[str] = []
         self.covered: set[str] = set()  # directories of arrays, read file by file
         self.count = self.nbytes = self.arrays = self.without = 0  # the last have no checksum
 
     def run(self) -> Checked:
-        with self._noting(self.path):
+        with self._noting(self.path, self.files):
             record, deleting = Record(self.path), deletion.read(self.path)
             hidden = deleting.checkpointable_name if deleting else None
             if hidden:
@@ -177,20 +178,23 @@ class _Check:
                 self._recorded(record, hidden)
             else:
                 self._foreign(record)
+        for where, why in self.broken.items():  # unless a file that is named already says so
+            if not any(path in why for path in self.files):
+                self.files[where] = why
         found = tuple(self.leaves.items()), tuple(self.files.items()), tuple(self.unchecked)
         return Checked(self.path, *found, self.count, self.nbytes)
 
     @contextlib.contextmanager
-    def _noting(self, path: str) -> Generator[None]:
+    def _noting(self, path: str, found: dict[str, str]) -> Generator[None]:
         """Takes note of a path as damaged, instead of raising the error."""
         try:
             yield
         except (FlaxCkptError, OSError) as error:
-            self.files.setdefault(path, str(error))
+            found.setdefault(path, str(error))
 
     def _tree(self, name: str, record: Record) -> None:
         where = record.directory
-        with self._noting(where), SavedTree(where, on_damage="skip") as saved:
+        with self._noting(where, self.broken), SavedTree(where, on_damage="skip") as saved:
             self.nbytes += saved.check(_BATCH)
             self.count += sum(not leaf.is_empty for leaf in saved.leaves.values())
             for path, why in saved.damaged().items():
@@ -213,7 +217,7 @@ class _Check:
             steps = range(1, len(rest) + 1)
             inside = any("/".join([item, *rest[:i]]) in self.covered for i in steps)
             if not (inside or item in deleted):
-                with self._noting(os.path.join(self.path, name)):
+                with self._noting(os.path.join(self.path, name), self.files):
                     self.nbytes += len(record.read(name))
 
     def _deleted(self, record: Record) -> set[str | None]:
@@ -229,7 +233,7 @@ class _Check:
         """Parses what can be parsed, and says what that leaves unchecked."""
         for name in (names.CHECKPOINT_METADATA, f"{names.METRICS}/{names.METRICS_FILE}"):
             if record.lists(name):
-                with self._noting(path := os.path.join(self.path, name)):
+                with self._noting(path := os.path.join(self.path, name), self.files):
                     data = record.read(name)
                     self.nbytes += len(data)
                     jsons.parse_object(data, path)
