@@ -29,12 +29,11 @@ from flax_ckpt.errors import (
 from flax_ckpt.format import checkpoint, names
 from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.pytree import PyTreeHandler
-from flax_ckpt.handlers.saved_tree import OnDamage, SavedTree, skips
+from flax_ckpt.handlers.saved_tree import SavedTree
 from flax_ckpt.leaves.base import PLACEHOLDER
-from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage import deletion, kinds
 from flax_ckpt.storage.files import PathLike, local_path
-from flax_ckpt.storage.record import Record
+from flax_ckpt.storage.record import Damage, OnDamage, Record, notes, noting
 
 logger = logging.getLogger("flax_ckpt")
 T = TypeVar("T")
@@ -366,46 +365,41 @@ def _handler(layout: Layout, name: str, abstract: Any) -> Any:
     return handler_registry.for_load(registry, name, abstract, recorded, is_tree)
 
 
-def open_tree(layout: Layout, name: str, context: Context, on_damage: OnDamage) -> SavedTree:
+def open_tree(layout: Layout, name: str, context: Context, damage: Damage | None) -> SavedTree:
     """A saved tree, with the leaf handlers of the context's PyTree handler for it, if any."""
-    leaves: LeafRegistry | None = None
     registry = context.checkpointables.registry or handler_registry.global_registry()
     entries = list(reversed(registry.get_all_entries()))
     entries.sort(key=lambda entry: entry[1] is None)  # one bound to the name comes first
     for handler_type, bound in entries:
         if bound in (name, None) and issubclass(handler_type, PyTreeHandler):
             leaves = handler_type().leaf_handler_registry
-            break
-    return SavedTree(layout.items[name], leaves, on_damage=on_damage)
+            return SavedTree(layout.items[name], leaves, damage=damage)
+    return SavedTree(layout.items[name], damage=damage)
 
 
 async def _load_items(
     layout: Layout, wanted: Mapping[str, Any], on_damage: OnDamage
 ) -> dict[str, Any]:
-    skip = skips(on_damage)
+    damage = notes(on_damage)
     handlers = {name: _handler(layout, name, abstract) for name, abstract in wanted.items()}
-    damage: dict[str, str] = {}
     for name, handler in handlers.items():
         if isinstance(handler, PyTreeHandler):
-            handler.on_damage = on_damage
-            continue
-        try:  # one that reads part of a tree checks that
-            Record(os.fspath(layout.item(name))).check_all()
-        except (FormatError, OSError) as error:
-            if not skip:
-                raise
-            damage[name] = str(error)
-    found: dict[str, Any] = dict.fromkeys(damage, PLACEHOLDER)
-    for name in wanted.keys() - damage.keys():
-        handler = handlers[name]
-        found[name] = await (await handler.load(layout.item(name), wanted[name]))
-        if isinstance(handler, PyTreeHandler):
-            damage |= {os.path.join(name, path): why for path, why in handler.damage.items()}
+            handler.damage = notes(on_damage)
+        else:  # one that reads part of a tree checks that
+            with noting(damage, name):
+                Record(os.fspath(layout.item(name))).check_all()
+    found: dict[str, Any] = dict.fromkeys(damage or (), PLACEHOLDER)
+    for name, handler in handlers.items():
+        if name not in found:
+            found[name] = await (await handler.load(layout.item(name), wanted[name]))
+        if damage is not None and isinstance(handler, PyTreeHandler):
+            inside: Damage = handler.damage or {}
+            damage |= {os.path.join(name, path): why for path, why in inside.items()}
     warn_of_damage(layout.path, damage)
     return {name: found[name] for name in wanted}
 
 
-def warn_of_damage(where: str, damage: Mapping[str, str]) -> None:
+def warn_of_damage(where: str, damage: Damage | None) -> None:
     """Says once what was skipped because it is damaged, each with the reason."""
     if damage:
         lines = [f"  {path}: {why}" for path, why in damage.items()]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError
+from flax_ckpt.errors import InvalidLayoutError
 from flax_ckpt.inspection import verify
 
 
@@ -40,7 +40,7 @@ def _verify(options: Any) -> int:
     for path in options.paths:
         try:
             found = verify(path)
-        except (CheckpointNotFoundError, InvalidLayoutError) as error:
+        except (InvalidLayoutError, OSError) as error:
             print(error, file=sys.stderr)
             code = 2
             continue

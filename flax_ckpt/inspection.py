@@ -7,8 +7,8 @@ assert found.ok
 
 import contextlib
 import dataclasses
+import itertools
 import os
-from collections.abc import Generator
 from typing import Final
 
 from flax_ckpt._load import identity
@@ -17,7 +17,7 @@ from flax_ckpt.format import jsons, names
 from flax_ckpt.format.checkpoint import file_crc
 from flax_ckpt.handlers.saved_tree import SavedTree
 from flax_ckpt.storage import deletion, files, kinds
-from flax_ckpt.storage.record import Record
+from flax_ckpt.storage.record import Record, noting
 from flax_ckpt.training import progress
 from flax_ckpt.training.steps import SUPERSEDED
 
@@ -55,7 +55,7 @@ class Checked:
         state = "whole" if self.ok else "DAMAGED"
         lines = [f"{self.path}: {state}, {self.count} leaves, {progress.size(self.nbytes)}"]
         lines += [f"  leaf {path}: {why}" for path, why in self.leaves]
-        lines += [f"  file {path}: {why.removeprefix(f'{path}: ')}" for path, why in self.files]
+        lines += [f"  file {path}: {why}" for path, why in self.files]
         lines += [f"  not checked: {what}" for what in self.unchecked]
         return "\n".join(lines)
 
@@ -98,32 +98,28 @@ def verify(path: files.PathLike) -> Verification:
         CheckpointNotFoundError: there is nothing, or no checkpoint in it.
         InvalidLayoutError: a file, one checkpointable of a checkpoint, something unfinished.
 
-    >>> import os, tempfile, numpy as np, flax_ckpt as fc
-    >>> os.chdir(tempfile.mkdtemp())
-    >>> fc.save("ckpt", {"w": np.ones(3), "step": 1})
-    >>> found = fc.verify("ckpt")
+    >>> import tempfile, numpy as np, flax_ckpt as fc
+    >>> path = tempfile.mkdtemp() + "/ckpt"
+    >>> fc.save(path, {"w": np.ones(3), "step": 1})
+    >>> found = fc.verify(path)
     >>> found.ok, found.checkpoints[0].count
     (True, 2)
     """
     here = files.local_path(path)
     kinds.require_directory(here)
-    if kinds.is_checkpoint(here):
-        if (one := _steadily(here)) is None:
-            raise kinds.not_there(here)
-        return Verification(here, (one,))
     if kinds.unfinished(here) or kinds.owner(here):
         raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
+    inside = [here]
+    if not kinds.is_checkpoint(here):
+        inside = [os.path.join(here, n) for n in sorted(os.listdir(here), key=kinds.by_number)]
     found: list[Checked] = []
     unchecked: list[str] = []
-    for name in sorted(os.listdir(here), key=kinds.by_number):
-        inside = os.path.join(here, name)
-        if not os.path.isdir(inside):
-            continue
-        if why := kinds.unfinished(inside):
-            unchecked.append(f"{inside} is {why}")
-        elif name == SUPERSEDED:
-            unchecked.append(f"{inside} has steps that were moved aside: verify it by its path")
-        elif (one := _found_at(inside)) is not None:
+    for place in filter(os.path.isdir, inside):
+        if why := kinds.unfinished(place):
+            unchecked.append(f"{place} is {why}")
+        elif os.path.basename(place) == SUPERSEDED and place != here:
+            unchecked.append(f"{place} has steps that were moved aside: verify it by its path")
+        elif one := _found_at(place):
             found.append(one)
     if not found:
         raise CheckpointNotFoundError(f"{here} has no checkpoint; it has: {kinds.contents(here)}")
@@ -131,22 +127,15 @@ def verify(path: files.PathLike) -> Verification:
 
 
 def _found_at(path: str) -> Checked | None:
-    """What is found in a directory of a root; None if it is no checkpoint."""
+    """What is in a directory as it stays; None if it is no checkpoint, or deleted meanwhile."""
     try:
-        return _steadily(path) if kinds.is_checkpoint(path) else None
+        while kinds.is_checkpoint(path):
+            before = identity(path)
+            found = _Check(path).run()
+            if found.ok or identity(path) == before:
+                return found
     except OSError as error:  # nobody may look
         return Checked(path, (), ((path, str(error)),), (), 0, 0)
-
-
-def _steadily(path: str) -> Checked | None:
-    """What is found in a checkpoint as it stays; None if it is deleted meanwhile."""
-    while True:
-        before = identity(path)
-        found = _Check(path).run()
-        if found.ok or identity(path) == before:
-            return found
-        if not os.path.isdir(path):
-            return None
 
 
 class _Check:
@@ -162,7 +151,7 @@ class _Check:
         self.count = self.nbytes = self.arrays = self.without = 0  # the last have no checksum
 
     def run(self) -> Checked:
-        with self._noting(self.path, self.files):
+        with noting(self.files, self.path):
             record, deleting = Record(self.path), deletion.read(self.path)
             hidden = deleting.checkpointable_name if deleting else None
             if hidden:
@@ -174,30 +163,25 @@ class _Check:
             for name, where in items.items():
                 if (inner := Record(where)).lists(names.TREE_METADATA):
                     self._tree(name, inner)
-            if record.native:
-                self._recorded(record, hidden)
-            else:
+            if not record.native:
                 self._foreign(record)
+            done = self.covered | self._deleted(record) | {hidden}
+            for name in record.crcs:
+                if done.isdisjoint(itertools.accumulate(name.split("/"), os.path.join)):
+                    with noting(self.files, os.path.join(self.path, name)):
+                        self.nbytes += len(record.read(name))
         for where, why in self.broken.items():  # unless a file that is named already says so
             if not any(path in why for path in self.files):
                 self.files[where] = why
         found = tuple(self.leaves.items()), tuple(self.files.items()), tuple(self.unchecked)
         return Checked(self.path, *found, self.count, self.nbytes)
 
-    @contextlib.contextmanager
-    def _noting(self, path: str, found: dict[str, str]) -> Generator[None]:
-        """Takes note of a path as damaged, instead of raising the error."""
-        try:
-            yield
-        except (FlaxCkptError, OSError) as error:
-            found.setdefault(path, str(error))
-
     def _tree(self, name: str, record: Record) -> None:
         where = record.directory
-        with self._noting(where, self.broken), SavedTree(where, on_damage="skip") as saved:
+        with noting(self.broken, where), SavedTree(where, damage={}) as saved:
             self.nbytes += saved.check(_BATCH)
             self.count += sum(not leaf.is_empty for leaf in saved.leaves.values())
-            for path, why in saved.damaged().items():
+            for path, why in (saved.damage or {}).items():
                 found = self.files if os.path.isabs(path) else self.leaves
                 found[os.path.join(name, path)] = why
             encodings = [array.encoding for array in saved.stored.values()]
@@ -208,17 +192,6 @@ class _Check:
         if not record.native and os.path.lexists(os.path.join(where, names.CHUNK_TABLE)):
             lost = os.path.join(self.path, names.INTEGRITY)
             self.files[lost] = "the file is missing, so that most others cannot be checked"
-
-    def _recorded(self, record: Record, hidden: str | None) -> None:
-        """Compares the files of a checkpoint that has a record of them."""
-        parts = {name: name.split("/") for name in record.crcs}
-        deleted = self._deleted(record) | {hidden}
-        for name, (item, *rest) in parts.items():
-            steps = range(1, len(rest) + 1)
-            inside = any("/".join([item, *rest[:i]]) in self.covered for i in steps)
-            if not (inside or item in deleted):
-                with self._noting(os.path.join(self.path, name), self.files):
-                    self.nbytes += len(record.read(name))
 
     def _deleted(self, record: Record) -> set[str | None]:
         """What a deletion left in the record: its items, and the metadata that it rewrote."""
@@ -233,7 +206,7 @@ class _Check:
         """Parses what can be parsed, and says what that leaves unchecked."""
         for name in (names.CHECKPOINT_METADATA, f"{names.METRICS}/{names.METRICS_FILE}"):
             if record.lists(name):
-                with self._noting(path := os.path.join(self.path, name), self.files):
+                with noting(self.files, path := os.path.join(self.path, name)):
                     data = record.read(name)
                     self.nbytes += len(data)
                     jsons.parse_object(data, path)

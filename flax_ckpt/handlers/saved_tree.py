@@ -9,8 +9,8 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import Any
 
 from flax_ckpt.errors import Difference, FormatError, TreeMismatchError
 from flax_ckpt.format import names, tree
@@ -18,10 +18,8 @@ from flax_ckpt.handlers import keypaths
 from flax_ckpt.leaves.base import PLACEHOLDER, LeafHandler, LoadRules, SavedLeaf, show
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage.native_read import open_store
-from flax_ckpt.storage.record import Record
+from flax_ckpt.storage.record import Damage, Record, noting
 from flax_ckpt.storage.store import ArrayRead, Arrays, ArrayStore, read_resized, whole
-
-OnDamage: TypeAlias = Literal["raise", "skip"]
 
 _NO_ARRAYS = {tree.STRING, *tree.EMPTY}
 _SHOWN = 40  # differences in a message; all of them are in the exception
@@ -34,14 +32,15 @@ class SavedTree(contextlib.ExitStack):
         directory: absolute path of the PyTree directory.
         registry: handlers of its leaves.
         fill_missing: chunks that are missing from another writer's checkpoint are zeros.
-        on_damage: "skip": what is damaged of single leaves is noted, and they are not read.
+        damage: takes note of what is damaged of single leaves, and these are not read; None: it
+            raises.
 
     Attributes:
         record: reads its files.
         leaves: what is saved, empty nodes included, by key path.
         stored: how each array is stored, by its name.
         processes: how many wrote it, as far as is recorded.
-        damage: why, by the name of a damaged leaf, or the path of a file that is no leaf's.
+        damage: as given.
 
     Raises:
         DamagedCheckpointError: a file that describes the tree is missing or changed.
@@ -54,12 +53,11 @@ class SavedTree(contextlib.ExitStack):
         registry: LeafRegistry | None = None,
         *,
         fill_missing: bool = False,
-        on_damage: OnDamage = "raise",
+        damage: Damage | None = None,
     ) -> None:
         super().__init__()
         self.directory = directory
-        self.damage: dict[str, str] = {}
-        self._skip = skips(on_damage)
+        self.damage = damage
         self._registry = registry or LeafRegistry()
         self._store: ArrayStore | None = None
         self.record = Record(directory)
@@ -80,14 +78,14 @@ class SavedTree(contextlib.ExitStack):
     def _describe(self, found: Sequence[tuple[tree.KeyPath, str, str]]) -> Iterator[SavedLeaf]:
         shardings: dict[str, str] = {}
         if self.record.lists(names.SHARDING):
-            with self._noting(os.path.join(self.directory, names.SHARDING)):
+            with noting(self.damage, os.path.join(self.directory, names.SHARDING)):
                 shardings = tree.decode_shardings(*self._file(names.SHARDING))
         recorded = list(_process_files(self.record).values())
         self.processes = len(recorded)
         impls = tree.decode_key_impls(*recorded[0]) if recorded else {}
         strings: dict[str, str] = {}
-        if texts := [name for _, name, kind in found if kind == tree.STRING]:
-            with self._noting(*texts):
+        if texts := {name: tree.show(path) for path, name, kind in found if kind == tree.STRING}:
+            with noting(self.damage, *texts.values()):
                 data, where = self._file(names.STRINGS)
                 strings = tree.decode_strings(data, texts, where)
         for path, name, kind in found:
@@ -99,21 +97,6 @@ class SavedTree(contextlib.ExitStack):
 
     def _file(self, name: str) -> tuple[bytes, str]:
         return self.record.read(name), os.path.join(self.directory, name)
-
-    @contextlib.contextmanager
-    def _noting(self, *damaged: str, leaf: str = "") -> Generator[None]:
-        """Takes note of damage to these, instead of raising the error, if it is to be skipped."""
-        try:
-            yield
-        except (FormatError, OSError) as error:
-            if not self._skip:
-                raise
-            self.damage |= dict.fromkeys(damaged, str(error).removeprefix(f"{leaf}: "))
-
-    def damaged(self) -> dict[str, str]:
-        """What is damaged: why, by the key path of a leaf, or the path of a file."""
-        paths = {leaf.name: tree.show(leaf.path) for leaf in self.leaves.values() if self.damage}
-        return {paths.get(name, name): why for name, why in self.damage.items()}
 
     def check(self, limit: int) -> int:
         """Reads every array and says how many bytes that were; damage is raised, or noted.
@@ -258,7 +241,7 @@ class SavedTree(contextlib.ExitStack):
             if self.damage:
                 for i in group:
                     result[i] = PLACEHOLDER
-                group = [i for i in group if values[i].saved.name not in self.damage]
+                group = [i for i in group if tree.show(values[i].saved.path) not in self.damage]
             built = handler.build([values[i] for i in group], [data.get(i, ()) for i in group])
             for i, value in zip(group, built, strict=True):
                 result[i] = value
@@ -273,10 +256,10 @@ class SavedTree(contextlib.ExitStack):
             return []
         store = self._store
         read = functools.partial(read_resized, store) if resize else store.read_arrays
-        if not self._skip:
+        if self.damage is None:
             return read(reads)
         if len(reads) == 1:
-            with self._noting(reads[0].name, leaf=reads[0].leaf):
+            with noting(self.damage, reads[0].leaf):
                 return read(reads)
             return [[]]
         with contextlib.suppress(FormatError, OSError):
@@ -284,13 +267,6 @@ class SavedTree(contextlib.ExitStack):
         half = len(reads) // 2
         parts = reads[:half], reads[half:]
         return [array for part in parts for array in self._arrays(part, resize=resize)]
-
-
-def skips(on_damage: OnDamage) -> bool:
-    """Whether damage is skipped; checks that it says a known thing."""
-    if on_damage not in ("raise", "skip"):
-        raise ValueError(f"on_damage must be 'raise' or 'skip', got {on_damage!r}")
-    return on_damage == "skip"
 
 
 def read_array_metadatas(record: Record) -> dict[int, list[tree.ArrayMetadata]]:

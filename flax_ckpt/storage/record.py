@@ -4,12 +4,36 @@
 A checkpoint without it was not written by us: its files are read as they are.
 """
 
+import contextlib
 import os
+from collections.abc import Generator
+from typing import Literal, TypeAlias
 
-from flax_ckpt.errors import DamagedCheckpointError
+from flax_ckpt.errors import DamagedCheckpointError, FlaxCkptError
 from flax_ckpt.format import names
 from flax_ckpt.format.checkpoint import Integrity, file_crc
 from flax_ckpt.storage import files
+
+OnDamage: TypeAlias = Literal["raise", "skip"]
+Damage: TypeAlias = dict[str, str]  # why, by the key path of a leaf, or the path of a file
+
+
+def notes(on_damage: OnDamage) -> Damage | None:
+    """Where damage is noted that is skipped; None if it raises."""
+    if on_damage not in ("raise", "skip"):
+        raise ValueError(f"on_damage must be 'raise' or 'skip', got {on_damage!r}")
+    return {} if on_damage == "skip" else None
+
+
+@contextlib.contextmanager
+def noting(damage: Damage | None, *what: str) -> Generator[None]:
+    """Takes note that these are damaged, instead of raising the error, if there is a place."""
+    try:
+        yield
+    except (FlaxCkptError, OSError) as error:
+        if damage is None:
+            raise
+        damage |= dict.fromkeys(what, str(error).removeprefix(f"{what[0]}: "))
 
 
 class Record:

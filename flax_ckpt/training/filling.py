@@ -105,11 +105,12 @@ class _Wish:
         Returns:
             Why, by the name of the leaf, or the path of a damaged file that is no leaf's.
         """
-        damage = {path: why for path, why in saved.damage.items() if os.path.isabs(path)}
+        noted = saved.damage or {}
+        damage = {path: why for path, why in noted.items() if os.path.isabs(path)}
         whole: list[int] = []
         for i, value in zip(group, values, strict=True):
-            leaf = saved.leaves.get(self.paths[i]) if saved.damage else None
-            if leaf is None or (why := saved.damage.get(leaf.name)) is None:
+            leaf = saved.leaves.get(self.paths[i]) if noted else None
+            if leaf is None or (why := noted.get(tree.show(leaf.path))) is None:
                 whole.append(i)
                 self.values[i] = value
             else:

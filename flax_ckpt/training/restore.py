@@ -22,11 +22,10 @@ from flax_ckpt.adapters import config as configs
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.format import names, protos
 from flax_ckpt.handlers.pytree import log_fallbacks
-from flax_ckpt.handlers.saved_tree import OnDamage
 from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.storage import kinds
 from flax_ckpt.storage.files import local_path
-from flax_ckpt.storage.record import Record
+from flax_ckpt.storage.record import OnDamage, Record, notes, noting
 from flax_ckpt.training import best, data, progress, steps
 from flax_ckpt.training.contents import CONFIG
 from flax_ckpt.training.filling import fill
@@ -34,8 +33,6 @@ from flax_ckpt.training.report import Damaged, Report
 from flax_ckpt.training.selection import Missing, Rename, Selection, Selector, Unexpected
 
 S = TypeVar("S")
-T = TypeVar("T")
-_Config: TypeAlias = tuple[str | None, Any, Any]
 PathLike = str | os.PathLike[str]
 logger = logging.getLogger("flax_ckpt")
 
@@ -240,38 +237,24 @@ def _restore_one(
     data.require(layout, rules.data_iterator)
     state, done = fill(layout, like, rules.chosen, load_rules, rules.context)
     log_fallbacks(epath.Path(path), load_rules)
-    damaged += done.damaged
-
-    def beside(part: str, read: Callable[[], T], nothing: T) -> T:
-        """A part that is not of the state; nothing, if it is damaged and that is to be skipped."""
-        nonlocal damaged
-        try:
-            return read()
-        except (errors.DamagedCheckpointError, OSError) as error:
-            if rules.chosen.on_damage == "raise":
-                raise
-            warn_of_damage(path, {part: str(error)})
-            damaged += ((part, str(error)),)
-            return nothing
-
     seconds = time.perf_counter() - started
     logger.info("restored %s", progress.line(path, number, done.nbytes, seconds))
     progress.record("restore", duration_secs=seconds, bytes=done.nbytes)
-    saved: _Config = beside(CONFIG, lambda: _load_config(layout, rules.config), (None, None, {}))
-    text, config, provenance = saved
-    metrics = beside(names.METRICS, lambda: _load_metrics(layout, rules.context), None)
+    lost = notes(rules.chosen.on_damage)
+    text, config, metrics, provenance = None, None, None, dict[str, Any]()
+    with noting(lost, CONFIG):
+        text, config, provenance = _load_config(layout, rules.config)
+    with noting(lost, names.METRICS):
+        if names.METRICS in layout.items:
+            metrics = load_layout(layout, {names.METRICS: None}, rules.context)[names.METRICS]
+    warn_of_damage(path, lost)
+    damaged += (*done.damaged, *(lost or {}).items())
     data.restore(layout, rules.data_iterator, rules.context)
     report = dataclasses.replace(done, seconds=seconds, damaged=damaged)
     return Restored(state, number, metrics, config, text, provenance, report)
 
 
-def _load_metrics(layout: Layout, context: Context) -> dict[str, Any] | None:
-    if names.METRICS not in layout.items:
-        return None
-    return load_layout(layout, {names.METRICS: None}, context)[names.METRICS]
-
-
-def _load_config(layout: Layout, kind: type[Message] | None) -> _Config:
+def _load_config(layout: Layout, kind: type[Message] | None) -> tuple[str | None, Any, Any]:
     """The config as text and as what it stands for, and where it comes from."""
     record = Record(layout.items[CONFIG]) if CONFIG in layout.items else None
     if record is None or not record.lists(names.PROTO_FILE):

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 from flax_ckpt.errors import StateError
 from flax_ckpt.format import tree
-from flax_ckpt.handlers.saved_tree import OnDamage, skips
+from flax_ckpt.storage.record import OnDamage, notes
 
 Test: TypeAlias = Callable[[str], bool]
 Selector: TypeAlias = str | Test | Sequence[str | Test]
@@ -66,7 +66,7 @@ class Selection:
             given = getattr(self, name)
             if not (given is None or isinstance(given, str) or callable(given)):
                 object.__setattr__(self, name, tuple(given))  # it is gone through several times
-        skips(self.on_damage)
+        notes(self.on_damage)  # checks it
         known = self.missing in ("error", "keep", "init")
         if not known or self.unexpected not in ("error", "ignore"):
             raise ValueError(

@@ -18,6 +18,7 @@ from flax_ckpt.context import Context
 from flax_ckpt.format import names, tree
 from flax_ckpt.handlers.saved_tree import SavedTree, mismatch
 from flax_ckpt.leaves.base import SavedLeaf
+from flax_ckpt.storage.record import notes
 from flax_ckpt.training import boxes
 from flax_ckpt.training.selection import Selection
 
@@ -99,9 +100,8 @@ class Source(contextlib.ExitStack):
         self._chosen = chosen
 
     def _open(self, name: str, *mount: tree.Key) -> SavedTree:
-        saved = self.enter_context(
-            open_tree(self._layout, name, self._context, self._chosen.on_damage)
-        )
+        damage = notes(self._chosen.on_damage)
+        saved = self.enter_context(open_tree(self._layout, name, self._context, damage))
         saved.leaves = {(*mount, *path): leaf for path, leaf in saved.leaves.items()}
         self.trees[name] = saved
         return saved
