@@ -305,7 +305,8 @@ def _destination(
 
 def _in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
     """Does the work for each; once the main thread has ended, executors refuse any."""
-    if threading.main_thread().is_alive():
+    items = list(items)
+    if len(items) > 1 and threading.main_thread().is_alive():
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(work, items))
     else:
