@@ -29,11 +29,10 @@ from flax_ckpt.errors import (
 from flax_ckpt.format import checkpoint, names
 from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.pytree import PyTreeHandler
-from flax_ckpt.handlers.saved_tree import SavedTree
 from flax_ckpt.leaves.base import PLACEHOLDER
 from flax_ckpt.storage import deletion, kinds
 from flax_ckpt.storage.files import PathLike, local_path
-from flax_ckpt.storage.record import Damage, OnDamage, Record, notes, noting
+from flax_ckpt.storage.record import Damage, OnDamage, Record, notes, noting, warn
 
 logger = logging.getLogger("flax_ckpt")
 T = TypeVar("T")
@@ -365,18 +364,6 @@ def _handler(layout: Layout, name: str, abstract: Any) -> Any:
     return handler_registry.for_load(registry, name, abstract, recorded, is_tree)
 
 
-def open_tree(layout: Layout, name: str, context: Context, damage: Damage | None) -> SavedTree:
-    """A saved tree, with the leaf handlers of the context's PyTree handler for it, if any."""
-    registry = context.checkpointables.registry or handler_registry.global_registry()
-    entries = list(reversed(registry.get_all_entries()))
-    entries.sort(key=lambda entry: entry[1] is None)  # one bound to the name comes first
-    for handler_type, bound in entries:
-        if bound in (name, None) and issubclass(handler_type, PyTreeHandler):
-            leaves = handler_type().leaf_handler_registry
-            return SavedTree(layout.items[name], leaves, damage=damage)
-    return SavedTree(layout.items[name], damage=damage)
-
-
 async def _load_items(
     layout: Layout, wanted: Mapping[str, Any], on_damage: OnDamage
 ) -> dict[str, Any]:
@@ -395,15 +382,8 @@ async def _load_items(
         if damage is not None and isinstance(handler, PyTreeHandler):
             inside: Damage = handler.damage or {}
             damage |= {os.path.join(name, path): why for path, why in inside.items()}
-    warn_of_damage(layout.path, damage)
+    warn(layout.path, damage)
     return {name: found[name] for name in wanted}
-
-
-def warn_of_damage(where: str, damage: Damage | None) -> None:
-    """Says once what was skipped because it is damaged, each with the reason."""
-    if damage:
-        lines = [f"  {path}: {why}" for path, why in damage.items()]
-        logger.warning("%s: damaged, and not loaded:\n%s", where, "\n".join(lines))
 
 
 async def _describe(layout: Layout, wanted: list[str]) -> dict[str, Any]:

@@ -31,10 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("verify", help=about, description=about)
     command.add_argument("paths", nargs="+", metavar="PATH", help="a checkpoint or a run's root")
     command.add_argument("--json", action="store_true", help="print a list of JSON objects")
-    return _verify(parser.parse_args(arguments))
-
-
-def _verify(options: Any) -> int:
+    options = parser.parse_args(arguments)
     code = 0
     results: list[dict[str, Any]] = []
     for path in options.paths:

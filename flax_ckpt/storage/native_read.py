@@ -96,12 +96,8 @@ class NativeStore:
     def describe(self, names: Sequence[str]) -> dict[str, StoredArray]:
         """See :class:`ArrayStore`."""
         found: dict[str, StoredArray] = {}
-        known, key_of, value, crcs = (
-            self._known,
-            self._encoding.metadata_key,
-            self._value,
-            self._crcs,
-        )
+        known, key_of = self._known, self._encoding.metadata_key
+        value, crcs = self._value, self._crcs
         for name in names:
             key = key_of(name)
             data = value(key)

@@ -5,6 +5,7 @@ A checkpoint without it was not written by us: its files are read as they are.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Generator
 from typing import Literal, TypeAlias
@@ -13,6 +14,8 @@ from flax_ckpt.errors import DamagedCheckpointError, FlaxCkptError
 from flax_ckpt.format import names
 from flax_ckpt.format.checkpoint import Integrity, file_crc
 from flax_ckpt.storage import files
+
+logger = logging.getLogger("flax_ckpt")
 
 OnDamage: TypeAlias = Literal["raise", "skip"]
 Damage: TypeAlias = dict[str, str]  # why, by the key path of a leaf, or the path of a file
@@ -34,6 +37,13 @@ def noting(damage: Damage | None, *what: str) -> Generator[None]:
         if damage is None:
             raise
         damage |= dict.fromkeys(what, str(error).removeprefix(f"{what[0]}: "))
+
+
+def warn(where: str, damage: Damage | None) -> None:
+    """Says once what was noted, each with the reason."""
+    if damage:
+        lines = [f"  {path}: {why}" for path, why in damage.items()]
+        logger.warning("%s: damaged, and not loaded:\n%s", where, "\n".join(lines))
 
 
 class Record:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_ckpt._load import Layout, warn_of_damage
+from flax_ckpt._load import Layout
 from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context
 from flax_ckpt.errors import StateError
@@ -24,6 +24,7 @@ from flax_ckpt.handlers import keypaths
 from flax_ckpt.handlers.saved_tree import SavedTree
 from flax_ckpt.leaves import dtypes
 from flax_ckpt.leaves.base import PLACEHOLDER, LoadRules, SavedLeaf, show_array
+from flax_ckpt.storage.record import warn
 from flax_ckpt.training import progress
 from flax_ckpt.training.report import Report
 from flax_ckpt.training.selection import Missing, Selection, shortened
@@ -210,7 +211,7 @@ def fill(
         damage: dict[str, str] = {}
         for (name, group), (_, read) in zip(wish.read.items(), compared, strict=True):
             damage |= wish.take(group, read(), source.trees[name])
-        warn_of_damage(source.where, damage)
+        warn(source.where, damage)
         if chosen.on_damage == "skip":
             wish.initialise(chosen.init, form)
     report = dataclasses.replace(_report(wish, moved), damaged=tuple(damage.items()))

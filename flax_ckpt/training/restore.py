@@ -16,7 +16,7 @@ from etils import epath
 from google.protobuf.message import Message
 
 from flax_ckpt import errors
-from flax_ckpt._load import Layout, load_layout, steadily, warn_of_damage
+from flax_ckpt._load import Layout, load_layout, steadily
 from flax_ckpt._metadata import CheckpointMetadata
 from flax_ckpt.adapters import config as configs
 from flax_ckpt.context import Context, resolve
@@ -25,7 +25,7 @@ from flax_ckpt.handlers.pytree import log_fallbacks
 from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.storage import kinds
 from flax_ckpt.storage.files import local_path
-from flax_ckpt.storage.record import OnDamage, Record, notes, noting
+from flax_ckpt.storage.record import OnDamage, Record, notes, noting, warn
 from flax_ckpt.training import best, data, progress, steps
 from flax_ckpt.training.contents import CONFIG
 from flax_ckpt.training.filling import fill
@@ -247,7 +247,7 @@ def _restore_one(
     with noting(lost, names.METRICS):
         if names.METRICS in layout.items:
             metrics = load_layout(layout, {names.METRICS: None}, rules.context)[names.METRICS]
-    warn_of_damage(path, lost)
+    warn(path, lost)
     damaged += (*done.damaged, *(lost or {}).items())
     data.restore(layout, rules.data_iterator, rules.context)
     report = dataclasses.replace(done, seconds=seconds, damaged=damaged)
