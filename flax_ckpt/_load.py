@@ -59,7 +59,8 @@ def load(
             None: `path` is itself the directory of the tree.
         on_damage: "skip": a leaf that is damaged comes back as `PLACEHOLDER`, the others as they
             are, and one WARNING lists each with the reason. Damage to what describes the tree, its
-            index or the checkpoint itself raises in any case: nothing could be told from it.
+            index or the checkpoint itself raises in any case: nothing could be told from it. Of
+            several processes each skips what is damaged of its own part.
 
     Returns:
         A tree of the structure of `abstract_state`.
