@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +133,23 @@ def test_another_word_is_refused(ckpt: Path) -> None:
 # Training states.
 
 
+@functools.cache
+def after(steps: int) -> Any:
+    return states.train(states.create(), 0, steps)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pristine") / "run"
+    with fc.CheckpointCallback(root, every_n_steps=1, config=CONFIG) as callback:
+        for step in (1, 2):
+            callback.on_step_end(step, after(step), metrics={"loss": 3.0 - step})
+    return root
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    state = states.train(states.create(), 0, 2)
-    with fc.CheckpointCallback(tmp_path / "run", every_n_steps=1, config=CONFIG) as callback:
-        callback.on_step_end(1, states.train(states.create(), 0, 1), metrics={"loss": 2.0})
-        callback.on_step_end(2, state, metrics={"loss": 1.0})
-    return tmp_path / "run"
+def root(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "run"))
 
 
 CONFIG = {"lr": 0.1}
@@ -155,7 +167,7 @@ def test_a_damaged_leaf_stays_as_it_is_in_the_wanted_state(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lose_kernel(root)
-    like, wanted = states.create(), states.train(states.create(), 0, 2)
+    like, wanted = after(0), after(2)
     out = fc.restore(root, like, on_damage="skip")
     kernel = like.params["Dense_0"]["kernel"]
     expected = jax.tree.map(lambda x: x, wanted.params)
@@ -181,11 +193,11 @@ def test_it_is_taken_from_init_where_the_wanted_state_is_abstract(root: Path) ->
 
     def init() -> Any:
         made.append(1)
-        return states.create()
+        return after(0)
 
     out = fc.restore(root, abstract, init=init, on_damage="skip")
     assert out.report.initialised == (KERNEL,)
-    assert equal(out.state.params["Dense_0"]["kernel"], states.create().params["Dense_0"]["kernel"])
+    assert equal(out.state.params["Dense_0"]["kernel"], after(0).params["Dense_0"]["kernel"])
     assert made == [1]
     fc.restore_train_state(root, abstract, init=init, on_damage="skip", step=1)
     assert made == [1]
@@ -202,14 +214,14 @@ def test_without_a_wanted_state_it_is_left_out(root: Path) -> None:
 def test_a_damaged_config_and_damaged_metrics(root: Path) -> None:
     flip(root / "2/config/proto.pbtxt")
     flip(root / "2/metrics/metrics")
-    out = fc.restore(root, states.create(), on_damage="skip")
+    out = fc.restore(root, after(0), on_damage="skip")
     assert (out.step, out.config, out.metrics) == (2, None, None)
     assert [name for name, _ in out.report.damaged] == ["config", "metrics"]
 
 
 def test_a_step_that_cannot_be_rescued_is_passed_over(root: Path) -> None:
     flip(root / "2/params/manifest.ocdbt")
-    out = fc.restore(root, states.create(), on_damage="skip")
+    out = fc.restore(root, after(0), on_damage="skip")
     assert out.step == 1
     assert out.report.damaged[0][0] == 2
 
