@@ -32,6 +32,7 @@ from flax_ckpt.handlers import (
     CheckpointableHandler,
     StatefulCheckpointable,
 )
+from flax_ckpt.inspection import Verification, verify
 from flax_ckpt.leaves.base import PLACEHOLDER
 from flax_ckpt.training.best import Best
 from flax_ckpt.training.callback import CheckpointCallback
@@ -44,5 +45,6 @@ __all__ += ["CheckpointMetadata", "PyTreeMetadata", "checkpointables_metadata", 
 __all__ += ["delete", "delete_async", "is_orbax_checkpoint"]
 __all__ += ["AsyncResponse", "CheckpointableHandler", "Context", "StatefulCheckpointable"]
 __all__ += ["Best", "CheckpointCallback", "Report", "Restored", "restore", "restore_train_state"]
+__all__ += ["Verification", "verify"]
 __all__ += ["arrays", "errors", "handlers", "leaves", "multihost"]
 __all__ += ["options", "partial", "path", "training", "tree"]

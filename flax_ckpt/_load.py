@@ -29,10 +29,10 @@ from flax_ckpt.errors import (
 from flax_ckpt.format import checkpoint, names
 from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.pytree import PyTreeHandler
-from flax_ckpt.handlers.saved_tree import SavedTree
+from flax_ckpt.leaves.base import PLACEHOLDER
 from flax_ckpt.storage import deletion, kinds
 from flax_ckpt.storage.files import PathLike, local_path
-from flax_ckpt.storage.record import Record
+from flax_ckpt.storage.record import Damage, OnDamage, Record, notes, noting, warn
 
 logger = logging.getLogger("flax_ckpt")
 T = TypeVar("T")
@@ -40,7 +40,11 @@ _jax: Any = jax  # which says nothing about the types of its trees
 
 
 def load(
-    path: PathLike, abstract_state: Any = None, *, checkpointable_name: str | None = names.AUTO
+    path: PathLike,
+    abstract_state: Any = None,
+    *,
+    checkpointable_name: str | None = names.AUTO,
+    on_damage: OnDamage = "raise",
 ) -> Any:
     """Loads one PyTree.
 
@@ -53,6 +57,10 @@ def load(
             not read and stays so, also where the checkpoint has nothing.
         checkpointable_name: which checkpointable; `AUTO`: `state`, or the only tree there is;
             None: `path` is itself the directory of the tree.
+        on_damage: "skip": a leaf that is damaged comes back as `PLACEHOLDER`, the others as they
+            are, and one WARNING lists each with the reason. Damage to what describes the tree, its
+            index or the checkpoint itself raises in any case: nothing could be told from it. Of
+            several processes each skips what is damaged of its own part.
 
     Returns:
         A tree of the structure of `abstract_state`.
@@ -76,21 +84,28 @@ def load(
     def read() -> Any:
         layout = Layout.of(path)
         name = layout.tree_name(checkpointable_name)
-        return _async.run(_load_items(layout, {name: abstract}))[name]
+        return _async.run(_load_items(layout, {name: abstract}, on_damage))[name]
 
     return steadily(path, read)
 
 
 def load_async(
-    path: PathLike, abstract_state: Any = None, *, checkpointable_name: str | None = names.AUTO
+    path: PathLike,
+    abstract_state: Any = None,
+    *,
+    checkpointable_name: str | None = names.AUTO,
+    on_damage: OnDamage = "raise",
 ) -> AsyncResponse[Any]:
     """Loads one PyTree in the background; see :func:`load`."""
-    return _in_background(load, path, abstract_state, checkpointable_name=checkpointable_name)
+    named = {"checkpointable_name": checkpointable_name, "on_damage": on_damage}
+    return _in_background(load, path, abstract_state, **named)
 
 
 def load_checkpointables(
     path: PathLike,
     abstract_checkpointables: Mapping[str, Any] | CheckpointMetadata[Any] | None = None,
+    *,
+    on_damage: OnDamage = "raise",
 ) -> dict[str, Any]:
     """Loads several checkpointables of a checkpoint.
 
@@ -98,6 +113,7 @@ def load_checkpointables(
         path: the checkpoint.
         abstract_checkpointables: the wanted ones by name, each with its abstract form, or None to
             load it as it was saved. Those not named are left alone. None: all.
+        on_damage: as in :func:`load`; one that is no PyTree is like one leaf.
 
     Returns:
         The values by name.
@@ -108,15 +124,19 @@ def load_checkpointables(
         InvalidLayoutError, TreeMismatchError, DamagedCheckpointError: as :func:`load`.
     """
     context = resolve()
-    return steadily(path, lambda: load_layout(Layout.of(path), abstract_checkpointables, context))
+    wanted = abstract_checkpointables
+    return steadily(path, lambda: load_layout(Layout.of(path), wanted, context, on_damage))
 
 
 def load_checkpointables_async(
     path: PathLike,
     abstract_checkpointables: Mapping[str, Any] | CheckpointMetadata[Any] | None = None,
+    *,
+    on_damage: OnDamage = "raise",
 ) -> AsyncResponse[dict[str, Any]]:
     """Loads several checkpointables in the background; see :func:`load_checkpointables`."""
-    return _in_background(load_checkpointables, path, abstract_checkpointables)
+    wanted = abstract_checkpointables
+    return _in_background(load_checkpointables, path, wanted, on_damage=on_damage)
 
 
 def _in_background(
@@ -186,15 +206,15 @@ def is_orbax_checkpoint(path: PathLike) -> bool:
 def steadily(path: PathLike, read: Callable[[], T]) -> T:
     """What `read` returns, tried again as long as the checkpoint is replaced under its hands."""
     while True:
-        before = _identity(path)
+        before = identity(path)
         try:
             return read()
         except (FormatError, FileNotFoundError):
-            if _identity(path) == before:
+            if identity(path) == before:
                 raise
 
 
-def _identity(path: PathLike) -> tuple[int, int] | None:
+def identity(path: PathLike) -> tuple[int, int] | None:
     """What a directory that takes another's place has of its own; numbers alone are given again."""
     here = local_path(path)
     if not os.path.exists(here):
@@ -203,7 +223,9 @@ def _identity(path: PathLike) -> tuple[int, int] | None:
     return found.st_ino, found.st_ctime_ns
 
 
-def load_layout(layout: Layout, abstract: Any, context: Context) -> dict[str, Any]:
+def load_layout(
+    layout: Layout, abstract: Any, context: Context, on_damage: OnDamage = "raise"
+) -> dict[str, Any]:
     """As :func:`load_checkpointables`, of a layout and in a context given explicitly."""
     wanted = _unwrapped(abstract)
     if layout.is_flat:
@@ -216,7 +238,7 @@ def load_layout(layout: Layout, abstract: Any, context: Context) -> dict[str, An
             logger.warning(text, layout.path, layout.deleting)
         wanted = {name: None for name in layout.items if name != names.METRICS}
     with applied(context):
-        return _async.run(_load_items(layout, wanted))
+        return _async.run(_load_items(layout, wanted, on_damage))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,26 +365,26 @@ def _handler(layout: Layout, name: str, abstract: Any) -> Any:
     return handler_registry.for_load(registry, name, abstract, recorded, is_tree)
 
 
-def open_tree(layout: Layout, name: str, context: Context) -> SavedTree:
-    """A saved tree, with the leaf handlers of the context's PyTree handler for it, if any."""
-    registry = context.checkpointables.registry or handler_registry.global_registry()
-    entries = list(reversed(registry.get_all_entries()))
-    entries.sort(key=lambda entry: entry[1] is None)  # one bound to the name comes first
-    for handler_type, bound in entries:
-        if bound in (name, None) and issubclass(handler_type, PyTreeHandler):
-            return SavedTree(layout.items[name], handler_type().leaf_handler_registry)
-    return SavedTree(layout.items[name])
-
-
-async def _load_items(layout: Layout, wanted: Mapping[str, Any]) -> dict[str, Any]:
+async def _load_items(
+    layout: Layout, wanted: Mapping[str, Any], on_damage: OnDamage
+) -> dict[str, Any]:
+    damage = notes(on_damage)
     handlers = {name: _handler(layout, name, abstract) for name, abstract in wanted.items()}
     for name, handler in handlers.items():
-        if not isinstance(handler, PyTreeHandler):  # reads part of a tree, and checks that
-            Record(os.fspath(layout.item(name))).check_all()
-    return {
-        name: await (await handler.load(layout.item(name), wanted[name]))
-        for name, handler in handlers.items()
-    }
+        if isinstance(handler, PyTreeHandler):
+            handler.damage = notes(on_damage)
+        else:  # one that reads part of a tree checks that
+            with noting(damage, name):
+                Record(os.fspath(layout.item(name))).check_all()
+    found: dict[str, Any] = dict.fromkeys(damage or (), PLACEHOLDER)
+    for name, handler in handlers.items():
+        if name not in found:
+            found[name] = await (await handler.load(layout.item(name), wanted[name]))
+        if damage is not None and isinstance(handler, PyTreeHandler):
+            inside: Damage = handler.damage or {}
+            damage |= {os.path.join(name, path): why for path, why in inside.items()}
+    warn(layout.path, damage)
+    return {name: found[name] for name in wanted}
 
 
 async def _describe(layout: Layout, wanted: list[str]) -> dict[str, Any]:

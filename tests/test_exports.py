@@ -28,6 +28,7 @@ FUNCTIONS = {
     "save_async",
     "save_checkpointables",
     "save_checkpointables_async",
+    "verify",
 }
 CLASSES = {
     "AsyncResponse",
@@ -39,6 +40,7 @@ CLASSES = {
     "Report",
     "Restored",
     "StatefulCheckpointable",
+    "Verification",
 }
 ALIASES = {
     "AbstractCheckpointable",

@@ -36,7 +36,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("path",),
     ("inspection",),
-    ("cli",),
+    ("cli", "__main__"),
     ("testing",),
 )
 RANK = {room: rank for rank, tier in enumerate(TIERS) for room in tier}

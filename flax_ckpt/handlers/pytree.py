@@ -22,7 +22,7 @@ from flax_ckpt.handlers.snapshot import Snapshot
 from flax_ckpt.leaves.base import PLACEHOLDER, LoadRules
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage import files, hosts, native_write
-from flax_ckpt.storage.record import Record
+from flax_ckpt.storage.record import Damage, Record
 
 logger = logging.getLogger("flax_ckpt")
 
@@ -67,6 +67,8 @@ class PyTreeHandler:
 
     Attributes:
         leaf_handler_registry: handlers of leaves.
+        damage: None; or a dict, in which `load` takes note of damaged leaves, each with the reason,
+            and makes them `PLACEHOLDER`.
 
     >>> import tempfile, flax_ckpt as fc
     >>> state_pytree = {"weights": [1.0, 2.0], "bias": 0.0}
@@ -96,6 +98,7 @@ class PyTreeHandler:
         self._validator = array_metadata_validator
         self._leaves = self.leaf_handler_registry = leaf_handler_registry or LeafRegistry()
         self._is_part = partial_save_mode
+        self.damage: Damage | None = None
 
     async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
         """See :class:`CheckpointableHandler`.
@@ -156,7 +159,8 @@ class PyTreeHandler:
         loading = self._context.array.loading
         rules = LoadRules(resize=loading.enable_padding_and_truncation)
         fill = not loading.raise_array_data_missing_error
-        with SavedTree(os.fspath(directory), self._leaves, fill_missing=fill) as saved:
+        where, damage = os.fspath(directory), self.damage
+        with SavedTree(where, self._leaves, fill_missing=fill, damage=damage) as saved:
             if saved.processes > 1 or self._validator is not None:
                 self._validate(read_array_metadatas(saved.record))
             partial = self._context.pytree.loading.partial_load

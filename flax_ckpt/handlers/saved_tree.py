@@ -6,18 +6,20 @@ with SavedTree(directory) as saved:
 """
 
 import contextlib
+import functools
+import math
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
-from flax_ckpt.errors import Difference, TreeMismatchError
+from flax_ckpt.errors import Difference, FormatError, TreeMismatchError
 from flax_ckpt.format import names, tree
 from flax_ckpt.handlers import keypaths
 from flax_ckpt.leaves.base import PLACEHOLDER, LeafHandler, LoadRules, SavedLeaf, show
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage.native_read import open_store
-from flax_ckpt.storage.record import Record
-from flax_ckpt.storage.store import ArrayRead, ArrayStore, read_resized
+from flax_ckpt.storage.record import Damage, Record, noting
+from flax_ckpt.storage.store import ArrayRead, Arrays, ArrayStore, read_resized, whole
 
 _NO_ARRAYS = {tree.STRING, *tree.EMPTY}
 _SHOWN = 40  # differences in a message; all of them are in the exception
@@ -30,11 +32,15 @@ class SavedTree(contextlib.ExitStack):
         directory: absolute path of the PyTree directory.
         registry: handlers of its leaves.
         fill_missing: chunks that are missing from another writer's checkpoint are zeros.
+        damage: takes note of what is damaged of single leaves, and these are not read; None: it
+            raises.
 
     Attributes:
         record: reads its files.
         leaves: what is saved, empty nodes included, by key path.
+        stored: how each array is stored, by its name.
         processes: how many wrote it, as far as is recorded.
+        damage: as given.
 
     Raises:
         DamagedCheckpointError: a file that describes the tree is missing or changed.
@@ -42,10 +48,16 @@ class SavedTree(contextlib.ExitStack):
     """
 
     def __init__(
-        self, directory: str, registry: LeafRegistry | None = None, *, fill_missing: bool = False
+        self,
+        directory: str,
+        registry: LeafRegistry | None = None,
+        *,
+        fill_missing: bool = False,
+        damage: Damage | None = None,
     ) -> None:
         super().__init__()
         self.directory = directory
+        self.damage = damage
         self._registry = registry or LeafRegistry()
         self._store: ArrayStore | None = None
         self.record = Record(directory)
@@ -57,34 +69,68 @@ class SavedTree(contextlib.ExitStack):
             if arrays:  # without any, Orbax writes no database
                 store = open_store(self.record, ocdbt=ocdbt, zarr3=zarr3, fill_missing=fill_missing)
                 self._store = self.enter_context(store)
-            self.leaves = {leaf.path: leaf for leaf in self._describe(found, arrays)}
+            self.stored = self._store.describe(arrays) if self._store else {}
+            self.leaves = {leaf.path: leaf for leaf in self._describe(found)}
         except BaseException:
             self.close()
             raise
 
-    def _describe(
-        self, found: Sequence[tuple[tree.KeyPath, str, str]], arrays: Sequence[str]
-    ) -> Iterator[SavedLeaf]:
+    def _describe(self, found: Sequence[tuple[tree.KeyPath, str, str]]) -> Iterator[SavedLeaf]:
         shardings: dict[str, str] = {}
         if self.record.lists(names.SHARDING):
-            shardings = tree.decode_shardings(*self._file(names.SHARDING))
+            with noting(self.damage, os.path.join(self.directory, names.SHARDING)):
+                shardings = tree.decode_shardings(*self._file(names.SHARDING))
         recorded = list(_process_files(self.record).values())
         self.processes = len(recorded)
         impls = tree.decode_key_impls(*recorded[0]) if recorded else {}
         strings: dict[str, str] = {}
-        if texts := [name for _, name, kind in found if kind == tree.STRING]:
-            data, where = self._file(names.STRINGS)
-            strings = tree.decode_strings(data, texts, where)
-        stored = self._store.describe(arrays) if self._store else {}
+        if texts := {name: tree.show(path) for path, name, kind in found if kind == tree.STRING}:
+            with noting(self.damage, *texts.values()):
+                data, where = self._file(names.STRINGS)
+                strings = tree.decode_strings(data, texts, where)
         for path, name, kind in found:
             if kind in _NO_ARRAYS:
                 yield SavedLeaf(path, name, kind, string=strings.get(name))
                 continue
-            array, impl = stored[name], impls.get(name) if kind == tree.ARRAY else None
+            array, impl = self.stored[name], impls.get(name) if kind == tree.ARRAY else None
             yield SavedLeaf(path, name, kind, array.shape, array.dtype, shardings.get(name), impl)
 
     def _file(self, name: str) -> tuple[bytes, str]:
         return self.record.read(name), os.path.join(self.directory, name)
+
+    def check(self, limit: int) -> int:
+        """Reads every array and says how many bytes that were; damage is raised, or noted.
+
+        Args:
+            limit: how many bytes are in memory at a time, if no chunk is larger.
+        """
+        batch: list[ArrayRead] = []
+        held = total = 0
+        for size, read in self._boxes(limit):
+            if held + size > limit:
+                self._arrays(batch)
+                batch, held = [], 0
+            batch.append(read)
+            held, total = held + size, total + size
+        self._arrays(batch)
+        return total
+
+    def _boxes(self, limit: int) -> Iterator[tuple[int, ArrayRead]]:
+        """Every array, with its size; a large one in slices that are whole chunks."""
+        for leaf in self.leaves.values():
+            if (array := self.stored.get(leaf.name)) is None:
+                continue
+            shape, chunk, box = array.shape, array.chunk_shape, whole(array.shape)
+            size = math.prod(shape) * array.dtype.itemsize
+            boxes = [box]
+            if size > limit and chunk:
+                axis = max(range(len(shape)), key=lambda i: shape[i] // chunk[i])
+                extent, step = shape[axis], chunk[axis]
+                step *= max(1, limit * extent // (size * step))
+                spans = [(low, min(low + step, extent)) for low in range(0, extent, step)]
+                boxes = [(*box[:axis], span, *box[axis + 1 :]) for span in spans]
+            for part in boxes:
+                yield size // len(boxes), ArrayRead(leaf.name, (part,), tree.show(leaf.path))
 
     def abstract(self) -> Any:
         """The tree in dicts and lists, each leaf in the abstract form that loads it as saved."""
@@ -189,16 +235,38 @@ class SavedTree(contextlib.ExitStack):
         stored = sorted(i for group in groups.values() for i in group if values[i].regions)
         targets = [values[i] for i in stored]
         reads = [ArrayRead(t.saved.name, t.regions, tree.show(t.saved.path)) for t in targets]
-        found: Sequence[Sequence[Any]] = ()
-        if store := self._store:
-            found = read_resized(store, reads) if rules.resize else store.read_arrays(reads)
-        data = dict(zip(stored, found, strict=True))
+        data = dict(zip(stored, self._arrays(reads, resize=rules.resize), strict=True))
         result = list(values)
         for handler, group in groups.items():
+            if self.damage:
+                for i in group:
+                    result[i] = PLACEHOLDER
+                group = [i for i in group if tree.show(values[i].saved.path) not in self.damage]
             built = handler.build([values[i] for i in group], [data.get(i, ()) for i in group])
             for i, value in zip(group, built, strict=True):
                 result[i] = value
         return result
+
+    def _arrays(self, reads: Sequence[ArrayRead], *, resize: bool = False) -> Arrays:
+        """What is read; nothing of a damaged array, if it is to be skipped.
+
+        A batch in which there is one is halved, until it is alone.
+        """
+        if not (self._store and reads):
+            return []
+        store = self._store
+        read = functools.partial(read_resized, store) if resize else store.read_arrays
+        if self.damage is None:
+            return read(reads)
+        if len(reads) == 1:
+            with noting(self.damage, reads[0].leaf):
+                return read(reads)
+            return [[]]
+        with contextlib.suppress(FormatError, OSError):
+            return read(reads)
+        half = len(reads) // 2
+        parts = reads[:half], reads[half:]
+        return [array for part in parts for array in self._arrays(part, resize=resize)]
 
 
 def read_array_metadatas(record: Record) -> dict[int, list[tree.ArrayMetadata]]:

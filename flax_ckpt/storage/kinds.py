@@ -147,13 +147,14 @@ def not_there(path: str) -> CheckpointNotFoundError:
     return CheckpointNotFoundError("; ".join([text, *hints[:1]]))
 
 
-def _by_number(name: str) -> list[str | int]:
+def by_number(name: str) -> list[str | int]:
+    """A key to sort names by the numbers in them."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def contents(path: str) -> str:
     """What is in a directory, as error messages print it."""
-    there = sorted(os.listdir(path), key=_by_number)
+    there = sorted(os.listdir(path), key=by_number)
     shown = there[:_SHOWN] + ["…"] * (len(there) > _SHOWN)
     return ", ".join(shown) or "nothing"
 

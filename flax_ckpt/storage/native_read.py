@@ -96,12 +96,8 @@ class NativeStore:
     def describe(self, names: Sequence[str]) -> dict[str, StoredArray]:
         """See :class:`ArrayStore`."""
         found: dict[str, StoredArray] = {}
-        known, key_of, value, crcs = (
-            self._known,
-            self._encoding.metadata_key,
-            self._value,
-            self._crcs,
-        )
+        known, key_of = self._known, self._encoding.metadata_key
+        value, crcs = self._value, self._crcs
         for name in names:
             key = key_of(name)
             data = value(key)
@@ -305,7 +301,8 @@ def _destination(
 
 def _in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
     """Does the work for each; once the main thread has ended, executors refuse any."""
-    if threading.main_thread().is_alive():
+    items = list(items)
+    if len(items) > 1 and threading.main_thread().is_alive():
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(work, items))
     else:

@@ -4,12 +4,46 @@
 A checkpoint without it was not written by us: its files are read as they are.
 """
 
+import contextlib
+import logging
 import os
+from collections.abc import Generator
+from typing import Literal, TypeAlias
 
-from flax_ckpt.errors import DamagedCheckpointError
+from flax_ckpt.errors import DamagedCheckpointError, FlaxCkptError
 from flax_ckpt.format import names
 from flax_ckpt.format.checkpoint import Integrity, file_crc
 from flax_ckpt.storage import files
+
+logger = logging.getLogger("flax_ckpt")
+
+OnDamage: TypeAlias = Literal["raise", "skip"]
+Damage: TypeAlias = dict[str, str]  # why, by the key path of a leaf, or the path of a file
+
+
+def notes(on_damage: OnDamage) -> Damage | None:
+    """Where damage is noted that is skipped; None if it raises."""
+    if on_damage not in ("raise", "skip"):
+        raise ValueError(f"on_damage must be 'raise' or 'skip', got {on_damage!r}")
+    return {} if on_damage == "skip" else None
+
+
+@contextlib.contextmanager
+def noting(damage: Damage | None, *what: str) -> Generator[None]:
+    """Takes note that these are damaged, instead of raising the error, if there is a place."""
+    try:
+        yield
+    except (FlaxCkptError, OSError) as error:
+        if damage is None:
+            raise
+        damage |= dict.fromkeys(what, str(error).removeprefix(f"{what[0]}: "))
+
+
+def warn(where: str, damage: Damage | None) -> None:
+    """Says once what was noted, each with the reason."""
+    if damage:
+        lines = [f"  {path}: {why}" for path, why in damage.items()]
+        logger.warning("%s: damaged, and not loaded:\n%s", where, "\n".join(lines))
 
 
 class Record:
@@ -20,6 +54,7 @@ class Record:
 
     Attributes:
         native: whether the checkpoint has a record, so that all its files are checked.
+        crcs: what is recorded: the CRC-32C of each file by its path in the directory.
 
     Raises:
         DamagedCheckpointError: the record itself is damaged.
@@ -28,28 +63,28 @@ class Record:
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self.native = False
-        self._crcs: dict[str, int] = {}
+        self.crcs: dict[str, int] = {}
         parent, name = os.path.split(directory)
         for root, prefix in ((directory, ""), (parent, f"{name}/")):
             path = os.path.join(root, names.INTEGRITY)
             if os.path.isfile(path):
                 crcs = Integrity.from_bytes(files.read(path), path).crc32c
-                self._crcs = {p[len(prefix) :]: c for p, c in crcs.items() if p.startswith(prefix)}
+                self.crcs = {p[len(prefix) :]: c for p, c in crcs.items() if p.startswith(prefix)}
                 self.native = True
                 break
 
     def listed(self, within: str = "") -> set[str]:
         """First parts of the paths that were saved in a sub-directory; empty without a record."""
-        inside = [path[len(within) :] for path in self._crcs if path.startswith(within)]
+        inside = [path[len(within) :] for path in self.crcs if path.startswith(within)]
         return {path.partition("/")[0] for path in inside}
 
     def lists(self, name: str) -> bool:
         """Whether the file is there, or should be."""
-        return name in self._crcs or os.path.isfile(os.path.join(self.directory, name))
+        return name in self.crcs or os.path.isfile(os.path.join(self.directory, name))
 
     def check_all(self) -> None:
         """Checks every file of the directory, for a reader that does not go through `read`."""
-        for name in self._crcs:
+        for name in self.crcs:
             self.read(name)
 
     def read(self, name: str) -> bytes:
@@ -70,7 +105,7 @@ class Record:
             ) from error
         if not self.native:
             return data
-        if (expected := self._crcs.get(name)) is None:
+        if (expected := self.crcs.get(name)) is None:
             raise DamagedCheckpointError(
                 f"{path}: not among the files that {names.INTEGRITY} lists: it was added later"
             )

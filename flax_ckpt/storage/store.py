@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from flax_ckpt.format.arrays import ArraySpec, Encoding, StoredArray
 
 Region = tuple[tuple[int, int], ...]
+Arrays = list[list[NDArray[Any]]]  # for each read the regions that it wants
 
 
 class Shard(msgspec.Struct, frozen=True, gc=False):
@@ -80,7 +81,7 @@ class ArrayStore(Protocol):
         """Shape and dtype of arrays; a name that is not there is an error."""
         ...
 
-    def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
+    def read_arrays(self, reads: Sequence[ArrayRead]) -> Arrays:
         """The regions of each array, as arrays of the stored dtype."""
         ...
 
@@ -91,7 +92,7 @@ def whole(shape: tuple[int, ...]) -> Region:
     return tuple((0, size) for size in shape)
 
 
-def read_resized(store: ArrayStore, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
+def read_resized(store: ArrayStore, reads: Sequence[ArrayRead]) -> Arrays:
     """Like `read_arrays`, of regions that may reach beyond the stored arrays: zeros are there."""
     stored = store.describe([read.name for read in reads])
     inside: list[ArrayRead] = []

@@ -4,9 +4,11 @@ chosen, rules = Selection(only="params"), LoadRules(strict=True)
 state, report = fill(Layout.of("/run/1500"), like, chosen, rules, context)
 """
 
+import dataclasses
 import itertools
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ from flax_ckpt.handlers import keypaths
 from flax_ckpt.handlers.saved_tree import SavedTree
 from flax_ckpt.leaves import dtypes
 from flax_ckpt.leaves.base import PLACEHOLDER, LoadRules, SavedLeaf, show_array
+from flax_ckpt.storage.record import warn
 from flax_ckpt.training import progress
 from flax_ckpt.training.report import Report
 from flax_ckpt.training.selection import Missing, Selection, shortened
@@ -96,6 +99,26 @@ class _Wish:
             self.values[i] = found if placed is None else jax.device_put(found, placed)
         if wrong:
             raise StateError(f"init() does not make the wanted leaves: {shortened(wrong)}")
+
+    def take(self, group: list[int], values: Sequence[Any], saved: SavedTree) -> dict[str, str]:
+        """Takes what was read of one tree; damaged leaves go from its group to those kept.
+
+        Returns:
+            Why, by the name of the leaf, or the path of a damaged file that is no leaf's.
+        """
+        noted = saved.damage or {}
+        damage = {path: why for path, why in noted.items() if os.path.isabs(path)}
+        whole: list[int] = []
+        for i, value in zip(group, values, strict=True):
+            leaf = saved.leaves.get(self.paths[i]) if noted else None
+            if leaf is None or (why := noted.get(tree.show(leaf.path))) is None:
+                whole.append(i)
+                self.values[i] = value
+            else:
+                damage[self.names[i]] = why
+                self.kept.append(i)
+        group[:] = whole
+        return damage
 
     def parts(self, picked: Sequence[bool]) -> dict[str, bool]:
         """First keys of those that are selected, and whether there are leaves beneath them."""
@@ -183,12 +206,18 @@ def fill(
         ]
         if differences := [each for found, _ in compared for each in found]:
             raise source.mismatch(differences)
-        wish.initialise(chosen.init, form)
-        for group, (_, read) in zip(wish.read.values(), compared, strict=True):
-            for i, value in zip(group, read(), strict=True):
-                wish.values[i] = value
-    report = _report(wish, moved)
+        if chosen.on_damage == "raise":  # else it has to be known what is damaged
+            wish.initialise(chosen.init, form)
+        damage: dict[str, str] = {}
+        for (name, group), (_, read) in zip(wish.read.items(), compared, strict=True):
+            damage |= wish.take(group, read(), source.trees[name])
+        warn(source.where, damage)
+        if chosen.on_damage == "skip":
+            wish.initialise(chosen.init, form)
+    report = dataclasses.replace(_report(wish, moved), damaged=tuple(damage.items()))
     if like is None:
+        for i in wish.kept:  # those that are damaged
+            wish.values[i] = PLACEHOLDER
         leaves = zip(wish.paths, wish.values, strict=True)
         return tree.build(leaves, source.where, gaps=True), report
     if chosen.only is not None and form != "tree":

@@ -9,7 +9,7 @@ import dataclasses
 
 from flax_ckpt.training import progress
 
-Damaged = tuple[tuple[int, str], ...]  # steps that were passed over, each with the reason
+Damaged = tuple[tuple[int | str, str], ...]  # steps by number, the rest by name, with the reason
 
 _SHOWN = 3  # names in a row of the table; all of them are in the attributes
 
@@ -22,7 +22,8 @@ class Report:
         loaded: names of the leaves that were read, such as `params/dense/kernel`.
         nbytes: size of what was loaded, in bytes.
         seconds: how long it took.
-        damaged: steps that were passed over, each with the reason.
+        damaged: what was damaged, each with the reason: steps that were passed over, by number,
+            and with `on_damage="skip"` leaves, parts and files, by name.
         kept: leaves that stayed as they were in the wanted state.
         kept_nbytes: their size.
         initialised: leaves that `init` made.
@@ -69,5 +70,7 @@ class Report:
             size = "" if nbytes is None else progress.size(nbytes)
             shown = ", ".join(names[:_SHOWN] + more)
             lines.append(f"{what:11} {len(names):7} {size:>8}  {shown}".rstrip())
-        lines += [f"step {step} was passed over: {reason}" for step, reason in self.damaged]
+        for what, reason in self.damaged:
+            shown = f"step {what} was passed over" if isinstance(what, int) else f"damaged: {what}"
+            lines.append(f"{shown}: {reason}")
         return "\n".join(lines)

@@ -25,7 +25,7 @@ from flax_ckpt.handlers.pytree import log_fallbacks
 from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.storage import kinds
 from flax_ckpt.storage.files import local_path
-from flax_ckpt.storage.record import Record
+from flax_ckpt.storage.record import OnDamage, Record, notes, noting, warn
 from flax_ckpt.training import best, data, progress, steps
 from flax_ckpt.training.contents import CONFIG
 from flax_ckpt.training.filling import fill
@@ -74,6 +74,7 @@ def restore_train_state(
     missing: Missing = "error",
     unexpected: Unexpected = "error",
     init: Callable[[], S] | None = None,
+    on_damage: OnDamage = "raise",
     cast: bool = False,
     context: Context | None = None,
 ) -> S:
@@ -87,7 +88,7 @@ def restore_train_state(
     >>> fc.restore_train_state(root, {"params": {"w": jnp.zeros(2)}, "step": 0})
     {'params': {'w': Array([1., 1.], dtype=float32)}, 'step': 1}
     """
-    chosen = Selection(only, exclude, rename, missing, unexpected, init)
+    chosen = Selection(only, exclude, rename, missing, unexpected, init, on_damage)
     return _restore(path, like, step, _Rules(cast, chosen, None, None, resolve(context))).state
 
 
@@ -102,6 +103,7 @@ def restore(
     missing: Missing = "error",
     unexpected: Unexpected = "error",
     init: Callable[[], S] | None = None,
+    on_damage: OnDamage = "raise",
     cast: bool = False,
     config: type[Message] | None = None,
     data_iterator: Any = None,
@@ -133,6 +135,10 @@ def restore(
         unexpected: saved leaves that `like` lacks, in parts that it has: "error", or "ignore".
         init: makes a whole state. Called at most once, only if it is needed: for what is missing,
             and for what is not selected and abstract in `like`.
+        on_damage: "skip": a leaf that is damaged stays as it is in `like`, or is taken from `init`
+            where that is abstract; without `like` it is `PLACEHOLDER`. A damaged config or damaged
+            metrics are None. The report and a WARNING name each. Damage to what describes a tree,
+            its index or the step itself raises, or has the step passed over, as ever.
         cast: whether a dtype that differs is cast. Rank-0 numbers of Python, NumPy and JAX match
             anyway if the value fits; a float32 does not match a bfloat16.
         config: class of the config's message; None: the one that the file names.
@@ -158,7 +164,7 @@ def restore(
     >>> fc.restore(root, new, only="params/encoder").state
     {'params': {'encoder': array([1., 1.]), 'head': array([0., 0., 0., 0., 0.])}}
     """
-    chosen = Selection(only, exclude, rename, missing, unexpected, init)
+    chosen = Selection(only, exclude, rename, missing, unexpected, init, on_damage)
     cast = like is None or cast
     rules = _Rules(cast, chosen, config, data_iterator, resolve(context))
     return _restore(path, like, step, rules)
@@ -232,14 +238,19 @@ def _restore_one(
     state, done = fill(layout, like, rules.chosen, load_rules, rules.context)
     log_fallbacks(epath.Path(path), load_rules)
     seconds = time.perf_counter() - started
-    report = dataclasses.replace(done, seconds=seconds, damaged=damaged)
-    logger.info("restored %s", progress.line(path, number, report.nbytes, seconds))
-    progress.record("restore", duration_secs=seconds, bytes=report.nbytes)
-    text, config, provenance = _load_config(layout, rules.config)
-    metrics = None
-    if names.METRICS in layout.items:
-        metrics = load_layout(layout, {names.METRICS: None}, rules.context)[names.METRICS]
+    logger.info("restored %s", progress.line(path, number, done.nbytes, seconds))
+    progress.record("restore", duration_secs=seconds, bytes=done.nbytes)
+    lost = notes(rules.chosen.on_damage)
+    text, config, metrics, provenance = None, None, None, dict[str, Any]()
+    with noting(lost, CONFIG):
+        text, config, provenance = _load_config(layout, rules.config)
+    with noting(lost, names.METRICS):
+        if names.METRICS in layout.items:
+            metrics = load_layout(layout, {names.METRICS: None}, rules.context)[names.METRICS]
+    warn(path, lost)
+    damaged += (*done.damaged, *(lost or {}).items())
     data.restore(layout, rules.data_iterator, rules.context)
+    report = dataclasses.replace(done, seconds=seconds, damaged=damaged)
     return Restored(state, number, metrics, config, text, provenance, report)
 
 

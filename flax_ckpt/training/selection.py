@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 from flax_ckpt.errors import StateError
 from flax_ckpt.format import tree
+from flax_ckpt.storage.record import OnDamage, notes
 
 Test: TypeAlias = Callable[[str], bool]
 Selector: TypeAlias = str | Test | Sequence[str | Test]
@@ -40,6 +41,7 @@ class Selection:
         missing: what to do about wanted leaves that are not saved.
         unexpected: what to do about saved leaves that are not wanted.
         init: makes a whole state, for leaves that are not read.
+        on_damage: "skip": leaves that are damaged count as missing, and are kept.
 
     Raises:
         StateError: `missing="init"` without `init`.
@@ -57,12 +59,14 @@ class Selection:
     missing: Missing = "error"
     unexpected: Unexpected = "error"
     init: Callable[[], Any] | None = None
+    on_damage: OnDamage = "raise"
 
     def __post_init__(self) -> None:
         for name in ("only", "exclude"):
             given = getattr(self, name)
             if not (given is None or isinstance(given, str) or callable(given)):
                 object.__setattr__(self, name, tuple(given))  # it is gone through several times
+        notes(self.on_damage)  # checks it
         known = self.missing in ("error", "keep", "init")
         if not known or self.unexpected not in ("error", "ignore"):
             raise ValueError(

@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal, TypeAlias
 
 from flax_ckpt import errors
-from flax_ckpt._load import Layout, open_tree
+from flax_ckpt._load import Layout
 from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context
 from flax_ckpt.format import names, tree
+from flax_ckpt.handlers import registry as handler_registry
+from flax_ckpt.handlers.pytree import PyTreeHandler
 from flax_ckpt.handlers.saved_tree import SavedTree, mismatch
 from flax_ckpt.leaves.base import SavedLeaf
+from flax_ckpt.storage.record import notes
 from flax_ckpt.training import boxes
 from flax_ckpt.training.selection import Selection
 
@@ -95,11 +98,16 @@ class Source(contextlib.ExitStack):
         self.where = layout.path
         self.trees: dict[str, SavedTree] = {}
         self._layout = layout
-        self._context = context
+        self._registry = context.checkpointables.registry or handler_registry.global_registry()
         self._chosen = chosen
 
     def _open(self, name: str, *mount: tree.Key) -> SavedTree:
-        saved = self.enter_context(open_tree(self._layout, name, self._context))
+        last_first = reversed(self._registry.get_all_entries())
+        entries = sorted(last_first, key=lambda entry: entry[1] is None)  # first those with a name
+        fits = [h for h, bound in entries if bound in (name, None) and issubclass(h, PyTreeHandler)]
+        leaves = fits[0]().leaf_handler_registry if fits else None
+        damage = notes(self._chosen.on_damage)
+        saved = self.enter_context(SavedTree(self._layout.items[name], leaves, damage=damage))
         saved.leaves = {(*mount, *path): leaf for path, leaf in saved.leaves.items()}
         self.trees[name] = saved
         return saved

@@ -20,6 +20,8 @@ from flax_ckpt.training.metadata import CheckpointMetadata, listed
 
 logger = logging.getLogger("flax_ckpt")
 
+SUPERSEDED = "superseded"  # where later steps go when a run goes on from an earlier one
+
 
 @dataclasses.dataclass(frozen=True)
 class StandardNameFormat:
@@ -127,7 +129,7 @@ def supersede(root: str, after: int) -> None:
     later = [step for step in committed(root) if step > after]
     if not later:
         return
-    aside, way = os.path.join(root, "superseded"), naming(root)
+    aside, way = os.path.join(root, SUPERSEDED), naming(root)
     os.makedirs(aside, exist_ok=True)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     for step in reversed(later):

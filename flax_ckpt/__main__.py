@@ -1,0 +1,8 @@
+"""`python -m flax_ckpt`; see flax_ckpt/cli.py."""
+
+import sys
+
+from flax_ckpt.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
