@@ -287,7 +287,7 @@ class CheckpointCallback(Generic[S]):
             return False
         if not self._begun:
             self._begin(step - 1)
-        self._saver.save(step, force=True, **self._contents.of(step, state, metrics))
+        self._saver.save(step, *self._contents.of(step, state, metrics), force=True)
         return True
 
     def wait(self) -> None:

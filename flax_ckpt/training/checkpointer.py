@@ -123,7 +123,7 @@ class Checkpointer:
     ) -> AsyncResponse[bool] | None:
         """Saves one PyTree in the background; None if the policy says no. See :meth:`save`."""
         parts = {checkpointable_name: state}
-        return self._saver.save(step, parts, parts, force, overwrite, metrics, custom_metadata)
+        return self._saver.save(step, parts, parts, metrics, custom_metadata, force, overwrite)
 
     @parameters_of(save_async)
     def save(self, *args: Any, **named: Any) -> bool:
@@ -162,7 +162,7 @@ class Checkpointer:
     ) -> AsyncResponse[bool] | None:
         """Saves several checkpointables in the background; None if the policy says no."""
         parts, save = checkpointables, self._saver.save
-        return save(step, parts, (), force, overwrite, metrics, custom_metadata)
+        return save(step, parts, (), metrics, custom_metadata, force, overwrite)
 
     @parameters_of(save_checkpointables_async)
     def save_checkpointables(self, *args: Any, **named: Any) -> bool:

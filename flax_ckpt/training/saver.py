@@ -185,10 +185,10 @@ class Saver:
         step: int,
         checkpointables: Mapping[str, Any],
         trees: Collection[str] = (),
-        force: bool = False,
-        overwrite: bool = False,
         metrics: dict[str, Any] | None = None,
         custom_metadata: dict[str, Any] | None = None,
+        force: bool = False,
+        overwrite: bool = False,
     ) -> AsyncResponse[bool] | None:
         """Begins a save, if it is due, after the one in flight.
 
@@ -196,10 +196,10 @@ class Saver:
             step: number of completed updates.
             checkpointables: values by name.
             trees: names of those that are trees.
-            force: save whatever the policy says.
-            overwrite: whether the step, if it is there, is replaced.
             metrics: JSON to save with them, and arrays.
             custom_metadata: anything JSON can hold.
+            force: save whatever the policy says.
+            overwrite: whether the step, if it is there, is replaced.
 
         Raises:
             StepAlreadyExistsError: it is there, or being saved, and `overwrite` is false.
