@@ -6,10 +6,8 @@ In the custom metadata of a step stands which metric was meant, and which way:
 `{"flax_ckpt": {"best": {"metric": "eval/loss", "mode": "min"}}}`. The newest word counts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from flax_ckpt.errors import CheckpointNotFoundError
 from flax_ckpt.training import steps
@@ -36,7 +34,7 @@ class Best(NamedTuple):
     n: int = 1
 
     @classmethod
-    def of(cls, given: tuple[Any, ...]) -> Best:
+    def of(cls, given: tuple[Any, ...]) -> Self:
         """What was given as `keep_best`.
 
         Raises:

@@ -6,10 +6,8 @@ with fc.training.Checkpointer(root, save_decision_policy=every_1000) as checkpoi
         checkpointer.save_async(step, state)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, final
+from typing import Any, Self, TypeVar, final
 
 from etils import epath
 
@@ -309,7 +307,7 @@ class Checkpointer:
         """As `wait`; other processes may save here then. May be called again."""
         self.__exit__(None, None, None)
 
-    def __enter__(self) -> Checkpointer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:

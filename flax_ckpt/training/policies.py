@@ -1,7 +1,5 @@
 """The keywords of `CheckpointCallback` as policies: what to save and what to keep."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 from typing import Any

@@ -46,18 +46,18 @@ def mesh(state: Any) -> dict[str, int] | None:
 def _git(program: str | None) -> dict[str, Any] | None:
     """The commit that the program's directory is at, and whether tracked files have changed."""
     directory = os.path.dirname(program or "") or "."
-    try:
-        commit = _run(directory, "rev-parse", "HEAD")
-    except (OSError, subprocess.SubprocessError):
-        return None  # no git, or no repository
-    try:
-        changes = _run(directory, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": commit, "dirty": None}  # it answers too slowly
-    return {"commit": commit, "dirty": bool(changes)}
+    commit = _run(directory, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changes = _run(directory, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else changes != ""}
 
 
-def _run(directory: str, *command: str) -> str:
+def _run(directory: str, *command: str) -> str | None:
+    """What git says; None if there is no git or no repository, or it answers too slowly."""
     git = ["git", "--no-optional-locks", "-C", directory, *command]
-    said = subprocess.check_output(git, stderr=subprocess.DEVNULL, errors="replace", timeout=5)
+    try:
+        said = subprocess.check_output(git, stderr=subprocess.DEVNULL, errors="replace", timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
     return said.strip()

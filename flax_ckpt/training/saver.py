@@ -238,9 +238,8 @@ class Saver:
             seconds = time.perf_counter() - began
             shown = f"blocked {progress.duration(blocked)}"
             logger.info("saved %s", progress.line(path, step, nbytes, seconds, shown))
-            self._figures = progress.record(
-                "save", duration_secs=seconds, blocked_secs=blocked, bytes=nbytes
-            )
+            figures = {"duration_secs": seconds, "blocked_secs": blocked, "bytes": nbytes}
+            self._figures = progress.record("save", **figures)
             self.hosts.forget(f"decision {self._saves - 1}")
             if self.hosts.is_primary:
                 self._retain(step, path)
