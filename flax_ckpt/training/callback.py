@@ -118,11 +118,9 @@ class CheckpointCallback(Generic[S]):
         )
         self._at_end, self._on_preemption = at_end, on_preemption
         self._context = resolve(context)
-        self._contents = Contents(config, data_iterator, keep_best, self._context)
+        contents = self._contents = Contents(config, data_iterator, keep_best, self._context)
         save, self._timer = policies.saving(every_n_steps, every_secs, save_policy)
-        keep = policies.keeping(
-            keep_last, keep_every_n_steps, self._contents.best, preservation_policy
-        )
+        keep = policies.keeping(keep_last, keep_every_n_steps, contents.best, preservation_policy)
         self._saver = Saver(directory, self._context, save, keep, None, on_error, writer)
         self.directory = self._saver.directory
         self._timer.start(self._saver.now())

@@ -155,8 +155,7 @@ def naming(root: str) -> StandardNameFormat:
     """
     entries = [(name, step) for name in _entries(root) if (step := names.step_of(name))]
     found = {name: step for name, step in entries if is_checkpoint(os.path.join(root, name))}
-    padded = [(prefix, width) for prefix, n, width in found.values() if len(str(n)) < width]
-    ways = {StandardNameFormat(*way) for way in padded}
+    ways = {StandardNameFormat(p, width) for p, n, width in found.values() if len(str(n)) < width}
     for name, (prefix, step, _) in found.items():
         if all(way.build_name(step) != name for way in ways):
             ways.add(StandardNameFormat(prefix))
