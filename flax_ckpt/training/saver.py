@@ -258,8 +258,8 @@ class Saver:
 
     def _retain(self, saved: int, path: str) -> None:
         """Deletes what need not be kept; a step that cannot be deleted does not stop training."""
-        known = {os.fspath(step.path): step for step in self.history}  # with what was read of them
-        found = [known.get(os.fspath(step.path), step) for step in self.committed()]
+        known = {step.step: step for step in self.history}  # with what was read of them
+        found = [known.get(step.step, step) for step in self.committed()]
         keep = self._preservation_policy.should_preserve(found, context=PreservationContext())
         stay = {s.step for s, kept in zip(found, keep, strict=True) if kept} | {saved}
         renamed = [s for s in self._before if s.step == saved and os.fspath(s.path) != path]
