@@ -307,7 +307,7 @@ def write_root(root: str, metadata: checkpoint.RootMetadata, target: str) -> Non
         for path in files.walk(root)
         if not _is_array_data(root, path) and path != names.OWNER
     }
-    writers = {package: _version(package) for package in ("flax-ckpt", "jax", "numpy")}
+    writers = {package: version(package) for package in ("flax-ckpt", "jax", "numpy")}
     files.write(os.path.join(root, names.INTEGRITY), checkpoint.Integrity(crcs, writers).to_bytes())
 
 
@@ -319,7 +319,8 @@ def _is_array_data(root: str, path: str) -> bool:
 
 
 @functools.cache
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The version of an installed package; "unknown" of one that is on the path alone."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -4,6 +4,6 @@ from etils.epath import Path
 
 from flax_ckpt.handlers.base import PathAwaitingCreation
 from flax_ckpt.path import step
-from flax_ckpt.training.name_formats import PathLike
+from flax_ckpt.storage.files import PathLike
 
 __all__ = ["Path", "PathAwaitingCreation", "PathLike", "step"]

@@ -6,19 +6,19 @@ In the custom metadata of a step stands which metric was meant, and which way:
 `{"flax_ckpt": {"best": {"metric": "eval/loss", "mode": "min"}}}`. The newest word counts.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from flax_ckpt.errors import CheckpointNotFoundError
 from flax_ckpt.training import steps
 from flax_ckpt.training.metadata import CheckpointMetadata
+from flax_ckpt.training.preservation_policies import Checkpoints
 
 
 class Best(NamedTuple):
     """Which steps are the best, and how many of them to keep; a plain tuple works too.
+
+    It is a preservation policy: one that keeps these, and fewer if fewer have the metric.
 
     Attributes:
         metric: its name among those given to `on_step_end`.
@@ -34,7 +34,7 @@ class Best(NamedTuple):
     n: int = 1
 
     @classmethod
-    def of(cls, given: tuple[Any, ...]) -> Best:
+    def of(cls, given: tuple[Any, ...]) -> Self:
         """What was given as `keep_best`.
 
         Raises:
@@ -43,11 +43,9 @@ class Best(NamedTuple):
         if isinstance(given, str) or not 0 < len(given) <= 3 or not isinstance(given[0], str):
             raise ValueError(f'keep_best is like ("eval/loss", "min", 2), got {given!r}')
         best = cls(*given)
-        if best.mode not in ("min", "max") or best.n < 1:
-            raise ValueError(
-                f"keep_best needs the mode 'min' or 'max' and n of at least 1, got {best}"
-            )
-        return best
+        if best.mode in ("min", "max") and best.n >= 1:
+            return best
+        raise ValueError(f"keep_best needs the mode 'min' or 'max' and n of at least 1, got {best}")
 
     def ranked(self, checkpoints: Iterable[CheckpointMetadata[Any]]) -> list[int]:
         """Steps from the best to the worst, of equal ones the later first.
@@ -55,13 +53,15 @@ class Best(NamedTuple):
         A step without the metric, or whose metric is NaN or no number, is not among them.
         """
         sign = 1 if self.mode == "min" else -1
-        worth = {c.step: sign * self._value(c.metrics) for c in checkpoints}
-        candidates = [step for step, value in worth.items() if not math.isnan(value)]
-        return sorted(candidates, key=lambda step: (worth[step], -step))
+        numbers = {c.step: (c.metrics or {}).get(self.metric) for c in checkpoints}
+        # NaN is not equal to itself.
+        worth = {s: sign * n for s, n in numbers.items() if isinstance(n, int | float) and n == n}
+        return sorted(worth, key=lambda step: (worth[step], -step))
 
-    def _value(self, metrics: dict[str, Any] | None) -> float:
-        value = (metrics or {}).get(self.metric)
-        return value if isinstance(value, int | float) else math.nan
+    def should_preserve(self, checkpoints: Checkpoints, *, context: Any) -> list[bool]:
+        """See :class:`PreservationPolicy`."""
+        kept = self.ranked(checkpoints)[: self.n]
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
     def to_metadata(self) -> dict[str, Any]:
         """Custom metadata of a step, which say what is best."""

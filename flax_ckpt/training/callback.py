@@ -116,27 +116,23 @@ class CheckpointCallback(Generic[S]):
         policies.require_choice(
             on_error=(on_error, "raise", "warn"), on_preemption=(on_preemption, "exit", "stop")
         )
-        self._at_end, self._on_error, self._on_preemption = at_end, on_error, on_preemption
+        self._at_end, self._on_preemption = at_end, on_preemption
         self._context = resolve(context)
-        self._contents = Contents(config, data_iterator, keep_best, self._context)
+        contents = self._contents = Contents(config, data_iterator, keep_best, self._context)
         save, self._timer = policies.saving(every_n_steps, every_secs, save_policy)
-        keep = policies.keeping(
-            keep_last, keep_every_n_steps, self._contents.best, preservation_policy
-        )
-        self._saver = Saver(directory, self._context, save, keep)
+        keep = policies.keeping(keep_last, keep_every_n_steps, contents.best, preservation_policy)
+        self._saver = Saver(directory, self._context, save, keep, None, on_error, writer)
         self.directory = self._saver.directory
         self._timer.start(self._saver.now())
         self._signals = Signals(() if self._saver.hosts.several else signals)
         weakref.finalize(self, self._signals.restore)
-        self._writer = writer
         self._decided: tuple[int, bool] | None = None
         self._seen: tuple[int, S, Mapping[str, Any] | None] | None = None
-        self._after = -1
-        self._begun = self._superseded = False
-        self._replaced = self.should_stop = False
-        if (older := _open.pop(os.path.realpath(self.directory), None)) is not None:
+        self._begun = self._replaced = self.should_stop = False
+        self._place = os.path.realpath(self.directory)
+        if (older := _open.pop(self._place, None)) is not None:
             older._make_way()
-        _open[os.path.realpath(self.directory)] = self
+        _open[self._place] = self
 
     @property
     def latest_step(self) -> int | None:
@@ -202,19 +198,15 @@ class CheckpointCallback(Generic[S]):
             raise StateError(
                 f"this callback was replaced by a later one for {self.directory}: use that one"
             )
-        self._after, self._begun = after, True
-        self._superseded = False
+        self._begun = True
         self._signals.install()
         self._saver.begin(after)
-
-    def _begin_at(self, step: int) -> None:
-        if not self._begun:
-            self._begin(step_number(step) - 1)
 
     def should_save(self, step: int) -> bool:
         """Whether `on_step_end` will save at this step; decided once per step."""
         step = step_number(step)
-        self._begin_at(step)
+        if not self._begun:
+            self._begin(step - 1)
         if self._decided is None or self._decided[0] != step:
             self._decided = step, self._saver.is_due(step)
         return self._decided[1]
@@ -239,17 +231,16 @@ class CheckpointCallback(Generic[S]):
             SaveFailedError: an earlier save failed in the background.
             Preempted: the process was told to end, and the step is saved.
         """
-        self._guard(self._saver.notice)
+        self._saver.notice()
         step = step_number(step)
         due = self.should_save(step) or force
         self._seen = step, states.unfilled(state), metrics
-        preempted = self._is_preempted(step)
+        told = self._signals.received is not None or hosts.reached_preemption(step)
+        preempted = told and not self.should_stop
         if not (due or preempted):
             return False
-        saves = not self._is_saved(step)
-        if saves:
-            self._save(step, state, metrics)
-        elif force:
+        saves = self._save(step, state, metrics)
+        if force and not saves:
             logger.info("step %d is not saved again: it is saved", step)
         if preempted:
             self._leave(step)
@@ -270,19 +261,13 @@ class CheckpointCallback(Generic[S]):
         """
         if self.should_stop or self._signals.received is None:
             return
+        last = self._seen
         if step is not None and state is not None:
-            self._seen = step, state, None
-        elif self._seen is None or not (
-            self._is_saved(self._seen[0]) or self._contents.is_whole(self._seen[1])
-        ):
+            last = self._seen = step_number(step), state, None
+        elif last is None or not (self._is_saved(last[0]) or self._contents.is_whole(last[1])):
             return
-        if not self._is_saved(self._seen[0]):
-            self._save(*self._seen)
-        self._leave(self._seen[0])
-
-    def _is_preempted(self, step: int) -> bool:
-        told = self._signals.received is not None or hosts.reached_preemption(step)
-        return told and not self.should_stop
+        self._save(*last)
+        self._leave(last[0])
 
     def _leave(self, step: int) -> None:
         self.should_stop = True
@@ -294,15 +279,14 @@ class CheckpointCallback(Generic[S]):
     def _is_saved(self, step: int) -> bool:
         return any(saved.step == step for saved in self._saver.history)
 
-    def _save(self, step: int, state: S, metrics: Mapping[str, Any] | None) -> None:
-        step = step_number(step)
-        self._begin_at(step)
-        self.wait()
-        self._saver.claim()
-        if not self._superseded:
-            self._saver.supersede(self._after)
-            self._superseded = True
-        self._saver.save(step, force=True, **self._contents.of(step, state, metrics))
+    def _save(self, step: int, state: S, metrics: Mapping[str, Any] | None) -> bool:
+        """Begins a save and says so; not of a step that is saved already."""
+        if self._is_saved(step):
+            return False
+        if not self._begun:
+            self._begin(step - 1)
+        self._saver.save(step, *self._contents.of(step, state, metrics), force=True)
+        return True
 
     def wait(self) -> None:
         """Returns when the save in flight is durable.
@@ -310,20 +294,7 @@ class CheckpointCallback(Generic[S]):
         Raises:
             SaveFailedError: it failed.
         """
-        self._guard(self._saver.wait)
-
-    def _guard(self, wait: Callable[[], None]) -> None:
-        """Waits, and raises or logs the failure of a save."""
-        try:
-            wait()
-        except SaveFailedError as failure:
-            if self._on_error == "raise":
-                raise
-            logger.warning("%s", failure, exc_info=failure.__cause__)
-        while self._saver.finished:
-            figures = self._saver.finished.popleft()
-            if self._writer is not None:
-                notices.told(self._writer, *figures)
+        self._saver.wait()
 
     def close(self) -> None:
         """Saves the last state seen if `at_end` and it is not saved yet; waits for all saves.
@@ -331,10 +302,7 @@ class CheckpointCallback(Generic[S]):
         Raises:
             SaveFailedError: a save failed.
         """
-        try:
-            self._finish()
-        finally:
-            self._release()
+        self.__exit__(None, None, None)
 
     def _finish(self) -> None:
         failure: SaveFailedError | None = None
@@ -342,8 +310,7 @@ class CheckpointCallback(Generic[S]):
             self.wait()
         except SaveFailedError as error:
             failure = error  # told when the last state is safe
-        if self._seen is not None and self._at_end and not self._is_saved(self._seen[0]):
-            self._save(*self._seen)
+        if self._seen is not None and self._at_end and self._save(*self._seen):
             self.wait()
         last, self._seen = self._seen, None
         if failure is not None:
@@ -355,14 +322,15 @@ class CheckpointCallback(Generic[S]):
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is None:
-            self.close()
-            return
         try:
-            if not isinstance(error, Exception):
+            if error is None:
+                self._finish()
+            elif not isinstance(error, Exception):
                 self._save_interrupted()
             self.wait()  # after any other error the state may be torn: it is not saved
         except SaveFailedError as failure:
+            if error is None:
+                raise
             error.add_note(str(failure))
         finally:
             self._release()
@@ -371,25 +339,22 @@ class CheckpointCallback(Generic[S]):
         """After Ctrl-C, `sys.exit` and the like the last state seen is saved, if it is whole."""
         if self._seen is None or not self._at_end or self._is_saved(self._seen[0]):
             return
-        if whole := self._contents.is_whole(self._seen[1]):
-            self._save(*self._seen)
+        whole = self._contents.is_whole(self._seen[1]) and self._save(*self._seen)
         notices.interrupted(self._seen[0], whole, self.latest_step)
 
     def _release(self) -> None:
         """Signals and the directory are others' again."""
         self._signals.restore()
         self._saver.release()
-        if _open.get(os.path.realpath(self.directory)) is self:
-            del _open[os.path.realpath(self.directory)]
+        if _open.get(self._place) is self:
+            del _open[self._place]
 
     def _make_way(self) -> None:
         """For a later callback of the same directory, made by a notebook's cell that ran again."""
-        try:
-            self._save_interrupted()
-            self._replaced, self._begun = True, False
-            self._saver.wait()
-        except SaveFailedError as failure:
-            logger.warning("%s", failure, exc_info=failure.__cause__)
+        self._saver.on_error = "warn"
+        self._save_interrupted()
+        self._replaced, self._begun = True, False
+        self.wait()
         self._release()
 
     def __repr__(self) -> str:

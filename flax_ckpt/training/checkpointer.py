@@ -6,10 +6,8 @@ with fc.training.Checkpointer(root, save_decision_policy=every_1000) as checkpoi
         checkpointer.save_async(step, state)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, final
+from typing import Any, Self, TypeVar, final
 
 from etils import epath
 
@@ -17,17 +15,16 @@ from flax_ckpt import _load
 from flax_ckpt._async import AsyncResponse, parameters_of
 from flax_ckpt.context import Context, applied, resolve
 from flax_ckpt.errors import SaveFailedError, StepNotFoundError
-from flax_ckpt.format import names
+from flax_ckpt.format.names import STATE
 from flax_ckpt.storage import files
-from flax_ckpt.training import metadata, name_formats
-from flax_ckpt.training import preservation_policies as preserving
+from flax_ckpt.training import metadata, steps
 from flax_ckpt.training import save_decision_policies as deciding
 from flax_ckpt.training.metadata import CheckpointMetadata, RootMetadata
-from flax_ckpt.training.name_formats import NameFormat, PathLike
+from flax_ckpt.training.preservation_policies import PreservationPolicy, PreserveAll
 from flax_ckpt.training.saver import Saver, step_number
 
 T = TypeVar("T")
-Step = int | CheckpointMetadata[Any]
+Step = int | CheckpointMetadata[Any] | None
 
 
 @final
@@ -64,21 +61,21 @@ class Checkpointer:
 
     def __init__(
         self,
-        directory: PathLike,
+        directory: files.PathLike,
         *,
         context: Context | None = None,
         save_decision_policy: deciding.SaveDecisionPolicy | None = None,
-        preservation_policy: preserving.PreservationPolicy | None = None,
-        step_name_format: NameFormat[CheckpointMetadata[None]] | None = None,
+        preservation_policy: PreservationPolicy | None = None,
+        step_name_format: steps.StepFormat | None = None,
         custom_metadata: dict[str, Any] | None = None,
         cleanup_tmp_directories: bool = False,
         lightweight_initialize: bool = False,
     ) -> None:
         self._context = resolve(context)
         when = save_decision_policy or deciding.AS_OFTEN_AS_POSSIBLE
-        keep = preservation_policy or preserving.PreserveAll()
-        names_of = step_name_format or name_formats.standard_name_format()
-        self._saver = Saver(directory, self._context, when, keep, names_of)
+        keep = preservation_policy or PreserveAll()
+        called = step_name_format or steps.standard_name_format()
+        self._saver = Saver(directory, self._context, when, keep, called)
         self._root = self._saver.directory
         if self._saver.hosts.is_primary:
             files.make_directory(self._root)
@@ -116,7 +113,7 @@ class Checkpointer:
         step: int,
         state: Any,
         *,
-        checkpointable_name: str = names.STATE,
+        checkpointable_name: str = STATE,
         force: bool = False,
         overwrite: bool = False,
         metrics: dict[str, Any] | None = None,
@@ -124,7 +121,7 @@ class Checkpointer:
     ) -> AsyncResponse[bool] | None:
         """Saves one PyTree in the background; None if the policy says no. See :meth:`save`."""
         parts = {checkpointable_name: state}
-        return self._saver.save(step, parts, parts, force, overwrite, metrics, custom_metadata)
+        return self._saver.save(step, parts, parts, metrics, custom_metadata, force, overwrite)
 
     @parameters_of(save_async)
     def save(self, *args: Any, **named: Any) -> bool:
@@ -163,7 +160,7 @@ class Checkpointer:
     ) -> AsyncResponse[bool] | None:
         """Saves several checkpointables in the background; None if the policy says no."""
         parts, save = checkpointables, self._saver.save
-        return save(step, parts, (), force, overwrite, metrics, custom_metadata)
+        return save(step, parts, (), metrics, custom_metadata, force, overwrite)
 
     @parameters_of(save_checkpointables_async)
     def save_checkpointables(self, *args: Any, **named: Any) -> bool:
@@ -172,11 +169,7 @@ class Checkpointer:
         return response is not None and response.result()
 
     def load(
-        self,
-        step: Step | None = None,
-        abstract_state: Any = None,
-        *,
-        checkpointable_name: str = names.STATE,
+        self, step: Step = None, abstract_state: Any = None, *, checkpointable_name: str = STATE
     ) -> Any:
         """Loads one PyTree of a step.
 
@@ -190,17 +183,16 @@ class Checkpointer:
             CheckpointNotFoundError: the step has no such checkpointable.
             TreeMismatchError, DamagedCheckpointError: as :func:`flax_ckpt.load`.
         """
-        name = checkpointable_name
-        return self._read(_load.load, step, abstract_state, checkpointable_name=name)
+        return self._read(_load.load, step, abstract_state, checkpointable_name=checkpointable_name)
 
     @parameters_of(load)
     def load_async(self, *args: Any, **named: Any) -> AsyncResponse[Any]:
         """Loads one PyTree in the background; see :meth:`load`."""
-        named.setdefault("checkpointable_name", names.STATE)
+        named.setdefault("checkpointable_name", STATE)
         return self._read(_load.load_async, *args, **named)
 
     def load_checkpointables(
-        self, step: Step | None = None, abstract_checkpointables: Mapping[str, Any] | None = None
+        self, step: Step = None, abstract_checkpointables: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """Loads several checkpointables of a step.
 
@@ -219,15 +211,13 @@ class Checkpointer:
         """Loads several checkpointables in the background; see :meth:`load_checkpointables`."""
         return self._read(_load.load_checkpointables_async, *args, **named)
 
-    def _read(
-        self, read: Callable[..., T], step: Step | None = None, *args: Any, **named: Any
-    ) -> T:
+    def _read(self, read: Callable[..., T], step: Step = None, *args: Any, **named: Any) -> T:
         """What one of the functions that read a checkpoint returns for a step."""
         path = self._saver.find(step).path
         with applied(self._context):
             return read(path, *args, **named)
 
-    def metadata(self, step: Step | None = None) -> CheckpointMetadata[Any]:
+    def metadata(self, step: Step = None) -> CheckpointMetadata[Any]:
         """What the PyTree of a step looks like; see :func:`flax_ckpt.metadata`.
 
         Raises:
@@ -237,9 +227,7 @@ class Checkpointer:
         with applied(self._context):
             return metadata.of_step(found, _load.metadata(found.path))
 
-    def checkpointables_metadata(
-        self, step: Step | None = None
-    ) -> CheckpointMetadata[dict[str, Any]]:
+    def checkpointables_metadata(self, step: Step = None) -> CheckpointMetadata[dict[str, Any]]:
         """What all checkpointables of a step look like; see :meth:`metadata`."""
         found = self._saver.find(step)
         with applied(self._context):
@@ -251,7 +239,11 @@ class Checkpointer:
         return RootMetadata(directory=self.directory, custom_metadata=custom)
 
     def delete_async(
-        self, step: Step, *, checkpointable_name: str | None = None, missing_ok: bool = False
+        self,
+        step: int | CheckpointMetadata[Any],
+        *,
+        checkpointable_name: str | None = None,
+        missing_ok: bool = False,
     ) -> AsyncResponse[bool]:
         """Deletes in the background; it leaves the listing at once. See :meth:`delete`."""
         self.wait()
@@ -282,7 +274,7 @@ class Checkpointer:
         """
         return self.delete_async(*args, **named).result()
 
-    def cancel(self, step: Step | None = None) -> None:
+    def cancel(self, step: Step = None) -> None:
         """Ends the save in flight; it leaves nothing, unless it was committed just before.
 
         With several processes, which could not agree on the moment, the save comes to its end.
@@ -313,21 +305,20 @@ class Checkpointer:
 
     def close(self) -> None:
         """As `wait`; other processes may save here then. May be called again."""
-        try:
-            self.wait()
-        finally:
-            self._saver.release()
+        self.__exit__(None, None, None)
 
-    def __enter__(self) -> Checkpointer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
-            self.close()
+            self.wait()
         except SaveFailedError as failure:
             if error is None:
                 raise
             error.add_note(str(failure))
+        finally:
+            self._saver.release()
 
     def __repr__(self) -> str:
         latest, state = self.latest, "saving" if self._saver.is_saving else "idle"

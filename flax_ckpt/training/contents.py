@@ -34,10 +34,10 @@ class Contents:
         data.require_iterator(data_iterator, context)
         self.data_iterator = data_iterator
         self.best = None if best is None else Best.of(best)
-        self._warned = self._warned_of_best = False
+        self._warned = self._lacked = False
 
-    def of(self, step: int, state: Any, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The arguments of :meth:`Saver.save` for a step; warns once if they are odd."""
+    def of(self, step: int, state: Any, metrics: Mapping[str, Any] | None) -> tuple[Any, ...]:
+        """What :meth:`Saver.save` takes after the step; warns once if it is odd."""
         parts = {name: tree for name, tree in states.split(state).items() if tree is not None}
         trees = list(parts)
         if self.config is not None:
@@ -48,15 +48,9 @@ class Contents:
         numbers, custom = metrics and notices.numbers(metrics), None
         if self.best is not None:
             custom = self.best.to_metadata()
-            told = self._warned_of_best
-            self._warned_of_best = told or notices.no_metric(step, self.best.metric, numbers)
+            self._lacked = self._lacked or notices.no_metric(step, self.best.metric, numbers)
         self._warned = self._warned or notices.other_count(step, "is saved", state)
-        return {
-            "checkpointables": parts,
-            "trees": trees,
-            "metrics": numbers,
-            "custom_metadata": custom,
-        }
+        return parts, trees, numbers, custom
 
     def is_whole(self, state: Any) -> bool:
         """Whether a state seen earlier can still be saved as it was, with what goes with it."""

@@ -6,8 +6,6 @@
 A listing reads no file: times and metrics are read when they are first asked for.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import functools
@@ -114,22 +112,20 @@ def to_json(value: Any, name: str = "") -> Any:
         parts = cast("Mapping[Any, Any]", value)
         return {key: to_json(part, f"{name}/{key}".strip("/")) for key, part in parts.items()}
     is_array = isinstance(value, np.ndarray | np.generic | jax.Array)
-    return number(name, value) if is_array else value
+    return numbers(name, value).tolist() if is_array else value
 
 
-def number(name: str, value: Any) -> Any:
-    """A metric as JSON has it: a number, or nested lists of them.
+def numbers(name: str, value: Any) -> Any:
+    """A metric as an array of what JSON has.
 
     Raises:
         StateError: it is neither a real number nor an array of them.
     """
     array = np.asarray(value)
     kind = dtypes.kind(array.dtype)
-    if kind not in ("bool", "int", "float"):
-        raise StateError(
-            f"metric {name!r} is {value!r}: metrics are real numbers or arrays of them"
-        )
-    return (array.astype(np.float64) if kind == "float" else array).tolist()
+    if kind in ("bool", "int", "float"):
+        return array.astype(np.float64) if kind == "float" else array
+    raise StateError(f"metric {name!r} is {value!r}: metrics are real numbers or arrays of them")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

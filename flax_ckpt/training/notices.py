@@ -50,13 +50,10 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in metrics.items():
         try:
-            number: Any = metadata.number(name, value)
+            array = metadata.numbers(name, value)
+            found[str(name)] = array.item() if array.size == 1 else array.tolist()
         except StateError as error:
             logger.warning("not saved: %s", error)
-            continue
-        if np.size(number) == 1:
-            number = np.asarray(number).item()  # an array of one number is that
-        found[str(name)] = number
     return found
 
 

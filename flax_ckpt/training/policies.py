@@ -1,7 +1,5 @@
 """The keywords of `CheckpointCallback` as policies: what to save and what to keep."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 from typing import Any
@@ -9,23 +7,9 @@ from typing import Any
 from flax_ckpt.training import preservation_policies as preserving
 from flax_ckpt.training import save_decision_policies as deciding
 from flax_ckpt.training.best import Best
-from flax_ckpt.training.preservation_policies import Checkpoints, PreservationPolicy
-from flax_ckpt.training.save_decision_policies import SaveDecisionPolicy
+from flax_ckpt.training.preservation_policies import PreservationPolicy
+from flax_ckpt.training.save_decision_policies import SaveDecisionPolicy, Step, Steps
 from flax_ckpt.training.steps import require_at_least
-
-_NEVER = datetime.datetime.max.replace(tzinfo=datetime.UTC)
-
-
-@dataclasses.dataclass(frozen=True)
-class KeepBest:
-    """A preservation policy: the `n` best steps; fewer if fewer have the metric."""
-
-    best: Best
-
-    def should_preserve(self, checkpoints: Checkpoints, *, context: Any) -> list[bool]:
-        """See :class:`PreservationPolicy`."""
-        kept = self.best.ranked(checkpoints)[: self.best.n]
-        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 @dataclasses.dataclass
@@ -38,20 +22,17 @@ class Timer:
     """
 
     secs: float
-    since: datetime.datetime = _NEVER
+    since: datetime.datetime = dataclasses.field(init=False)
 
     def start(self, nsecs: int) -> None:
         """The run begins now, in ns since the epoch."""
         self.since = datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
 
-    def should_save(
-        self, step: deciding.Step, previous_steps: deciding.Steps, *, context: Any
-    ) -> bool:
+    def should_save(self, step: Step, previous_steps: Steps, *, context: Any) -> bool:
         """See :class:`SaveDecisionPolicy`."""
-        last = previous_steps[-1].time if previous_steps else self.since
-        if last > step.time:  # by the clock of another machine
-            last = self.since
-        return (step.time - max(last, self.since)).total_seconds() >= self.secs
+        # A save that is later than now was dated by another machine's clock.
+        saved = [last.time for last in previous_steps[-1:] if last.time <= step.time]
+        return (step.time - max([self.since, *saved])).total_seconds() >= self.secs
 
 
 def saving(
@@ -62,28 +43,21 @@ def saving(
     if every_secs is not None and not every_secs > 0:
         raise ValueError(f"every_secs must be positive, got {every_secs}")
     timer = Timer(600.0 if every_secs is None else every_secs)
-    asked: list[SaveDecisionPolicy] = [] if policy is None else [policy]
-    if every_n_steps is not None:
-        asked.append(deciding.FixedIntervalPolicy(every_n_steps))
+    multiples = None if every_n_steps is None else deciding.FixedIntervalPolicy(every_n_steps)
+    asked: list[SaveDecisionPolicy] = [p for p in (policy, multiples) if p is not None]
     if every_secs is not None or not asked:
         asked.append(timer)
     return asked[0] if len(asked) == 1 else deciding.AnySavePolicy(asked), timer
 
 
 def keeping(
-    last: int | None,
-    every_n_steps: int | None,
-    best: Best | None,
-    policy: PreservationPolicy | None,
+    last: int | None, every_n: int | None, best: Best | None, policy: PreservationPolicy | None
 ) -> PreservationPolicy:
     """What is kept: what one of the arguments keeps; `policy` stands in for `last`."""
-    require_at_least(1, keep_last=last, keep_every_n_steps=every_n_steps)
-    asked: list[PreservationPolicy] = [preserving.LatestN(last) if policy is None else policy]
-    if every_n_steps is not None:
-        asked.append(preserving.EveryNSteps(every_n_steps))
-    if best is not None:
-        asked.append(KeepBest(best))
-    return asked[0] if len(asked) == 1 else preserving.AnyPreservationPolicy(asked)
+    require_at_least(1, keep_last=last, keep_every_n_steps=every_n)
+    newest = preserving.LatestN(last) if policy is None else policy
+    multiples = None if every_n is None else preserving.EveryNSteps(every_n)
+    return preserving.AnyPreservationPolicy([p for p in (newest, multiples, best) if p is not None])
 
 
 def require_choice(**choices: tuple[str, ...]) -> None:

@@ -39,10 +39,8 @@ class Signals:
 
     def install(self) -> None:
         """From now on; Python allows it in the main thread alone, elsewhere nothing happens."""
-        if (
-            not (self._previous or self._ended)
-            and threading.current_thread() is threading.main_thread()
-        ):
+        is_new = not (self._previous or self._ended)
+        if is_new and threading.current_thread() is threading.main_thread():
             self._previous = {s: signal.signal(s, self._receive) for s in self.numbers}
             _installed.add(self)
 
@@ -50,7 +48,7 @@ class Signals:
         """Puts back the handlers that were there, unless another one has come since."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in self.numbers if self._previous else ():
+        for number in self._previous:
             if signal.getsignal(number) == self._receive:
                 signal.signal(number, self._before(number))
         self._ended = True

@@ -10,8 +10,6 @@ They are asked after each save; the step just saved stays in any case. A user's 
 object with `should_preserve`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import itertools
@@ -267,11 +265,8 @@ class AnyPreservationPolicy:
 
 def _latest(kept: list[bool], n: int | None) -> list[bool]:
     """Of those kept, the last `n`."""
-    if n is None:
-        return kept
-    places = [i for i, keep in enumerate(kept) if keep]
-    last = set(places[max(len(places) - n, 0) :])
-    return [i in last for i in range(len(kept))]
+    counts = [*itertools.accumulate(reversed(kept))][::-1]  # of those kept, from each on
+    return [keep and (n is None or count <= n) for keep, count in zip(kept, counts, strict=True)]
 
 
 def _spaced(values: Sequence[Any], interval: Any) -> list[bool]:

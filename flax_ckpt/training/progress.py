@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+from jax import monitoring
 
 from flax_ckpt.format import tree
 from flax_ckpt.handlers import keypaths
@@ -42,9 +43,7 @@ def record(event: str, **figures: float) -> dict[str, float]:
     """
     for name, value in figures.items():
         is_time = name.endswith("_secs")
-        tell = (
-            jax.monitoring.record_event_duration_secs if is_time else jax.monitoring.record_scalar
-        )
+        tell = monitoring.record_event_duration_secs if is_time else monitoring.record_scalar
         tell(f"/flax_ckpt/{event}/{name}", value)
     return {f"checkpoint/{event}/{name}": float(value) for name, value in figures.items()}
 
@@ -66,9 +65,7 @@ def duration(seconds: float) -> str:
 def nbytes(value: Any) -> int:
     """Bytes of the arrays of a tree; of one that is sharded over processes, all of them."""
     leaves = jax.tree.leaves(value)
-    return sum(
-        getattr(leaf, "nbytes", 8 * isinstance(leaf, int | float | complex)) for leaf in leaves
-    )
+    return sum(getattr(x, "nbytes", 8 * isinstance(x, int | float | complex)) for x in leaves)
 
 
 def leaf_names(value: Any) -> tuple[str, ...]:

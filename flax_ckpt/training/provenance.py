@@ -3,7 +3,6 @@
 Kept in the saved config, where `restore(...).provenance` and any text editor find it.
 """
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -11,6 +10,8 @@ import sys
 from typing import Any
 
 import jax
+
+from flax_ckpt import _save
 
 _jax: Any = jax  # which says nothing about the type of its devices
 _PACKAGES = ("jax", "flax", "optax", "flax-ckpt")
@@ -22,7 +23,7 @@ def collect() -> dict[str, Any]:
     >>> sorted(collect())
     ['argv', 'device', 'git', 'versions']
     """
-    versions = {name.replace("-", "_"): _version(name) for name in _PACKAGES}
+    versions = {name.replace("-", "_"): _save.version(name) for name in _PACKAGES}
     devices = _jax.devices()
     program: str | None = getattr(sys.modules.get("__main__"), "__file__", None)
     return {
@@ -42,34 +43,21 @@ def mesh(state: Any) -> dict[str, int] | None:
     return None
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # on the path, but not installed
-        return "unknown"
-
-
 def _git(program: str | None) -> dict[str, Any] | None:
     """The commit that the program's directory is at, and whether tracked files have changed."""
-    try:
-        directory = os.path.dirname(os.path.abspath(program)) if program else os.getcwd()
-        commit = _run(directory, "rev-parse", "HEAD")
-    except (OSError, subprocess.SubprocessError):
-        return None  # no git, or no repository
-    try:
-        changes = _run(directory, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": commit, "dirty": None}  # it answers too slowly
-    return {"commit": commit, "dirty": bool(changes)}
+    directory = os.path.dirname(program or "") or "."
+    commit = _run(directory, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changes = _run(directory, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else changes != ""}
 
 
-def _run(directory: str, *command: str) -> str:
-    run = subprocess.run(
-        ["git", "--no-optional-locks", "-C", directory, *command],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=True,
-        timeout=5,
-    )
-    return run.stdout.strip()
+def _run(directory: str, *command: str) -> str | None:
+    """What git says; None if there is no git or no repository, or it answers too slowly."""
+    git = ["git", "--no-optional-locks", "-C", directory, *command]
+    try:
+        said = subprocess.check_output(git, stderr=subprocess.DEVNULL, errors="replace", timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.strip()

@@ -10,8 +10,6 @@ The clock is a parameter: the `time` of the step in question is now, that of an 
 its save began. A user's own policy is any object with `should_save`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 from collections.abc import Container, Sequence

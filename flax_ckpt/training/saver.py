@@ -5,17 +5,15 @@ saver.save(step, {"params": params}, metrics={"loss": loss})
 saver.wait()
 """
 
-from __future__ import annotations
-
 import functools
+import itertools
 import logging
 import operator
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 
@@ -24,11 +22,10 @@ from flax_ckpt._async import AsyncResponse
 from flax_ckpt.context import Context, applied
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, hosts, kinds, lock
-from flax_ckpt.storage.files import local_path
-from flax_ckpt.training import progress, steps
+from flax_ckpt.storage.files import PathLike, local_path
+from flax_ckpt.training import notices, progress, steps
 from flax_ckpt.training import save_decision_policies as deciding
 from flax_ckpt.training.metadata import CheckpointMetadata, to_json
-from flax_ckpt.training.name_formats import NameFormat, PathLike
 from flax_ckpt.training.preservation_policies import PreservationContext, PreservationPolicy
 
 logger = logging.getLogger("flax_ckpt")
@@ -46,12 +43,13 @@ class Saver:
         save_policy: decides whether a step is saved.
         preservation_policy: decides which steps stay.
         name_format: how steps are called; None: as those that are there.
+        on_error: "raise": a save that failed in the background raises; "warn": it is logged.
+        writer: told how long each save took.
 
     Attributes:
         hosts: the processes that take part.
         response: of the save in flight, or of the last one until its end was noticed.
         deletion: the same, of a step.
-        finished: of each save that is durable, its step and figures; who reads them takes them out.
     """
 
     def __init__(
@@ -60,7 +58,9 @@ class Saver:
         context: Context,
         save_policy: deciding.SaveDecisionPolicy,
         preservation_policy: PreservationPolicy,
-        name_format: NameFormat[Step] | None = None,
+        name_format: steps.StepFormat | None = None,
+        on_error: Literal["raise", "warn"] = "raise",
+        writer: progress.Writer | None = None,
     ) -> None:
         self.directory = local_path(directory)
         kinds.require_root(self.directory)
@@ -69,15 +69,18 @@ class Saver:
         self.hosts = hosts.current(context.multiprocessing, context.asynchronous, what)
         self.response: AsyncResponse[bool] | None = None
         self.deletion: AsyncResponse[bool] | None = None
-        self.finished: deque[tuple[int, dict[str, float]]] = deque(maxlen=100)
+        self.on_error, self._writer = on_error, writer
+        self._figures: dict[str, float] = {}
         self._lock: lock.RunLock | None = None
         self._save_policy = save_policy
         self._preservation_policy = preservation_policy
         self._name_format = name_format or steps.naming(self.directory)
         self._root = epath.Path(self.directory)
         self._current: Step | None = None
+        self._before: list[Step] = []
         self._cancelled = threading.Event()
-        self._calls = self._saves = 0
+        self._calls, self._saves = itertools.count(), 0
+        self._after: int | None = None
         self._told_of_later = False
         # A clock that does not go back, and agrees with the times on disk.
         self._clock_offset = time.time_ns() - time.monotonic_ns()
@@ -99,7 +102,11 @@ class Saver:
         return [other for other in self.history if other.step != step]
 
     def begin(self, after: int | None = None) -> None:
-        """Takes the history from disk again, up to the step `after`."""
+        """Takes the history from disk again, up to `after`; the next save moves later ones aside.
+
+        Not before: perhaps another process still restores one.
+        """
+        self._after = after
         self.history = [s for s in self.committed() if after is None or s.step <= after]
 
     def clean(self) -> None:
@@ -124,13 +131,13 @@ class Saver:
             self._lock.release()
         self._lock = None
 
-    def supersede(self, after: int) -> None:
-        """Moves later steps aside: when no process restores one, and before any saves."""
-        self._calls += 1
-        self.hosts.barrier(f"superseding {self._calls}")
-        if self.hosts.is_primary:
-            steps.supersede(self.directory, after)
-        self.hosts.barrier(f"superseded {self._calls}")
+    def _supersede(self) -> None:
+        if self._after is not None:
+            self.hosts.barrier(f"superseding {next(self._calls)}")
+            if self.hosts.is_primary:
+                steps.supersede(self.directory, self._after)
+            self.hosts.barrier(f"superseded {next(self._calls)}")
+        self._after = None
 
     def path_of(self, step: int) -> str:
         """Where a step will be."""
@@ -149,23 +156,19 @@ class Saver:
             besides: a step that will be replaced, and does not count.
         """
         history = self.history if besides is None else self._without(besides)
-        if history and history[-1].step >= step:
-            self._tell_of_later(step, history[-1].step)
+        if history and (latest := history[-1].step) >= step:
+            if latest > step and not self._told_of_later:
+                self._told_of_later = True
+                logger.warning(
+                    "step %d is not saved, since step %d is: only later steps are, from %d on. A"
+                    " loop that resumes goes on from the step that was restored",
+                    *(step, latest, latest + 1),
+                )
             return False
         if not self.hosts.several or deciding.is_same_everywhere(self._save_policy):
             return self._decide(step, history)
         decision = self._decide(step, history) if self.hosts.is_primary else None
-        self._calls += 1
-        return self.hosts.broadcast(f"decision {self._saves}/{self._calls}", decision)
-
-    def _tell_of_later(self, step: int, latest: int) -> None:
-        if latest > step and not self._told_of_later:
-            self._told_of_later = True
-            logger.warning(
-                "step %d is not saved, since step %d is: only later steps are, from %d on. A loop"
-                " that resumes goes on from the step that was restored",
-                *(step, latest, latest + 1),
-            )
+        return self.hosts.broadcast(f"decision {self._saves}/{next(self._calls)}", decision)
 
     def _decide(self, step: int, history: list[Step]) -> bool:
         # Its path is the run's: to build the one it may get would cost more than the decision.
@@ -182,10 +185,10 @@ class Saver:
         step: int,
         checkpointables: Mapping[str, Any],
         trees: Collection[str] = (),
-        force: bool = False,
-        overwrite: bool = False,
         metrics: dict[str, Any] | None = None,
         custom_metadata: dict[str, Any] | None = None,
+        force: bool = False,
+        overwrite: bool = False,
     ) -> AsyncResponse[bool] | None:
         """Begins a save, if it is due, after the one in flight.
 
@@ -193,10 +196,10 @@ class Saver:
             step: number of completed updates.
             checkpointables: values by name.
             trees: names of those that are trees.
-            force: save whatever the policy says.
-            overwrite: whether the step, if it is there, is replaced.
             metrics: JSON to save with them, and arrays.
             custom_metadata: anything JSON can hold.
+            force: save whatever the policy says.
+            overwrite: whether the step, if it is there, is replaced.
 
         Raises:
             StepAlreadyExistsError: it is there, or being saved, and `overwrite` is false.
@@ -213,69 +216,59 @@ class Saver:
         began = time.perf_counter()
         self.wait()
         self.claim()
+        self._supersede()
         parts = dict(checkpointables)
         nbytes = progress.nbytes(parts)
         if metrics is not None:
             parts[names.METRICS] = to_json(metrics)
-        path, now, cancelled = self.path_of(step), self.now(), threading.Event()
-        self.response = _save.start(
-            path,
-            parts,
-            self.context,
-            overwrite,
-            custom_metadata,
-            trees=trees,
-            internal=True,
-            cancelled=cancelled,
-            result=True,
-        )
-        self._cancelled = cancelled
+        path, self._before, self._cancelled = self.path_of(step), self.history, threading.Event()
+        how: Any = {"trees": trees, "internal": True, "cancelled": self._cancelled, "result": True}
+        try:  # whoever interrupts what follows finds it in the history
+            self._enter(step, path, custom_metadata, parts.get(names.METRICS))
+            self.response = _save.start(
+                path, parts, self.context, overwrite, custom_metadata, **how
+            )
+        except BaseException:
+            self.history = self._before
+            raise
         self._saves += 1
-        replaced = self._enter(step, path, now, custom_metadata, parts.get(names.METRICS))
         blocked = time.perf_counter() - began
 
         def finish(_: bool) -> None:
             seconds = time.perf_counter() - began
             shown = f"blocked {progress.duration(blocked)}"
             logger.info("saved %s", progress.line(path, step, nbytes, seconds, shown))
-            figures = progress.record(
-                "save", duration_secs=seconds, blocked_secs=blocked, bytes=nbytes
-            )
-            self.finished.append((step, figures))
+            figures = {"duration_secs": seconds, "blocked_secs": blocked, "bytes": nbytes}
+            self._figures = progress.record("save", **figures)
             self.hosts.forget(f"decision {self._saves - 1}")
             if self.hosts.is_primary:
-                self._remove([other for other in replaced if os.fspath(other.path) != path])
-                self._retain(step)
+                self._retain(step, path)
 
         self.response.on_complete(finish)
         return self.response
 
-    def _enter(self, step: int, path: str, now: int, custom: Any, metrics: Any) -> list[Step]:
-        """Takes a save that has begun into the history; returns what it replaces there."""
+    def _enter(self, step: int, path: str, custom: Any, metrics: Any) -> None:
+        """Takes a save that begins into the history."""
+        now = self.now()
         times = {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now}
         self._current = Step(
             step, epath.Path(path), metadata=None, custom_metadata=custom, metrics=metrics, **times
         )
-        replaced = [other for other in self.history if other.step == step]
         self.history = sorted([*self._without(step), self._current], key=_BY_STEP)
-        return replaced
 
-    def _retain(self, saved: int) -> None:
-        known = {os.fspath(step.path): step for step in self.history}  # with what was read of them
-        found = [known.get(os.fspath(step.path), step) for step in self.committed()]
-        policy = self._preservation_policy
-        keep = policy.should_preserve(found, context=PreservationContext())
+    def _retain(self, saved: int, path: str) -> None:
+        """Deletes what need not be kept; a step that cannot be deleted does not stop training."""
+        known = {step.step: step for step in self.history}  # with what was read of them
+        found = [known.get(step.step, step) for step in self.committed()]
+        keep = self._preservation_policy.should_preserve(found, context=PreservationContext())
         stay = {s.step for s, kept in zip(found, keep, strict=True) if kept} | {saved}
-        self._remove([step for step in found if step.step not in stay])
-        self.history = [step for step in self.history if step.step in stay]
-
-    def _remove(self, doomed: list[Step]) -> None:
-        """Deletes steps; one that cannot be deleted does not stop training."""
-        for step in doomed:
+        renamed = [s for s in self._before if s.step == saved and os.fspath(s.path) != path]
+        for step in [*renamed, *(s for s in found if s.step not in stay)]:
             try:
                 commit.remove(os.fspath(step.path))
             except OSError as error:
                 logger.warning("step %d could not be deleted: %s", step.step, error)
+        self.history = [step for step in self.history if step.step in stay]
 
     def wait(self) -> None:
         """Returns when what runs in the background has ended.
@@ -291,19 +284,22 @@ class Saver:
             return
         response.ended.wait()
         self.response, told = None, response.told
+        figures, self._figures = self._figures, {}
+        if self._writer is not None and figures:
+            notices.told(self._writer, current.step, figures)
         try:
             response.result()
         except Exception as error:
             if not response.completed:
-                self.history = [step for step in self.history if step is not current]
+                self.history = self._before
+            if told or isinstance(error, errors.SaveCancelledError):
+                return
             fate = "was saved, but what follows failed" if response.completed else "was not saved"
-            if not told and not isinstance(error, errors.SaveCancelledError):
-                raise errors.SaveFailedError(
-                    f"{response.what} (step {current.step}) {fate}:"
-                    f" {type(error).__name__}: {error}",
-                    path=os.fspath(current.path),
-                    step=current.step,
-                ) from error
+            what = f"{response.what} (step {current.step}) {fate}: {type(error).__name__}: {error}"
+            failure = errors.SaveFailedError(what, path=current.path, step=current.step)
+            if self.on_error == "raise":
+                raise failure from error
+            logger.warning("%s", failure, exc_info=error)
 
     def notice(self) -> None:
         """Raises the failure of a save that has ended; does not wait for one that has not."""
@@ -315,10 +311,8 @@ class Saver:
         paths = [other.path for other in self.history if other.step == step]
         if paths:
             self.wait()
-            message = (
-                f"step {step} is saved already, at {paths[0]}; pass overwrite=True to replace it"
-            )
-            raise errors.StepAlreadyExistsError(message, step=step, path=paths[0])
+            what = f"step {step} is saved already, at {paths[0]}; pass overwrite=True to replace it"
+            raise errors.StepAlreadyExistsError(what, step=step, path=paths[0])
 
     def cancel(self) -> None:
         """Ends the save in flight without a commit, unless it is committed already."""
@@ -339,10 +333,8 @@ class Saver:
         if wanted in found:
             return found[wanted]
         path = self.directory if wanted is None else self.path_of(step_number(wanted))
-        which = "step" if wanted is None else f"step {wanted}"
-        message = (
-            f"{self.directory} has no {which}; its steps: {', '.join(map(str, found)) or 'none'}"
-        )
+        which, there = "" if wanted is None else f" {wanted}", ", ".join(map(str, found)) or "none"
+        message = f"{self.directory} has no step{which}; its steps: {there}"
         raise errors.StepNotFoundError(message, step=wanted, path=path)
 
     def delete(self, step: Step, name: str | None, missing_ok: bool) -> AsyncResponse[bool]:
@@ -361,8 +353,7 @@ class Saver:
                 )
             return self.deletion
         doomed = commit.withdraw(path) if self.hosts.is_primary else None
-        self._calls += 1
-        self.hosts.barrier(f"deleted {self._calls}")
+        self.hosts.barrier(f"deleted {next(self._calls)}")
         self.history = self._without(step.step)
 
         def remove() -> bool:
@@ -381,11 +372,8 @@ def step_number(step: Any) -> int:
         StateError: it is none, or negative.
     """
     try:
-        number = -1 if isinstance(step, bool) else operator.index(step)
+        if not isinstance(step, bool) and (number := operator.index(step)) >= 0:
+            return number
     except TypeError:
-        number = -1
-    if number < 0:
-        raise errors.StateError(
-            f"a step is the number of completed updates, 0 or more; got {step!r}"
-        )
-    return number
+        pass  # it is no number at all
+    raise errors.StateError(f"a step is the number of completed updates, 0 or more; got {step!r}")

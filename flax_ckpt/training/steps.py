@@ -1,31 +1,64 @@
-"""The steps of a run: directories named by the number of completed updates.
+"""The steps of a run: directories named by the number of completed updates: `23`, `step_0023`.
 
 What is on disk is the evidence; there is no index that could disagree with it. So is how the steps
 are called: a run that Orbax began with `ckpt_000020` goes on with `ckpt_000030`.
+
+steps = fc.path.step
+written = steps.standard_name_format(step_prefix="step", step_format_fixed_length=4)
+both = steps.composite_name_format(written, [written, steps.standard_name_format()])
+fc.training.Checkpointer(root, step_name_format=both)  # reads `23` too, writes `step_0024`
 """
 
+import contextlib
 import dataclasses
 import datetime
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from etils import epath
 
 from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError, StepNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, files, kinds
+from flax_ckpt.storage.files import PathLike
 from flax_ckpt.training.metadata import CheckpointMetadata, listed
 
 logger = logging.getLogger("flax_ckpt")
+M_co = TypeVar("M_co", covariant=True, bound=CheckpointMetadata[Any])
+
+
+@runtime_checkable
+class NameFormat(Protocol[M_co]):
+    """How steps are called and found; any object with these methods will do."""
+
+    def build_name(self, step: int) -> str:
+        """The name of a step's directory."""
+        ...
+
+    def find_all(self, base_path: PathLike) -> Iterator[M_co]:
+        """The committed steps under a root, in any order."""
+        ...
+
+    def find_step(self, base_path: PathLike, step: int) -> M_co:
+        """A committed step under a root.
+
+        Raises:
+            ValueError: there is none.
+        """
+        ...
+
+
+StepFormat = NameFormat[CheckpointMetadata[None]]
 
 SUPERSEDED = "superseded"  # where later steps go when a run goes on from an earlier one
 
 
 @dataclasses.dataclass(frozen=True)
 class StandardNameFormat:
-    """Steps are called `[<prefix>_]<step>`, with zeros up to a width; see `NameFormat`."""
+    """Steps are called `[<prefix>_]<step>`, with zeros up to a width."""
 
     prefix: str = ""
     width: int = 1
@@ -34,7 +67,7 @@ class StandardNameFormat:
         """The name of a step's directory."""
         return (self.prefix and f"{self.prefix}_") + f"{step:0{self.width}}"
 
-    def find_all(self, base_path: files.PathLike) -> Iterator[CheckpointMetadata[None]]:
+    def find_all(self, base_path: PathLike) -> Iterator[CheckpointMetadata[None]]:
         """The committed steps under a root, in any order."""
         root = epath.Path(base_path)
         for name in _entries(base_path):
@@ -42,12 +75,76 @@ class StandardNameFormat:
             if found and self.build_name(found[1]) == name and is_checkpoint(f"{root}/{name}"):
                 yield listed(found[1], root / name)
 
-    def find_step(self, base_path: files.PathLike, step: int) -> CheckpointMetadata[None]:
+    def find_step(self, base_path: PathLike, step: int) -> CheckpointMetadata[None]:
         """A committed step under a root."""
         path = epath.Path(base_path) / self.build_name(step)
         if not is_checkpoint(os.fspath(path)):
             raise StepNotFoundError(f"step {step} is not at {path}", step=step, path=path)
         return listed(step, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CompositeNameFormat:
+    write_name_format: StepFormat
+    read_name_formats: Sequence[StepFormat]
+
+    def build_name(self, step: int) -> str:
+        return self.write_name_format.build_name(step)
+
+    def find_all(self, base_path: PathLike) -> Iterator[CheckpointMetadata[None]]:
+        formats = reversed(self.read_name_formats)  # the first of them has the last word
+        yield from {m.step: m for each in formats for m in each.find_all(base_path)}.values()
+
+    def find_step(self, base_path: PathLike, step: int) -> CheckpointMetadata[None]:
+        for name_format in self.read_name_formats[:-1]:
+            with contextlib.suppress(ValueError):  # perhaps it is called as the next format says
+                return name_format.find_step(base_path, step)
+        return self.read_name_formats[-1].find_step(base_path, step)
+
+
+def standard_name_format(
+    *, step_prefix: str | None = None, step_format_fixed_length: int | None = None
+) -> StepFormat:
+    """The names that most runs have: a number, with a prefix and zeros before it if wanted.
+
+    Args:
+        step_prefix: what comes before the number; an underscore is put between.
+        step_format_fixed_length: least number of digits; zeros are put before.
+
+    >>> standard_name_format().build_name(23)
+    '23'
+    >>> standard_name_format(step_prefix="step", step_format_fixed_length=4).build_name(23)
+    'step_0023'
+    """
+    if step_prefix is not None and step_prefix != os.path.basename(step_prefix):
+        raise ValueError(f"step_prefix is part of a directory's name, got {step_prefix!r}")
+    require_at_least(1, step_format_fixed_length=step_format_fixed_length)
+    return StandardNameFormat(step_prefix or "", step_format_fixed_length or 1)
+
+
+def composite_name_format(
+    write_name_format: StepFormat, read_name_formats: Sequence[StepFormat]
+) -> StepFormat:
+    """Several names to read, one to write: for a run whose names have changed.
+
+    Args:
+        write_name_format: for steps to come.
+        read_name_formats: for those that are there, `write_name_format` among them. Where two
+            find the same step, the first counts.
+
+    Raises:
+        ValueError: `write_name_format` is not among `read_name_formats`.
+
+    >>> plain, padded = standard_name_format(), standard_name_format(step_format_fixed_length=6)
+    >>> composite_name_format(padded, [padded, plain]).build_name(23)
+    '000023'
+    """
+    if write_name_format not in read_name_formats:
+        raise ValueError(
+            f"write_name_format {write_name_format} must be among read_name_formats"
+            f" {list(read_name_formats)}: what is written must be found again"
+        )
+    return _CompositeNameFormat(write_name_format, tuple(read_name_formats))
 
 
 def naming(root: str) -> StandardNameFormat:
@@ -60,8 +157,7 @@ def naming(root: str) -> StandardNameFormat:
     """
     entries = [(name, step) for name in _entries(root) if (step := names.step_of(name))]
     found = {name: step for name, step in entries if is_checkpoint(os.path.join(root, name))}
-    padded = [(prefix, width) for prefix, n, width in found.values() if len(str(n)) < width]
-    ways = {StandardNameFormat(*way) for way in padded}
+    ways = {StandardNameFormat(p, width) for p, n, width in found.values() if len(str(n)) < width}
     for name, (prefix, step, _) in found.items():
         if all(way.build_name(step) != name for way in ways):
             ways.add(StandardNameFormat(prefix))
@@ -89,7 +185,7 @@ def path_of(root: str, step: int) -> str:
     return os.path.join(root, naming(root).build_name(step))
 
 
-def _entries(path: files.PathLike) -> list[str]:
+def _entries(path: PathLike) -> list[str]:
     """The names in a directory; none if it is not there."""
     try:
         return os.listdir(path)

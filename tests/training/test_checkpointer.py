@@ -329,6 +329,16 @@ def test_a_failure_that_result_told_is_not_told_again(tmp_path: Path):
     checkpointer.close()
 
 
+def test_a_step_whose_overwrite_failed_is_still_there_for_the_policies(tmp_path: Path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, tree(1))
+    with Checkpointer(tmp_path, context=with_handler(RefusingHandler)) as checkpointer:
+        with pytest.raises(OSError, match="No space left"):
+            checkpointer.save(1, {}, overwrite=True)
+        assert not checkpointer.should_save(1)
+        assert steps_of(checkpointer) == [1]
+
+
 def test_a_disk_that_refuses_leaves_nothing_of_the_step(run_child: Any, tmp_path: Path):
     program = """
         import resource, signal, sys

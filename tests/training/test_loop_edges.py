@@ -1,6 +1,7 @@
 """What the training loop once got wrong, found by use."""
 
 import datetime
+import itertools
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ import flax_ckpt as fc
 from flax_ckpt.errors import Preempted
 from flax_ckpt.format.config_pb import RunConfig
 from flax_ckpt.training import provenance, steps
+from flax_ckpt.training.saver import Saver
 
 
 def tree(step: int) -> dict[str, Any]:
@@ -149,6 +151,39 @@ def test_numpy_arrays_may_have_changed_since(tmp_path: Path, caplog: Any) -> Non
     with pytest.raises(KeyboardInterrupt):
         leave(fc.CheckpointCallback(tmp_path), {"params": np.ones(3)}, KeyboardInterrupt)
     assert "interrupted: step 7 is not saved" in caplog.text
+
+
+def is_interrupted(root: Path, at: int) -> bool:
+    """Whether Ctrl-C came, at that line of `Saver.save` and of its own that it calls."""
+    save, lines, before = Saver.save.__code__, itertools.count(1), sys.gettrace()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if save not in (frame.f_code, frame.f_back.f_code):
+            return None
+        if frame.f_code.co_filename != save.co_filename:
+            return None
+        if event == "line" and next(lines) == at:
+            raise KeyboardInterrupt
+        return trace
+
+    try:
+        with fc.CheckpointCallback(root, every_n_steps=1) as ckpt:
+            sys.settrace(trace)
+            try:
+                ckpt.on_step_end(1, tree(1))
+            finally:
+                sys.settrace(before)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def test_wherever_a_save_is_interrupted_the_step_is_saved_once(tmp_path: Path) -> None:
+    at = 1
+    while is_interrupted(tmp_path / str(at), at):
+        assert value(tmp_path / str(at), 1) == 1
+        at += 1
+    assert at > 50
 
 
 class Refuses:
