@@ -115,7 +115,7 @@ class Session(commit.Staging):
 
     def _unmark(self) -> None:
         if os.path.lexists(self._marker):
-            os.unlink(self._marker)
+            files.unlink(self._marker)
             files.sync_path(self.directory)
 
 
@@ -153,7 +153,7 @@ def merge(directory: str, parts: Sequence[str], target: str) -> None:
     tree.build([(entry.path, None) for entry in metadata.entries], what)
     for name, data in described.items():
         path = os.path.join(directory, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        files.mkdirs(os.path.dirname(path))
         files.write(path, data)
     native_write.unite(directory, parts)
 

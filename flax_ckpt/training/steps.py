@@ -128,10 +128,10 @@ def supersede(root: str, after: int) -> None:
     if not later:
         return
     aside, way = os.path.join(root, "superseded"), naming(root)
-    os.makedirs(aside, exist_ok=True)
+    files.mkdirs(aside)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     for step in reversed(later):
-        os.rename(os.path.join(root, way.build_name(step)), os.path.join(aside, f"{step}-{now}"))
+        files.rename(os.path.join(root, way.build_name(step)), os.path.join(aside, f"{step}-{now}"))
     files.sync_path(aside)
     files.sync_path(root)
     logger.warning(
