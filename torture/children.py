@@ -60,6 +60,10 @@ class Child:
     def end(self) -> int:
         """Kills it, if it runs, and waits; its exit code."""
         self.process.kill()
+        return self.wait()
+
+    def wait(self) -> int:
+        """Waits until it ends; its exit code."""
         self.process.join()
         code: int = self.process.exitcode
         return code

@@ -31,7 +31,7 @@ class _Listener:
     """Hears what a child says: the ledger's part of it, and where it is."""
 
     ledger: Ledger
-    phase: str = ""
+    phase: str = "before all"
     began: float | None = None
     held: bool = False
     ended: bool = False
@@ -126,11 +126,12 @@ class _Campaign:
 def campaign(scale: float, seed: int) -> list[Outcome]:
     """Kills processes: `RUNS` of them, and until each phase was hit `EACH_PHASE` times."""
     found, scenarios = _Campaign(seed), list(SCENARIOS)
-    each = EACH_PHASE if scale >= 1 else 0
     for number in range(2 * RUNS):
-        found.root(scenarios[number % len(scenarios)], _PER_ROOT)
-        rarest = min(found.hits.values(), default=0)
-        if found.killed >= RUNS * scale and rarest >= each and number + 1 >= len(scenarios):
+        rarest = min(found.hits, key=lambda phase: found.hits[phase], default="")
+        where = [name for name in scenarios if rarest in found.points.get(name, ())]
+        again = found.random.choice(where) if where and number % 2 else None
+        found.root(again or scenarios[number // 2 % len(scenarios)], _PER_ROOT)
+        if found.killed >= RUNS * scale and found.hits[rarest] >= EACH_PHASE * scale:
             break
     last = Outcome("phases of the commit that were hit", len(found.hits))
     last.notes = dict(sorted(found.hits.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import zlib
 from typing import Any
@@ -12,6 +13,9 @@ import numpy as np
 import flax_ckpt as fc
 from flax_ckpt.format import names
 from flax_ckpt.storage import kinds
+
+# Of what is cleaned up or left out there are many warnings.
+logging.getLogger("flax_ckpt").addHandler(logging.NullHandler())
 
 ITEM = ":opt_state"  # of a key: one of its checkpointables
 _FOREIGN = {
@@ -60,8 +64,8 @@ class Ledger:
         self.doomed: set[str] = set()
         self.gone: set[str] = set()
 
-    def say(self, kind: str, key: str, version: int = 0) -> None:
-        """Takes note: `begin`, `durable`, `deleting`, `deleted`."""
+    def say(self, kind: str, key: str = "", version: int = 0) -> None:
+        """Takes note: `begin`, `durable`, `deleting`, `deleted`; all else is for others."""
         if kind == "begin":
             self.pending.setdefault(key, set()).add(version)
             self.gone -= {key, key + ITEM}

@@ -31,7 +31,7 @@ def around(change: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(change)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        point = f"{_module()}.{change.__name__}"
+        point = f"{_module()}.{change.__name__.strip('_')}"
         reach(f"{point}:before")
         result = change(*args, **kwargs)
         reach(f"{point}:after")
