@@ -14,7 +14,7 @@ import signal
 import tempfile
 
 from torture.children import Child
-from torture.ledger import Ledger, foreign_problems, put_foreign
+from torture.ledger import MEMORY, Ledger, foreign_problems, put_foreign
 from torture.outcome import Outcome
 from torture.scenarios import SCENARIOS
 
@@ -74,7 +74,7 @@ def campaign(scale: float, seed: int) -> list[Outcome]:
     """Tries all of them, or a random sample."""
     chosen = random.Random(seed)
     found = {action: Outcome(f"each failpoint: {action}") for action in ACTIONS}
-    with tempfile.TemporaryDirectory(prefix="torture_failpoints_") as directory:
+    with tempfile.TemporaryDirectory(prefix="torture_failpoints_", dir=MEMORY) as directory:
         for scenario in SCENARIOS:
             place = _Place(scenario, directory)
             cases = [(action, *at) for at in place.points() for action in ACTIONS]
