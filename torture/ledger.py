@@ -58,6 +58,7 @@ class Ledger:
         durable: version by key, of what was reported as saved.
         pending: versions by key of saves that began since.
         doomed: keys whose deletion has begun.
+        parts: by key, how many parts of it are saved that were not finalized.
     """
 
     def __init__(self) -> None:
@@ -65,6 +66,7 @@ class Ledger:
         self.pending: dict[str, set[int]] = {}
         self.doomed: set[str] = set()
         self.gone: set[str] = set()
+        self.parts: dict[str, int] = {}
 
     def say(self, kind: str, key: str = "", version: int = 0) -> None:
         """Takes note: `begin`, `durable`, `deleting`, `deleted`; all else is for others."""
@@ -75,6 +77,9 @@ class Ledger:
             self.durable[key] = version
             self.pending[key] = set()
             self.doomed -= {key, key + ITEM}
+            self.parts.pop(key, None)
+        elif kind == "parts":
+            self.parts[key] = version
         elif kind == "deleting":
             self.doomed.add(key)
         elif kind == "deleted":
@@ -94,6 +99,7 @@ class Ledger:
             got = fc.load_checkpointables(os.path.join(root, key))
         except Exception as error:
             return f"{key} is listed and does not load: {type(error).__name__}: {error}"
+        got = got.get("state", got)  # of a partial save
         version = int(got["params"]["version"])
         allowed = self.pending.get(key, set()) | {self.durable.get(key, -1)}
         if version not in allowed:
@@ -107,9 +113,26 @@ class Ledger:
             return f"{key} differs from its version {version}"
         return None
 
+    def _finalized_problems(self, path: str, count: int) -> list[str]:
+        """What is wrong with so many parts of a checkpoint, when they are put together."""
+        key = os.path.basename(path)
+        try:
+            if not os.path.exists(path):
+                fc.partial.finalize(path)
+            tree = fc.load(path)
+        except Exception as error:
+            return [f"{count} parts of {key} are lost: {type(error).__name__}: {error}"]
+        self.say("durable", key, int(tree["params"]["version"]))
+        if "opt_state" not in tree:
+            self.say("deleting", key + ITEM)
+        lost = count > len(tree)
+        return [f"of {key} only {sorted(tree)} are there, of {count} parts"] if lost else []
+
     def problems_after_start(self, root: str) -> list[str]:
         """Begins a run there, as the next process would, and says what was in its way."""
-        before = self.problems(root)
+        before = self.problems(root) + _superseded_problems(root)
+        for key, count in list(self.parts.items()):
+            before += self._finalized_problems(os.path.join(root, key), count)
         step = max([0, *(int(n) for n in os.listdir(root) if n.isdigit() and n != "90000")]) + 1
         try:
             with fc.training.Checkpointer(root, cleanup_tmp_directories=True) as checkpointer:
@@ -121,6 +144,17 @@ class Ledger:
             return [*before, f"the next start: {type(error).__name__}: {error}"]
         left = [name for name in os.listdir(root) if is_left_over(name)]
         return [*before, *self.problems(root), *(f"{name} is left" for name in left)]
+
+
+def _superseded_problems(root: str) -> list[str]:
+    found: list[str] = []
+    aside = os.path.join(root, "superseded")
+    for name in os.listdir(aside) if os.path.isdir(aside) else ():
+        try:
+            fc.load_checkpointables(os.path.join(aside, name))
+        except Exception as error:
+            found.append(f"superseded {name} does not load: {type(error).__name__}: {error}")
+    return found
 
 
 def is_left_over(name: str) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import flax_ckpt as fc
+from flax_ckpt.format import names
 from flax_ckpt.storage import kinds
 from torture.ledger import ITEM, state_of
 
@@ -86,16 +88,64 @@ def retention(root: str, seed: int, say: Say) -> None:
     with fc.CheckpointCallback(root, every_n_steps=1, keep_last=2, at_end=False) as ckpt:
         ckpt.restore_or_init(state_of("", 0))
         for step in range(first, first + 3):
-            say("begin", str(step), seed)
             for old in _steps(root):
                 if old <= step - 2:
                     say("deleting", str(old))
-            ckpt.on_step_end(step, state_of(str(step), seed))
-            ckpt.wait()
-            say("durable", str(step), seed)
+            _train(ckpt, step, seed, say)
+
+
+def supersede(root: str, seed: int, say: Say) -> None:
+    """A run goes back to an earlier step; the later ones are moved aside."""
+    first, like = _next(root), state_of("", 0)
+    with fc.CheckpointCallback(root, every_n_steps=1, keep_last=None, at_end=False) as ckpt:
+        ckpt.restore_or_init(like)
+        for step in (first, first + 1):
+            _train(ckpt, step, seed, say)
+    with fc.CheckpointCallback(root, every_n_steps=1, keep_last=None, at_end=False) as ckpt:
+        ckpt.restore_or_init(like, step=first)
+        say("deleting", str(first + 1))
+        _train(ckpt, first + 1, seed + 1, say)
+
+
+def _train(ckpt: fc.CheckpointCallback[Any], step: int, version: int, say: Say) -> None:
+    say("begin", str(step), version)
+    ckpt.on_step_end(step, state_of(str(step), version))
+    ckpt.wait()
+    say("durable", str(step), version)
+
+
+def partial(root: str, seed: int, say: Say) -> None:
+    """A tree in two parts, after that which an earlier process may have left unfinished."""
+    path = os.path.join(root, key := str(_next(root)))
+    if os.path.exists(path + names.SESSION_SUFFIX):
+        finish(path, say)
+        path = os.path.join(root, key := str(_next(root)))
+    state = state_of(key, seed)
+    say("begin", key, seed)
+    say("deleting", key + ITEM)  # it may be without that
+    for count, name in enumerate(state, 1):
+        fc.partial.save(path, {name: state[name]})
+        say("parts", key, count)
+    fc.partial.finalize(path)
+    say("durable", key, seed)
+
+
+def finish(path: str, say: Say) -> None:
+    """Finalizes what is there of a partial save."""
+    try:
+        fc.partial.finalize(path)
+    except fc.errors.CheckpointNotFoundError:
+        return  # no part was saved
+    key, tree = os.path.basename(path), fc.load(path)
+    say("durable", key, int(tree["params"]["version"]))
+    if "opt_state" not in tree:
+        say("deleting", key + ITEM)
 
 
 SCENARIOS: dict[str, Scenario] = {
     scenario.__name__: scenario
-    for scenario in (save, save_async, two_in_flight, overwrite, delete, delete_item, retention)
+    for scenario in (
+        *(save, save_async, two_in_flight, overwrite, delete, delete_item),
+        *(retention, supersede, partial),
+    )
 }

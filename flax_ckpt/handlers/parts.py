@@ -75,6 +75,8 @@ class Session(commit.Staging):
         """Removes the session if its checkpoint was committed and only a crash left it there."""
         if os.path.lexists(self._marker) and not os.path.lexists(self._whole):
             commit.remove(self.directory)
+        if os.path.lexists(left := commit.removed_path(self.directory)):
+            commit.remove_left_over(left)
         self._unmark()
 
     def create(self, directories: Iterable[str]) -> None:
@@ -98,6 +100,7 @@ class Session(commit.Staging):
             whole.create([names.STATE])
             fill(whole.path)
             whole.sync()
+            files.sync_path(self.directory)  # the whole must not be missing where the marker is
             files.write(self._marker, b"")
             files.sync_path(self._marker)
             files.sync_path(self.directory)

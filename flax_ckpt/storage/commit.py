@@ -120,7 +120,8 @@ class Staging:
         move = files.exchange if replaces else files.rename
         move(self.path, self.target)
         try:
-            files.sync_path(os.path.dirname(self.target))
+            for parent in {os.path.dirname(path) for path in (self.path, self.target)}:
+                files.sync_path(parent)
         except OSError:  # not durable, so it did not happen
             move(self.target, self.path)
             raise

@@ -149,6 +149,7 @@ def clean(root: str, build_name: Callable[[int], str]) -> None:
     for entry in _entries(root):
         name, mark, _ = entry.partition(names.TMP_SUFFIX)
         name = name.removesuffix(".deleted").removesuffix(".replaced")
+        name = name.removesuffix(names.SESSION_SUFFIX)
         ours = mark and any(build_name(int(n)) == name for n in re.findall("[0-9]+", name))
         path = os.path.join(root, entry)
         if ours and not commit.owner(path):
