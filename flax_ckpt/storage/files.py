@@ -62,7 +62,6 @@ def _naming(path: str) -> Generator[None]:
 
 def _change(make: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
     """A change of what is at a path, which can be made again if it was interrupted."""
-
     once = failpoints.around(make)
 
     @functools.wraps(make)

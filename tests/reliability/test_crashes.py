@@ -30,9 +30,7 @@ def saved(tmp_path: Path) -> ledger.Ledger:
     return found
 
 
-def test_the_ledger_notices_what_is_lost_old_or_mixed(
-    tmp_path: Path, saved: ledger.Ledger
-) -> None:
+def test_the_ledger_notices_what_is_lost_old_or_mixed(tmp_path: Path, saved: ledger.Ledger) -> None:
     root = str(tmp_path)
     shutil.rmtree(tmp_path / "1")
     shutil.copytree(tmp_path / "2", tmp_path / "3")

@@ -1,4 +1,4 @@
-"""Points at which a change of the file system fails or ends the process: a sample, and the rules."""
+"""Points at which a change of the file system fails or ends the process: a sample; the rules."""
 
 import ast
 from collections.abc import Iterator
@@ -75,7 +75,9 @@ PROGRAM = """
 
 
 @pytest.mark.parametrize("action", ["raise", "kill"])
-def test_the_variable(tmp_path: Path, run_child: Any, action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable(
+    tmp_path: Path, run_child: Any, action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FLAX_CKPT_FAILPOINT", f"commit.rename:before={action}@4")
     done = run_child(PROGRAM, tmp_path, check=False)
     if action == "kill":
