@@ -1,10 +1,10 @@
 """The power goes: what may be on the disk then, after every call of a save and in many orders.
 
 The calls of a process are recorded, and replayed up to some moment, some of those that were not
-synced left out. The model is POSIX at its strictest. The bytes of a file are safe once it was synced;
-until then any sector of 512 bytes may be old or new, and the file too short. An entry of a directory
-is safe once the directory was synced, a rename once both were; until then it has happened or not,
-whatever came before or after, but a rename always as a whole.
+synced left out. The model is POSIX at its strictest. The bytes of a file are safe once it was
+synced; until then any sector of 512 bytes may be old or new, and the file too short. An entry of a
+directory is safe once the directory was synced, a rename once both were; until then it has happened
+or not, whatever came before or after, but a rename always as a whole.
 """
 
 from __future__ import annotations
