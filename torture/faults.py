@@ -17,6 +17,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -167,7 +169,7 @@ def campaign(scale: float, seed: int) -> list[Outcome]:
     for limit in _sample(chosen, [1, 100, 400, 1000, 3000, 5000, 9000, 20_000], scale):
         wrong = full_disk(limit)
         full.check(not wrong, f"{limit} bytes: {wrong}")
-    return [*fails.values(), signals, short, full]
+    return [*fails.values(), signals, short, full, mounted_and_full()]
 
 
 ONCE = ("once", "from then on")
@@ -196,3 +198,45 @@ def full_disk(limit: int) -> list[str]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             signal.signal(signal.SIGXFSZ, before)
         return found + ledger.problems_after_start(root) + foreign_problems(root)
+
+
+_MOUNT = 'mount -t tmpfs -o size=1m none "$1" && exec "$2" -m torture.faults "$1"'
+
+
+def mounted_and_full() -> Outcome:
+    """Saves to a small file system of its own, in a process that is alone in seeing it."""
+    outcome = Outcome("a file system of 1 MiB that gets full")
+    with tempfile.TemporaryDirectory(prefix="torture_faults_") as place:
+        command = ["unshare", "-m", "sh", "-c", _MOUNT, "sh", place, sys.executable]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "full after" not in done.stdout:
+        outcome.notes["not tried, since nothing can be mounted here"] = done.stderr.strip()[-200:]
+        return outcome
+    outcome.check(done.returncode == 0, done.stdout + done.stderr)
+    return outcome
+
+
+def fill(root: str) -> list[str]:
+    """Saves until the disk is full; says what is wrong then, and when there is room again."""
+    ledger = Ledger()
+    put_foreign(root)
+    for step in itertools.count(1):
+        try:
+            ledger.say("begin", str(step), 1)
+            fc.save_checkpointables(os.path.join(root, str(step)), state_of(str(step), 1))
+            ledger.say("durable", str(step), 1)
+        except OSError as error:
+            expected = error.errno == errno.ENOSPC and root in str(error)
+            break
+    print(f"full after {step} steps", flush=True)
+    found = [] if expected else ["the error is another one, or names no path"]
+    for old in ("1", "2"):
+        ledger.say("deleting", old)
+        fc.delete(os.path.join(root, old))
+        ledger.say("deleted", old)
+    return found + ledger.problems_after_start(root) + foreign_problems(root)
+
+
+if __name__ == "__main__":
+    print(wrong := fill(sys.argv[1]))
+    sys.exit(bool(wrong))
