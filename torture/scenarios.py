@@ -49,9 +49,15 @@ def _in_flight(root: str, seed: int, say: Say, count: int) -> None:
         say("begin", key := str(step), seed)
         state = state_of(key, seed)
         responses.append((key, fc.save_checkpointables_async(os.path.join(root, key), state)))
+    failed: list[OSError] = []
     for key, response in responses:
-        response.result()
-        say("durable", key, seed)
+        try:
+            response.result()
+            say("durable", key, seed)
+        except OSError as error:
+            failed.append(error)
+    for error in failed[:1]:
+        raise error
 
 
 def overwrite(root: str, seed: int, say: Say) -> None:
