@@ -70,6 +70,8 @@ class Session(commit.Staging):
         """Removes the session if its checkpoint was committed and only a crash left it there."""
         if os.path.lexists(self._marker) and not os.path.lexists(self._whole):
             commit.remove(self.directory)
+        if os.path.lexists(left := commit.removed_path(self.directory)):
+            commit.remove_left_over(left)
         self._unmark()
 
     def create(self, directories: Iterable[str]) -> None:
@@ -93,6 +95,7 @@ class Session(commit.Staging):
             whole.create([names.STATE])
             fill(whole.path)
             whole.sync()
+            files.sync_path(self.directory)  # the whole must not be missing where the marker is
             files.write(self._marker, b"")
             files.sync_path(self._marker)
             files.sync_path(self.directory)
@@ -110,7 +113,7 @@ class Session(commit.Staging):
 
     def _unmark(self) -> None:
         if os.path.lexists(self._marker):
-            os.unlink(self._marker)
+            files.unlink(self._marker)
             files.sync_path(self.directory)
 
 
@@ -148,7 +151,7 @@ def merge(directory: str, parts: Sequence[str], target: str) -> None:
     tree.build([(entry.path, None) for entry in metadata.entries], what)
     for name, data in described.items():
         path = os.path.join(directory, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        files.mkdirs(os.path.dirname(path))
         files.write(path, data)
     native_write.unite(directory, parts)
 

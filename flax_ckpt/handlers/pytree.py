@@ -124,7 +124,7 @@ class PyTreeHandler:
         folder = os.path.join(path, names.ARRAY_METADATAS)
         writes, metadatas = snapshot.stored
         if metadatas:
-            os.makedirs(folder, exist_ok=True)
+            files.mkdirs(folder)
             data = tree.encode_array_metadatas(metadatas)
             files.write(os.path.join(folder, f"process_{together.index}"), data)
         native_write.write_arrays(path, writes, together, snapshot.layout)

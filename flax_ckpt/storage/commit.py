@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import ctypes
 import dataclasses
 import errno
 import logging
 import os
-import shutil
 import socket
 import sys
 import uuid
@@ -32,9 +30,6 @@ from flax_ckpt.storage import files
 from flax_ckpt.storage.kinds import contents
 
 logger = logging.getLogger("flax_ckpt")
-
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
 
 
 class Staging:
@@ -88,7 +83,7 @@ class Staging:
         # It gets its name with the owner's in it, so that of two processes one finds the other's.
         made = self._aside()
         try:
-            os.mkdir(made)
+            files.mkdir(made)
             files.write(os.path.join(made, names.OWNER), identity(os.getpid()).encode())
             while not _take(made, self.path):
                 host, pid = owner(self.path) or ("", 0)
@@ -98,33 +93,35 @@ class Staging:
                         " still runs: save to another path, or end that process"
                     )
                 left = self._aside()
-                os.rename(self.path, left)
-                _clear(left)
+                files.rename(self.path, left)
+                remove_left_over(left)
         except BaseException:
-            _clear(made)
+            remove_left_over(made)
             raise
         self._made = True
         for name in directories:
-            os.mkdir(os.path.join(self.path, name))
+            files.mkdir(os.path.join(self.path, name))
         if self.mode is not None:  # for others; the owner goes on writing
-            os.chmod(self.path, self.mode | 0o700)
+            files.chmod(self.path, self.mode | 0o700)
 
     def sync(self) -> None:
         """Makes all that is in the staging directory durable, whoever wrote it."""
         if self.mode is not None:
-            for directory, _, _ in os.walk(self.path):
-                os.chmod(directory, self.mode)
+            for directory in files.directories(self.path):
+                files.chmod(directory, self.mode)
         files.sync_tree(self.path)
 
     def commit(self) -> None:
         """Gives the synced directory its name, durably; what was there before is removed."""
         self._check_free()
-        os.unlink(os.path.join(self.path, names.OWNER))
+        files.unlink(os.path.join(self.path, names.OWNER))
+        files.sync_path(self.path)
         replaces = os.path.lexists(self.target)
-        move = _exchange if replaces else _rename
+        move = files.exchange if replaces else files.rename
         move(self.path, self.target)
         try:
-            files.sync_path(os.path.dirname(self.target))
+            for parent in {os.path.dirname(path) for path in (self.path, self.target)}:
+                files.sync_path(parent)
         except OSError:  # not durable, so it did not happen
             move(self.target, self.path)
             raise
@@ -143,45 +140,12 @@ class Staging:
 def _take(made: str, path: str) -> bool:
     """Gives a directory its name; False: something has it."""
     try:
-        os.rename(made, path)
+        files.rename(made, path)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         return False
     return True
-
-
-def _rename(source: str, target: str) -> None:
-    try:
-        os.rename(source, target)
-    except OSError:
-        # Over NFS the answer to a rename that happened can get lost: look before believing it.
-        if os.path.lexists(source) or not os.path.isdir(target):
-            raise
-
-
-def _exchange(source: str, target: str) -> None:
-    """Each gets the other's name."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2"):
-        arguments = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target))
-        if libc.renameat2(*arguments, _RENAME_EXCHANGE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise OSError(code, os.strerror(code), target)
-    # No atomic exchange here: three renames, and back if one of them fails.
-    aside = f"{target}.replaced{names.TMP_SUFFIX}"
-    _clear(aside)
-    undo: list[tuple[str, str]] = []
-    try:
-        for old, new in ((target, aside), (source, target), (aside, source)):
-            _rename(old, new)
-            undo.insert(0, (new, old))
-    except OSError:
-        for new, old in undo:
-            _rename(new, old)
-        raise
 
 
 def owner(path: str) -> tuple[str, int] | None:
@@ -233,14 +197,6 @@ def _machine() -> str:
     return f"{socket.gethostname()}:{space}"
 
 
-def _clear(path: str) -> None:
-    """Removes what is at a path, of whatever kind."""
-    if os.path.islink(path) or os.path.isfile(path):
-        os.unlink(path)
-    elif os.path.lexists(path):
-        shutil.rmtree(path)
-
-
 @dataclasses.dataclass(frozen=True)
 class DeferredPath:
     """A path whose directory is made in the background; see `handlers.PathAwaitingCreation`.
@@ -287,11 +243,11 @@ def withdraw(path: str) -> str:
     """
     doomed = removed_path(path)
     if os.path.isdir(path):
-        _clear(doomed)
-        _rename(path, doomed)
-        files.sync_path(os.path.dirname(path))
+        files.clear(doomed)
+        files.rename(path, doomed)
     elif not os.path.lexists(doomed):
         raise CheckpointNotFoundError(f"{path} is not there, or is no directory: nothing removed")
+    files.sync_path(os.path.dirname(path))  # an earlier call may have failed to
     return doomed
 
 
@@ -303,6 +259,7 @@ def removed_path(path: str) -> str:
 def remove_left_over(path: str) -> None:
     """Removes what is of no use any more; if it cannot be, the next start tries again."""
     try:
-        _clear(path)
+        files.sync_path(os.path.dirname(path))  # it may still have another name on the disk
+        files.clear(path)
     except OSError as error:
         logger.warning("%s could not be removed: %s", path, error)

@@ -20,12 +20,12 @@ import numpy as np
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
 from flax_ckpt.format import names, ocdbt
 from flax_ckpt.format.arrays import Bytes
+from flax_ckpt.storage import files
 from flax_ckpt.storage.record import Record
 
 ALIGNMENT: Final = 64
 _MAX_BUFFERS: Final = min(1024, os.sysconf("SC_IOV_MAX"))
 _MAX_READ: Final = 1 << 30  # Linux reads at most 2 GiB - 4 KiB a call
-_MAX_WRITE: Final = 8 << 20  # ext4 takes several times as long for calls of 64 MiB
 
 
 class DataFileWriter(contextlib.ExitStack):
@@ -52,9 +52,9 @@ class DataFileWriter(contextlib.ExitStack):
         self.close()
         self.file = f"{names.DATA_DIR}/{uuid.uuid4().hex}"
         self.offset = 0
-        path = os.path.join(self.directory, self.file)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        self._fd = self.enter_context(io.FileIO(path, "x")).fileno()
+        self._path = os.path.join(self.directory, self.file)
+        files.mkdirs(os.path.dirname(self._path))
+        self._fd = self.enter_context(files.creating(self._path))
 
     def append_chunk(self, data: memoryview, tail: bytes) -> ocdbt.ValueRef:
         """Appends a value that begins with `data` and ends with `tail`, and says where it is.
@@ -76,23 +76,13 @@ class DataFileWriter(contextlib.ExitStack):
         self._queue.append(memoryview(data))
         self._queued += len(data)
         self.offset += len(data)
-        if self._queued >= _MAX_WRITE or len(self._queue) >= _MAX_BUFFERS - 1:
+        if self._queued >= files.MAX_WRITE or len(self._queue) >= _MAX_BUFFERS - 1:
             self.flush()
 
     def flush(self) -> None:
         """Writes what was appended."""
-        while self._queue:
-            call = [view[:_MAX_WRITE] for view in self._queue]  # only the last can be so large
-            _advance(self._queue, os.writev(self._fd, call))
+        files.append(self._path, self._fd, self._queue)
         self._queued = 0
-
-
-def _advance(buffers: list[memoryview], count: int) -> None:
-    """Drops the bytes that a call has transferred, so that the next goes on where it stopped."""
-    while buffers and count >= len(buffers[0]):
-        count -= len(buffers.pop(0))
-    if count:
-        buffers[0] = buffers[0][count:]
 
 
 def aligned_empty(size: int) -> Bytes:
@@ -128,7 +118,7 @@ class DataFileReader(io.FileIO):
                     f" {offset} on were saved, {sum(map(len, pending))} more: the file was cut off"
                 )
             offset += count
-            _advance(pending, count)
+            files.advance(pending, count)
 
 
 class Database(contextlib.ExitStack):

@@ -6,7 +6,6 @@ so that each library hides what the other has begun to delete, and can finish it
 """
 
 import os
-import shutil
 
 from flax_ckpt.errors import DamagedCheckpointError, DeletionRecoveryError, FormatError
 from flax_ckpt.format import jsons, names
@@ -48,9 +47,8 @@ def begin(root: str, record: DeletionRecord) -> None:
 def finish(root: str, record: DeletionRecord) -> None:
     """Deletes what is left of the checkpointable; can be called again after a crash anywhere."""
     item = os.path.join(root, record.checkpointable_name)
-    if os.path.lexists(item):
-        shutil.rmtree(item)
-        files.sync_path(root)
+    files.clear(item)
+    files.sync_path(root)
     metadata = rewritten(record.updated_metadata)
     files.replace(os.path.join(root, names.CHECKPOINT_METADATA), metadata)
     integrity = os.path.join(root, names.INTEGRITY)
@@ -62,7 +60,7 @@ def finish(root: str, record: DeletionRecord) -> None:
         files.replace(integrity, Integrity(kept, old.writers).to_bytes())
     path = os.path.join(root, names.DELETION_RECORD)
     commit.remove_left_over(path + names.TMP_SUFFIX)  # of a crash while it was published
-    os.unlink(path)
+    files.unlink(path)
     files.sync_path(root)
 
 

@@ -1,20 +1,35 @@
 """Small files and directories on a POSIX file system, and making them durable.
 
-Every write to a checkpoint that is not array data goes through here, and every sync.
+Every change of the file system goes through here: a failpoint lies before and after it, it is made
+again if a signal interrupts it, and its error names the path.
 """
 
+import contextlib
+import ctypes
+import errno
+import functools
 import os
+import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from flax_ckpt.errors import CheckpointExistsError, FormatError, InvalidLayoutError
 from flax_ckpt.format import names
+from flax_ckpt.storage import failpoints
 
 if sys.platform == "darwin":
     import fcntl
 
 PathLike = str | os.PathLike[str]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_WRITE: Final = 8 << 20  # ext4 takes several times as long for calls of 64 MiB
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
 
 
 def local_path(path: PathLike) -> str:
@@ -35,29 +50,163 @@ def local_path(path: PathLike) -> str:
     return os.path.abspath(os.path.expanduser(text))
 
 
-def sync(fd: int) -> None:
-    """Returns when what was written to `fd` survives a power cut."""
-    if sys.platform == "darwin":
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync leaves it in the drive's cache there
-    else:
-        os.fsync(fd)
+@contextlib.contextmanager
+def _naming(path: str) -> Generator[None]:
+    """Calls on descriptors do not say in their errors of which file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
 
 
+def _change(make: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
+    """A change of what is at a path, which can be made again if it was interrupted."""
+    once = failpoints.around(make)
+
+    @functools.wraps(make)
+    def call(path: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        while True:
+            with _naming(path), contextlib.suppress(InterruptedError):
+                return once(path, *args, **kwargs)
+
+    return call
+
+
+@_change
+def create(path: str) -> int:
+    """Makes a file that was not there, and opens it for writing."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+@_change
+def append(path: str, fd: int, buffers: list[memoryview]) -> None:
+    """Writes the buffers to an open file; what was written is taken out of the list."""
+    while buffers:
+        large = (n for n, view in enumerate(buffers) if len(view) > MAX_WRITE)
+        call = [view[:MAX_WRITE] for view in buffers[: next(large, len(buffers)) + 1]]
+        advance(buffers, os.writev(fd, call))
+
+
+def advance(buffers: list[memoryview], count: int) -> None:
+    """Drops the bytes that a call has transferred, so that the next goes on where it stopped."""
+    while buffers and count >= len(buffers[0]):
+        count -= len(buffers.pop(0))
+    if count:
+        buffers[0] = buffers[0][count:]
+
+
+@_change
 def sync_path(path: str) -> None:
-    """Syncs a file, or the entries of a directory."""
+    """Returns when a file, or the entries of a directory, survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        sync(fd)
+        if sys.platform == "darwin":
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync leaves it in the drive's cache there
+        else:
+            os.fsync(fd)
     finally:
         os.close(fd)
 
 
+@_change
+def mkdir(path: str) -> None:
+    """Makes a directory that was not there."""
+    os.mkdir(path)
+
+
+@_change
+def mkdirs(path: str) -> None:
+    """Makes a directory and those above it that are missing."""
+    os.makedirs(path, exist_ok=True)
+
+
+@_change
+def rename(source: str, target: str) -> None:
+    """Gives something another name; a file of that name is replaced."""
+    try:
+        os.rename(source, target)
+    except OSError:
+        # Over NFS the answer to a rename that happened can get lost: look before believing it.
+        if os.path.lexists(source) or not os.path.isdir(target):
+            raise
+
+
+@_change
+def link(source: str, target: str) -> None:
+    """Gives a file a second name."""
+    os.link(source, target)
+
+
+@_change
+def unlink(path: str) -> None:
+    """Removes a file."""
+    os.unlink(path)
+
+
+@_change
+def clear(path: str) -> None:
+    """Removes what is at a path, of whatever kind, if there is something."""
+    if os.path.islink(path) or os.path.isfile(path):
+        os.unlink(path)
+    elif os.path.lexists(path):
+        shutil.rmtree(path)
+
+
+@_change
+def chmod(path: str, mode: int) -> None:
+    """Sets permission bits."""
+    os.chmod(path, mode)
+
+
+@_change
+def touch(path: str) -> None:
+    """Sets the times of a file to now."""
+    os.utime(path)
+
+
+@_change
+def _exchange(source: str, target: str) -> bool:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    arguments = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target))
+    if libc.renameat2(*arguments, _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise OSError(code, os.strerror(code), target)
+    return False
+
+
+def exchange(source: str, target: str) -> None:
+    """Each gets the other's name, at once where the file system can do that."""
+    if _exchange(source, target):
+        return
+    # Three renames, and back if one of them fails.
+    aside = f"{target}.replaced{names.TMP_SUFFIX}"
+    clear(aside)
+    undo: list[tuple[str, str]] = []
+    try:
+        for old, new in ((target, aside), (source, target), (aside, source)):
+            rename(old, new)
+            undo.insert(0, (new, old))
+    except OSError:
+        for new, old in undo:
+            rename(new, old)
+        raise
+
+
 def sync_tree(root: str) -> None:
-    """Syncs every regular file under `root`, then every directory, the innermost first."""
+    """Syncs every regular file under `root`, then the directories, the innermost first.
+
+    Not `root` itself, whose entries may change once more.
+    """
     for name in walk(root):
         sync_path(os.path.join(root, name))
-    for directory, _, _ in os.walk(root, topdown=False):
-        sync_path(directory)
+    for directory in directories(root):
+        if directory != root:
+            sync_path(directory)
 
 
 def make_directory(path: str) -> None:
@@ -69,14 +218,34 @@ def make_directory(path: str) -> None:
             f"{path} is a file, or leads nowhere; there must be a directory"
         )
     make_directory(os.path.dirname(path))
-    os.makedirs(path, exist_ok=True)  # another process may have been faster
-    sync_path(os.path.dirname(path))
+    mkdirs(path)  # another process may have been faster
+    try:
+        sync_path(os.path.dirname(path))
+    except OSError:  # else the next call would take it for durable
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+        raise
 
 
-def write(path: str, data: bytes) -> None:
-    """Creates a file with these bytes; it is durable after :func:`sync_tree`."""
-    with open(path, "xb") as file:
-        file.write(data)
+@contextlib.contextmanager
+def creating(path: str) -> Generator[int]:
+    """Makes a file that was not there: its descriptor. If what follows fails, there is none."""
+    fd = create(path)
+    try:
+        try:
+            yield fd
+        finally:
+            with _naming(path):
+                os.close(fd)
+    except OSError:
+        clear(path)
+        raise
+
+
+def write(path: str, *data: bytes | memoryview) -> None:
+    """Creates a file with these bytes; the commit makes it durable."""
+    with creating(path) as fd:
+        append(path, fd, list(map(memoryview, data)))
 
 
 def replace(path: str, data: bytes, *, exclusive: bool = False) -> None:
@@ -88,21 +257,19 @@ def replace(path: str, data: bytes, *, exclusive: bool = False) -> None:
         exclusive: whether it is an error, `FileExistsError`, if it is there.
     """
     temporary = path + names.TMP_SUFFIX
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        sync(file.fileno())
-    if exclusive:
-        os.link(temporary, path)
-        os.unlink(temporary)
-    else:
-        os.replace(temporary, path)
+    clear(temporary)  # of a crash
+    try:
+        write(temporary, data)
+        sync_path(temporary)
+        (link if exclusive else rename)(temporary, path)
+    finally:
+        clear(temporary)
     sync_path(os.path.dirname(path))
 
 
 def read(path: str) -> bytes:
     """The bytes of a file."""
-    with open(path, "rb") as file:
+    with _naming(path), open(path, "rb") as file:
         return file.read()
 
 
@@ -119,6 +286,15 @@ def walk(root: str) -> list[str]:
     return sorted(os.path.relpath(path, root) for path in regular)
 
 
+def directories(root: str) -> list[str]:
+    """Those under `root`, the innermost first, and `root` itself."""
+    return [directory for directory, _, _ in os.walk(root, topdown=False, onerror=_raise)]
+
+
 def _entries(root: str) -> Iterator[str]:
-    for directory, folders, regular in os.walk(root):
+    for directory, folders, regular in os.walk(root, onerror=_raise):
         yield from (os.path.join(directory, name) for name in (*folders, *regular))
+
+
+def _raise(error: OSError) -> None:
+    raise error

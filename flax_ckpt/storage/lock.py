@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import glob
 import logging
 import os
 import threading
@@ -65,17 +66,23 @@ class RunLock:
         files.make_directory(directory)
         while not self._create():
             self._clear_stale()
+        for left in glob.glob(f"{glob.escape(self._path)}-*"):  # of a process that was killed
+            with contextlib.suppress(FileNotFoundError):
+                files.unlink(left)
         threading.Thread(target=self._beat, name="flax_ckpt lock", daemon=True).start()
 
     def check(self) -> None:
-        """Checks that it is held still.
+        """Checks that it is held still; takes it again if somebody has removed the file.
 
         Raises:
             RunInUseError: another process has taken it, while this one was stopped; or this one
                 was forked, and the lock is its parent's.
         """
-        found = self._look()
-        if found is not None and (found[0] != self._text or self._pid != os.getpid()):
+        own = self._pid == os.getpid()
+        while (found := self._look()) is None and own:
+            files.make_directory(self._directory)
+            self._create()
+        if found is not None and (found[0] != self._text or not own):
             raise self._in_use(found[0])
 
     def release(self) -> None:
@@ -93,17 +100,11 @@ class RunLock:
         found = self._look()
         if found is not None and found[0] == self._text:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
+                files.unlink(self._path)
 
     def _create(self) -> bool:
         try:
-            with open(self._path, "x") as file:
-                try:
-                    file.write(self._text)
-                    file.flush()
-                except OSError:  # a full disk: nobody is to wait for a lock that says nothing
-                    os.unlink(self._path)
-                    raise
+            files.write(self._path, self._text.encode())
         except FileExistsError:
             return False
         return True
@@ -132,8 +133,8 @@ class RunLock:
             self._watch(text)
         aside = f"{self._path}-{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            os.rename(self._path, aside)
-            os.unlink(aside)
+            files.rename(self._path, aside)
+            files.unlink(aside)
 
     def _watch(self, text: str) -> None:
         """Returns if nobody touches the file of another host's process for a while."""
@@ -159,9 +160,10 @@ class RunLock:
         while not self._released.wait(BEAT_SECS):
             try:
                 found = self._look()
-                if found is None or found[0] != self._text:
+                if found is not None and found[0] != self._text:
                     return  # `check` tells
-                os.utime(self._path)
+                if found is not None:
+                    files.touch(self._path)
             except OSError as error:
                 logger.warning("%s could not be touched: %s", self._path, error)
 

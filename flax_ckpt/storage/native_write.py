@@ -54,9 +54,8 @@ def write_arrays(
     if not layout.ocdbt:
         for key, head, tail, _ in values:
             path = os.path.join(directory, key.decode())
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "xb") as file:
-                file.writelines((head, tail))
+            files.mkdirs(os.path.dirname(path))
+            files.write(path, head, tail)
         return
     own = os.path.join(directory, _process_dir(hosts.index)) if hosts.several else directory
     rows: list[_Row] = []
@@ -106,7 +105,7 @@ def _merge(directory: str, folders: Sequence[str]) -> None:
         own = os.path.join(directory, name)
         rows += _rows(own, f"{name}/")
         for index in (names.MANIFEST, names.CHUNK_TABLE):  # only the data is needed from now on
-            os.unlink(os.path.join(own, index))
+            files.unlink(os.path.join(own, index))
     with DataFileWriter(directory) as out:
         _write_index(out, rows)
 
@@ -124,8 +123,8 @@ def unite(directory: str, sources: Iterable[str]) -> None:
         rows += own
         for file in {value.file for _, value, _ in own if not isinstance(value, bytes)}:
             link = os.path.join(directory, file)
-            os.makedirs(os.path.dirname(link), exist_ok=True)
-            os.link(os.path.join(source, file), link)
+            files.mkdirs(os.path.dirname(link))
+            files.link(os.path.join(source, file), link)
     with DataFileWriter(directory) as out:
         _write_index(out, rows)
 

@@ -226,10 +226,10 @@ def supersede(root: str, after: int) -> None:
     if not later:
         return
     aside, way = os.path.join(root, SUPERSEDED), naming(root)
-    os.makedirs(aside, exist_ok=True)
+    files.mkdirs(aside)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     for step in reversed(later):
-        os.rename(os.path.join(root, way.build_name(step)), os.path.join(aside, f"{step}-{now}"))
+        files.rename(os.path.join(root, way.build_name(step)), os.path.join(aside, f"{step}-{now}"))
     files.sync_path(aside)
     files.sync_path(root)
     logger.warning(
@@ -247,6 +247,7 @@ def clean(root: str, build_name: Callable[[int], str]) -> None:
     for entry in _entries(root):
         name, mark, _ = entry.partition(names.TMP_SUFFIX)
         name = name.removesuffix(".deleted").removesuffix(".replaced")
+        name = name.removesuffix(names.SESSION_SUFFIX)
         ours = mark and any(build_name(int(n)) == name for n in re.findall("[0-9]+", name))
         path = os.path.join(root, entry)
         if ours and not commit.owner(path):
