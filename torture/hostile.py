@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import random
@@ -143,7 +144,7 @@ def _run(place: str, chosen: list[int]) -> None:
         problems, kinds = list[str](), set[str]()
         for name, call in calls.items():
             try:
-                kind, said = _call(watch, lambda call=call: call(str(root)), str(root), crafted)
+                kind, said = _call(watch, functools.partial(call, str(root)), str(root), crafted)
             except Hang:
                 kind, said = "wrong", f"did not come back in {HANGS} s"
             if kind == "returned" and said != usual[case.base, name] and not case.may_differ:
@@ -206,4 +207,6 @@ if __name__ == "__main__":
         if what == "make":
             hostile_cases.make(Path(place))
         else:
-            print(json.dumps([(case.group, case.title) for case in hostile_cases.cases(Path(place))]))
+            print(
+                json.dumps([(case.group, case.title) for case in hostile_cases.cases(Path(place))])
+            )

@@ -355,12 +355,38 @@ def _texts(place: Path) -> Iterator[Case]:
         for name in DOCUMENTS:
             for title, data in TEXTS.items():
                 if name != names.INTEGRITY or base == "ours":
-                    yield Case("JSON texts", f"{base}: {name}: {title}", base, put(name, data), True)
+                    yield Case(
+                        "JSON texts", f"{base}: {name}: {title}", base, put(name, data), True
+                    )
 
 
 WRONG: tuple[Any, ...] = (
-    *(None, True, -1, 1 << 70, 10**400, 1.5, float("nan"), float("inf"), "", "x", "../../../outside"),
-    *("/etc/passwd", "a\0b", "\ud800", "²", "[" * 2000, [], {}, [[[]]], {"a": {}}, [None], [1, "x"]),
+    *(
+        None,
+        True,
+        -1,
+        1 << 70,
+        10**400,
+        1.5,
+        float("nan"),
+        float("inf"),
+        "",
+        "x",
+        "../../../outside",
+    ),
+    *(
+        "/etc/passwd",
+        "a\0b",
+        "\ud800",
+        "²",
+        "[" * 2000,
+        [],
+        {},
+        [[[]]],
+        {"a": {}},
+        [None],
+        [1, "x"],
+    ),
 )
 
 
@@ -388,7 +414,9 @@ def _fields(place: Path) -> Iterator[Case]:
                     change = _edit(name, text, (*path[:-1], f"{path[-1]}../x\0"), 1)
                     yield Case("fields", f"{title} and another", base, change, True)
             twice = text[:-1] + "," + text[1:]
-            yield Case("fields", f"{base}: {name}: all twice", base, put(name, twice.encode()), True)
+            yield Case(
+                "fields", f"{base}: {name}: all twice", base, put(name, twice.encode()), True
+            )
 
 
 def _deletion(metadata: dict[str, Any], name: str) -> str:
@@ -443,7 +471,7 @@ PATHS = {
 
 def _tables(place: Path) -> Iterator[Case]:
     """Tables of data files that lead elsewhere."""
-    for base in DATABASES:
+    for base in BOTH:
         for title, target in PATHS.items():
 
             def values(step: Path, target: bytes = target) -> None:
@@ -466,7 +494,7 @@ def _tables(place: Path) -> Iterator[Case]:
             def link(step: Path, what: str = what) -> None:
                 values = values_of(step)
                 rewrite(step, values)
-                outside = step.parents[2] / "outside" / "moved"
+                outside = step.parents[1] / "moved"
                 (step / "params" / what).rename(outside)
                 (step / "params" / what).symlink_to(outside)
 
@@ -564,7 +592,9 @@ def _nodes(place: Path) -> Iterator[Case]:
         "a frame that says 2 ** 64 - 1 bytes": plain(
             wire.with_crc(magic + b"\xff" * 8 + b"\0\0" + bytes(20))
         ),
-        "a frame of version 9": plain(wire.with_crc(magic + (30).to_bytes(8, "little") + b"\t\0" + bytes(12))),
+        "a frame of version 9": plain(
+            wire.with_crc(magic + (30).to_bytes(8, "little") + b"\t\0" + bytes(12))
+        ),
         "a number of 11 bytes": plain(frame(magic, b"\0", b"\xff" * 10 + b"\1")),
         "a number of 100,000 bytes": plain(frame(magic, b"\0", b"\xff" * 100_000 + b"\1")),
         "a number above 64 bits": plain(frame(magic, b"\0", b"\xff" * 9 + b"\x02")),
@@ -578,12 +608,18 @@ def _nodes(place: Path) -> Iterator[Case]:
             with_table([], row[0], wire.encode_varints([(1 << 63) - 1]), b"\0", b"x")
         ),
         "bytes at the end": plain(leaf[:-4] + b"x"),
-        "keys twice": plain(with_table([], wire.encode_strings([b"a", b"a"]), bytes(4)), counts=(2, 0, 0)),
-        "keys out of order": plain(with_table([], wire.encode_strings([b"b", b"a"]), bytes(4)), counts=(2, 0, 0)),
+        "keys twice": plain(
+            with_table([], wire.encode_strings([b"a", b"a"]), bytes(4)), counts=(2, 0, 0)
+        ),
+        "keys out of order": plain(
+            with_table([], wire.encode_strings([b"b", b"a"]), bytes(4)), counts=(2, 0, 0)
+        ),
         "no keys": plain(with_table([], wire.encode_strings([]))),
         "more keys than it says": plain(leaf, counts=(0, 0, 0)),
         "fewer keys than it says": plain(leaf, counts=((1 << 63) - 1, 0, 0)),
-        "a key that is too long": plain(with_table([], wire.encode_strings([b"k" * 70_000]), b"\0\0")),
+        "a key that is too long": plain(
+            with_table([], wire.encode_strings([b"k" * 70_000]), b"\0\0")
+        ),
     }
     for base in BOTH:
         for title, change in forged.items():
@@ -719,13 +755,17 @@ def _arrays(place: Path) -> Iterator[Case]:
 
     def unsized(size: int) -> bytes:
         packer = zstandard.ZstdCompressor(level=3).compressobj()
-        return b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(size >> 20)), packer.flush()])
+        return b"".join(
+            [*(packer.compress(bytes(1 << 20)) for _ in range(size >> 20)), packer.flush()]
+        )
 
     zstd = zstandard.ZstdCompressor(level=3).compress
     bombs = {
         "1 GB of zeros": lambda: zstd(bytes(1 << 30)),
         "1 GB of zeros that do not say so": lambda: unsized(1 << 30),
-        "a frame that says 2 ** 62": lambda: b"\x28\xb5\x2f\xfd\xe0" + (1 << 62).to_bytes(8, "little"),
+        "a frame that says 2 ** 62": lambda: (
+            b"\x28\xb5\x2f\xfd\xe0" + (1 << 62).to_bytes(8, "little")
+        ),
         "two frames": lambda: zstd(bytes(24)) * 2,
         "nothing": lambda: b"",
         "no frame": lambda: b"x" * 24,
@@ -774,16 +814,19 @@ def _special(place: Path) -> Iterator[Case]:
     def replaced(name: str, make_it: Callable[[Path], None]) -> Change:
         def change(step: Path) -> None:
             path = step / name
-            moved = step.parents[2] / "outside" / "moved"
             if path.exists():
                 path.rename(step.parent.parent / "moved")
             path.parent.mkdir(exist_ok=True, parents=True)
             make_it(path)
-            del moved
 
         return change
 
-    extra = [names.DELETION_RECORD, "../metadata/_ROOT_METADATA", f"../{names.LOCK}", "../superseded"]
+    extra = [
+        names.DELETION_RECORD,
+        "../metadata/_ROOT_METADATA",
+        f"../{names.LOCK}",
+        "../superseded",
+    ]
     for base in ("ours", "another's", "ours, in files", "another's, in files"):
         step = place / base / "run" / "100"
         there = [str(p.relative_to(step)) for p in sorted(step.rglob("*"))]
@@ -797,7 +840,12 @@ def _special(place: Path) -> Iterator[Case]:
         return lambda step: os.truncate(step / name, 1 << 40)
 
     for base in BOTH:
-        for name in ("params/_METADATA", "config/proto.pbtxt", "metrics/metrics", "params/manifest.ocdbt"):
+        for name in (
+            "params/_METADATA",
+            "config/proto.pbtxt",
+            "metrics/metrics",
+            "params/manifest.ocdbt",
+        ):
             yield Case("special files", f"{base}: {name} of 1 TB", base, sparse(name), True)
 
 
@@ -868,13 +916,26 @@ def _named(place: Path) -> Iterator[Case]:
 
             return change
 
-        away = ("../../../outside/canary", "/etc", "..", ".", "", "a\0b", "\ud800", "a/../../..", "x" * 5000)
+        away = (
+            "../../../outside/canary",
+            "/etc",
+            "..",
+            ".",
+            "",
+            "a\0b",
+            "\ud800",
+            "a/../../..",
+            "x" * 5000,
+        )
         kinds: dict[str, tuple[Callable[[str], Change], tuple[str, ...]]] = {
             "an array": (array, away),
             "an item": (item, away),
             "a listed file": (listed, tuple(f"{a}/{b}" for a in ("data", "..", "x") for b in away)),
             "a deletion of": (deleting, (*away, "data", "params", "_CHECKPOINT_METADATA")),
-            "a process": (process, ("process_²", "process_" + "9" * 200, "process_x", "process_-1")),
+            "a process": (
+                process,
+                ("process_²", "process_" + "9" * 200, "process_x", "process_-1"),
+            ),
         }
         for what, (make_it, choices) in kinds.items():
             for name in choices:
@@ -906,7 +967,15 @@ def _config(place: Path) -> Iterator[Case]:
         },
         **{
             f"the dtype {name!r:.20}": (head + entry(f'dtype: "{name}"')).encode()
-            for name in ("O", "f8,(9,)f8", "(" * 10**5, "(99999999999999999999,)f4", "V9999999999", ">", "a\\000")
+            for name in (
+                "O",
+                "f8,(9,)f8",
+                "(" * 10**5,
+                "(99999999999999999999,)f4",
+                "V9999999999",
+                ">",
+                "a\\000",
+            )
         },
         "a number of 5,000 digits": (head + entry(f'big_int: "{"9" * 5000}"')).encode(),
         "a number that is none": (head + entry('big_int: "x"')).encode(),
@@ -937,6 +1006,9 @@ def _config(place: Path) -> Iterator[Case]:
         "tuples 400 deep": b'{"$tuple": [' * 400 + b"1" + b"]}" * 400,
     }
     for base in BOTH:
-        for name, forged in (("config/proto.pbtxt", texts), ("data/process_0-of-1.json", positions)):
+        for name, forged in (
+            ("config/proto.pbtxt", texts),
+            ("data/process_0-of-1.json", positions),
+        ):
             for title, data in forged.items():
                 yield Case("configs and positions", f"{base}: {title}", base, put(name, data), True)

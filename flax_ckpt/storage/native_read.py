@@ -39,6 +39,7 @@ _TINY: Final = 1 << 10  # chunks up to here are copied out of it
 _GAP: Final = 4096  # bytes of no interest that are read to save a call
 _THREADS: Final = min(4, os.cpu_count() or 1)
 _SHARES: Final = 4 * _THREADS
+_ANY: Final = 1 << 40  # bytes of a chunk in a file of its own, checked before
 _PENDING: Final[NDArray[Any]] = np.empty(0)
 
 
@@ -85,9 +86,7 @@ class NativeStore:
         self._directory = source.directory
         self._database = source if isinstance(source, Database) else None
         self._crcs = source.crcs if isinstance(source, Database) else {}
-        self._value: Callable[[bytes], bytes] = (
-            source.read if isinstance(source, Database) else lambda key: source.read(key.decode())
-        )
+        self._source = source
         self._other = other
         self._encoding = Encoding(zarr3)
         self._stored: dict[str, StoredArray] = {}
@@ -96,15 +95,10 @@ class NativeStore:
     def describe(self, names: Sequence[str]) -> dict[str, StoredArray]:
         """See :class:`ArrayStore`."""
         found: dict[str, StoredArray] = {}
-        known, key_of, value, crcs = (
-            self._known,
-            self._encoding.metadata_key,
-            self._value,
-            self._crcs,
-        )
+        known, key_of, crcs = self._known, self._encoding.metadata_key, self._crcs
         for name in names:
             key = key_of(name)
-            data = value(key)
+            data = self._value(key)
             if data not in known:
                 known[data] = crc32c.crc32c(data), self._parse(name, data)
             crc, found[name] = known[data]
@@ -115,6 +109,11 @@ class NativeStore:
                 )
         self._stored |= found
         return found
+
+    def _value(self, key: bytes, most: int = files.MAX_BYTES) -> bytes:
+        if isinstance(self._source, Database):
+            return self._source.read(key, most)
+        return self._source.read(key.decode(), most)
 
     def _described(self, name: str) -> StoredArray:
         return self._stored.get(name) or self.describe([name])[name]
@@ -138,6 +137,7 @@ class NativeStore:
             stored = self._described(read.name)
             encoding = stored.encoding
             if encoding is None or (encoding.compressed and self._other):
+                chunks_in(stored.shape, stored.chunk_shape, len(self._source), read.leaf)
                 foreign.append(number)
                 continue
             for region in read.regions:
@@ -168,18 +168,21 @@ class NativeStore:
         if plain and chunk_shape == shape == wanted and nbytes <= _SMALL:
             parts.append(_PENDING)
             key = encoding.chunk_key(read.name, origin(len(shape)))
-            ref = self._find(read.leaf, key, nbytes + trailer)
+            ref = self._find(read.leaf, key, *encoding.sizes(nbytes))
             yield _Chunk(read.leaf, key, ref, trailer, parts, position, stored)
             return
-        array = aligned_empty(math.prod(wanted) * dtype.itemsize).view(dtype).reshape(wanted)
-        parts.append(array)
+        chunks_in(wanted, chunk_shape, len(self._source), read.leaf)
         grid = [
             range(start // step, -(-stop // step) if stop > start else 0)
             for (start, stop), step in zip(region, chunk_shape, strict=True)
         ]
-        for index in itertools.product(*grid):
+        found: list[tuple[tuple[int, ...], bytes, Value | None]] = []
+        for index in itertools.product(*grid):  # all are there before memory is asked for
             key = encoding.chunk_key(read.name, index)
-            ref = self._find(read.leaf, key, nbytes + trailer if plain else None)
+            found.append((index, key, self._find(read.leaf, key, *encoding.sizes(nbytes))))
+        array = aligned_empty(math.prod(wanted) * dtype.itemsize).view(dtype).reshape(wanted)
+        parts.append(array)
+        for index, key, ref in found:
             copy, into = _destination(array, region, chunk_shape, index)
             if not plain:
                 what = f"{read.leaf}: {self._named(key)}"
@@ -189,17 +192,25 @@ class NativeStore:
     def _named(self, key: bytes) -> str:
         return f"{key.decode()!r} in {self._directory}"
 
-    def _find(self, leaf: str, key: bytes, expected: int | None) -> Value | None:
-        """Where a chunk is; checks that it has as many bytes as expected."""
-        if self._database is None:
-            return None
-        ref = self._database.values.get(key)
-        length = len(ref) if isinstance(ref, bytes) else ref.length if ref else 0
-        if ref is None or (expected is not None and length != expected):
-            found = "is missing" if ref is None else f"has {length} bytes, expected {expected}"
+    def _find(self, leaf: str, key: bytes, least: int, most: int) -> Value | None:
+        """Where a chunk is; checks that it has as many bytes as expected, and that they are there.
+
+        One in a file of its own has no `Value`.
+        """
+        ref: Value | None = None
+        if isinstance(self._source, Record):
+            length = self._source.size(key.decode())
+        else:
+            ref = self._source.values.get(key)
+            length = ref.length if isinstance(ref, ValueRef) else ref and len(ref)
+        if length is None or not least <= length <= most:
+            size = least if least == most else f"{least} to {most}"
+            found = "is missing" if length is None else f"has {length} bytes, expected {size}"
             raise DamagedCheckpointError(
                 f"{leaf}: its chunk {self._named(key)} {found}; restore another step"
             )
+        if length > _SMALL and isinstance(ref, ValueRef) and isinstance(self._source, Database):
+            self._source.reader(ref.file).check(ref.offset, length)
         return ref
 
     def _read_chunks(self, chunks: list[_Chunk]) -> None:
@@ -214,7 +225,7 @@ class NativeStore:
         """Reads chunks that lie in an index node, or in files of their own."""
         for chunk in chunks:
             try:
-                value = self._value(chunk.key)
+                value = self._value(chunk.key, _ANY)
             except DamagedCheckpointError as error:
                 raise DamagedCheckpointError(f"{chunk.leaf}: {error}") from error
             self._deliver(chunk, np.frombuffer(bytearray(value), np.uint8))
@@ -301,6 +312,19 @@ def _destination(
     rest = next((axis for axis, step in enumerate(chunk_shape) if step > 1), 0) + 1
     leads = target.shape[rest:] == chunk_shape[rest:] and not any(part.start for part in source)
     return copy, target.reshape(-1).view(np.uint8) if leads and target.flags.c_contiguous else None
+
+
+def chunks_in(shape: tuple[int, ...], chunk_shape: tuple[int, ...], most: int, leaf: str) -> None:
+    """Checks that an array has no more chunks than there are values.
+
+    Raises:
+        DamagedCheckpointError: some must be missing.
+    """
+    count = math.prod(-(-n // step) for n, step in zip(shape, chunk_shape, strict=True))
+    if count > most:
+        raise DamagedCheckpointError(
+            f"{leaf}: some of its {count} chunks are missing; restore another step"
+        )
 
 
 def _in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:

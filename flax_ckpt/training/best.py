@@ -56,7 +56,7 @@ class Best(NamedTuple):
         """
         sign = 1 if self.mode == "min" else -1
         worth = {c.step: sign * self._value(c.metrics) for c in checkpoints}
-        candidates = [step for step, value in worth.items() if not math.isnan(value)]
+        candidates = [step for step, value in worth.items() if value == value]
         return sorted(candidates, key=lambda step: (worth[step], -step))
 
     def _value(self, metrics: dict[str, Any] | None) -> float:
