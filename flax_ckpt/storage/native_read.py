@@ -137,7 +137,7 @@ class NativeStore:
             stored = self._described(read.name)
             encoding = stored.encoding
             if encoding is None or (encoding.compressed and self._other):
-                chunks_in(stored.shape, stored.chunk_shape, len(self._source), read.leaf)
+                self._check_count(read.leaf, stored.shape, stored.chunk_shape)
                 foreign.append(number)
                 continue
             for region in read.regions:
@@ -171,7 +171,7 @@ class NativeStore:
             ref = self._find(read.leaf, key, *encoding.sizes(nbytes))
             yield _Chunk(read.leaf, key, ref, trailer, parts, position, stored)
             return
-        chunks_in(wanted, chunk_shape, len(self._source), read.leaf)
+        self._check_count(read.leaf, wanted, chunk_shape)
         grid = [
             range(start // step, -(-stop // step) if stop > start else 0)
             for (start, stop), step in zip(region, chunk_shape, strict=True)
@@ -191,6 +191,14 @@ class NativeStore:
 
     def _named(self, key: bytes) -> str:
         return f"{key.decode()!r} in {self._directory}"
+
+    def _check_count(self, leaf: str, shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> None:
+        """Checks that there are as many values as the array has chunks, before they are listed."""
+        count = math.prod(-(-n // step) for n, step in zip(shape, chunk_shape, strict=True))
+        if count > len(self._source):
+            raise DamagedCheckpointError(
+                f"{leaf}: some of its {count} chunks are missing in {self._directory}"
+            )
 
     def _find(self, leaf: str, key: bytes, least: int, most: int) -> Value | None:
         """Where a chunk is; checks that it has as many bytes as expected, and that they are there.
@@ -312,19 +320,6 @@ def _destination(
     rest = next((axis for axis, step in enumerate(chunk_shape) if step > 1), 0) + 1
     leads = target.shape[rest:] == chunk_shape[rest:] and not any(part.start for part in source)
     return copy, target.reshape(-1).view(np.uint8) if leads and target.flags.c_contiguous else None
-
-
-def chunks_in(shape: tuple[int, ...], chunk_shape: tuple[int, ...], most: int, leaf: str) -> None:
-    """Checks that an array has no more chunks than there are values.
-
-    Raises:
-        DamagedCheckpointError: some must be missing.
-    """
-    count = math.prod(-(-n // step) for n, step in zip(shape, chunk_shape, strict=True))
-    if count > most:
-        raise DamagedCheckpointError(
-            f"{leaf}: some of its {count} chunks are missing; restore another step"
-        )
 
 
 def _in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:

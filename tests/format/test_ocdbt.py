@@ -309,9 +309,9 @@ def test_keys_and_values_beyond_the_limits_are_refused() -> None:
     with pytest.raises(FormatError, match=r"found ValueRef\(file='', .*, expected a file"):
         encode((b"a", ValueRef("", 0, 1)))
     for path in ("/d/1", "../d/1", "d/../../1", "d/\0", "d/", "é" * 32_768):
-        with pytest.raises(FormatError, match="expected a relative path inside the database"):
+        with pytest.raises(FormatError, match="expected a relative path inside the directory"):
             encode((b"a", ValueRef(path, 0, 1)))
-        with pytest.raises(FormatError, match=r"B\+tree: data file path: found"):
+        with pytest.raises(FormatError, match=r"B\+tree: file path: found"):
             encode((b"a", b""), file=path)
 
 
@@ -474,7 +474,7 @@ HOSTILE_LEAVES: dict[str, tuple[bytes, str]] = {
     "files cut": (leaf(b"\2\0"), "data file suffix length: found 0 numbers in 0 bytes, expected 2"),
     "path cut": (leaf(b"\1\5\0", b"abc"), "data file bytes: found 3 bytes, expected 5"),
     "base length": (leaf(b"\1\3\4", b"abc"), "data file prefix: found one beyond the s"),
-    "not UTF-8": (leaf(b"\1\3\0", b"d/\xff"), r"data file path: found b'd/\\xff', expected UTF-8"),
+    "not UTF-8": (leaf(b"\1\3\0", b"d/\xff"), r"file path: found b'd/\\xff', expected UTF-8"),
     "base splits UTF-8": (leaf(b"\1\4\3", "d/é".encode()), r"\\xc3', expected UTF-8"),
     "num_keys": (leaf(FILES, 2, 0, 1, 1, b"ab", 0, 0, b"\0\0"), "found 2 keys, expected 1"),
 }
@@ -497,12 +497,12 @@ def test_hostile_leaves(name: str) -> None:
 def test_paths_that_leave_the_directory_are_refused(path: str) -> None:
     files = wire.encode_files([path])
     blob = leaf(files, 1, 1, b"a", 4, b"\1", 0, 0)
-    with pytest.raises(FormatError, match=r"d/x\[0.*data file path: found .* relative path inside"):
+    with pytest.raises(FormatError, match=r"d/x\[0.*file path: found .* relative path inside"):
         decode_node(blob, leaf_ref(blob))
-    with pytest.raises(FormatError, match=r"^manifest.ocdbt: data file path: found "):
+    with pytest.raises(FormatError, match=r"^manifest.ocdbt: file path: found "):
         ocdbt.decode_manifest(manifest_of(files, *version()))
     if not path.startswith("/"):  # "base/" + "/etc/passwd" stays inside
-        with pytest.raises(FormatError, match=r"data file path: found 'base/.* relative path insi"):
+        with pytest.raises(FormatError, match=r"file path: found 'base/.* relative path insi"):
             decode_node(blob, leaf_ref(blob, base="base/"))
 
 
