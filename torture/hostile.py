@@ -167,7 +167,7 @@ def _copy(place: str, base: str) -> Path:
 
 def _call(watch: Watch, call: Callable[[], Any], root: str, crafted: Any) -> tuple[str, str]:
     """Whether a call was refused, or returned, and what; or what is wrong about it."""
-    from flax_ckpt.errors import FlaxCkptError
+    from flax_ckpt.errors import FlaxCkptError, NoEntryError
 
     kind, said = "returned", ""
     try:
@@ -175,7 +175,7 @@ def _call(watch: Watch, call: Callable[[], Any], root: str, crafted: Any) -> tup
             value = call()
     except FlaxCkptError as error:
         kind, said = "refused", str(error)
-        if root not in said:
+        if root not in said and not isinstance(error, NoEntryError):  # that names the item
             kind, said = "wrong", f"{type(error).__name__} without the path: {said[:300]}"
     except Exception as error:
         kind, said = "wrong", f"{type(error).__name__}: {str(error)[:300]}"

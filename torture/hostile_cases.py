@@ -891,9 +891,9 @@ def _named(place: Path) -> Iterator[Case]:
             def change(step: Path) -> None:
                 path = step / names.INTEGRITY
                 if path.is_file():
+                    item(name.partition("/")[0])(step)
                     old = Integrity.from_bytes(path.read_bytes(), "")
                     path.write_bytes(Integrity(old.crc32c | {name: 0}, old.writers).to_bytes())
-                item(name.partition("/")[0])(step)
 
             return change
 

@@ -49,7 +49,7 @@ _ROW_COST: Final = 128
 
 
 class NumberedManifestError(FormatError):
-    """The database keeps its versions in numbered manifests, which only TensorStore reads."""
+    """The database keeps its versions in numbered manifests."""
 
 
 class ValueRef(msgspec.Struct, frozen=True, order=True, gc=False):
@@ -207,24 +207,27 @@ def encode_manifest(root: NodeRef, *, uuid: bytes, commit_time_ns: int) -> bytes
     )
 
 
-def decode_manifest(data: bytes, *, what: str = "manifest.ocdbt") -> NodeRef:
+def decode_manifest(
+    data: bytes, *, what: str = "manifest.ocdbt", numbered: bool = False
+) -> NodeRef:
     """The root of the newest version that a manifest records; `EMPTY_ROOT` if it has no keys.
 
     Args:
         data: the whole file.
         what: names it in errors.
+        numbered: whether it is one of `manifest.<16 hex digits>`, of which the last counts.
 
     Raises:
         DamagedCheckpointError: not the bytes that were written.
-        NumberedManifestError: the versions are in other files; read them through TensorStore.
+        NumberedManifestError: the versions are in numbered ones.
         FormatError: a valid checksum over contents that break the format.
     """
     reader = wire.open_frame(data, MANIFEST_MAGIC, what)
     reader.take(16, "uuid")
-    if reader.varint("manifest kind", 1):
+    if reader.varint("manifest kind", 1) and not numbered:
         raise NumberedManifestError(
             f"{what}: manifest kind: found 1 (numbered), expected 0 (single): "
-            "numbered manifests are read through TensorStore"
+            "the versions are in other files"
         )
     reader.varints(3, "configuration")
     if reader.varint("compression method", 1):

@@ -47,6 +47,7 @@ def decode(data: bytes, what: str) -> Any:
     Raises:
         FormatError: not JSON, or a tag with something else behind it.
     """
+    jsons.check_amount(data, what)
     try:
         return json.loads(data, object_hook=_from_json)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:

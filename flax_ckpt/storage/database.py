@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import threading
 import uuid
 from typing import Final
@@ -24,6 +25,7 @@ from flax_ckpt.storage import files
 from flax_ckpt.storage.record import Record
 
 ALIGNMENT: Final = 64
+_NUMBERED: Final = re.compile(r"manifest\.[0-9a-f]{16}")
 _MAX_BUFFERS: Final = min(1024, os.sysconf("SC_IOV_MAX"))
 _MAX_READ: Final = 1 << 30  # Linux reads at most 2 GiB - 4 KiB a call
 _MAX_WRITE: Final = 8 << 20  # ext4 takes several times as long for calls of 64 MiB
@@ -156,7 +158,6 @@ class Database(contextlib.ExitStack):
 
     Raises:
         DamagedCheckpointError: the index is damaged.
-        NumberedManifestError: only TensorStore reads this kind.
     """
 
     def __init__(self, record: Record, *, checked: bool) -> None:
@@ -165,7 +166,11 @@ class Database(contextlib.ExitStack):
         self._readers: dict[str, DataFileReader] = {}
         self._lock = threading.Lock()
         path = os.path.join(self.directory, names.MANIFEST)
-        manifest = ocdbt.decode_manifest(record.read(names.MANIFEST), what=path)
+        try:
+            manifest = ocdbt.decode_manifest(record.read(names.MANIFEST), what=path)
+        except ocdbt.NumberedManifestError:
+            numbered = max(filter(_NUMBERED.fullmatch, os.listdir(self.directory)), default="")
+            manifest = ocdbt.decode_manifest(record.read(numbered), what=path, numbered=True)
         try:
             self.values = ocdbt.read_tree(manifest, self._fetch)
             self.crcs: dict[bytes, int] = {}
@@ -188,9 +193,6 @@ class Database(contextlib.ExitStack):
         buffer = np.empty(length, np.uint8)
         self.reader(file).read_into(offset, buffer)
         return buffer.data
-
-    def __len__(self) -> int:
-        return len(self.values)
 
     def reader(self, file: str) -> DataFileReader:
         """The data file, by its path relative to the directory."""

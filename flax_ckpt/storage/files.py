@@ -141,13 +141,15 @@ def open_regular(path: str, flags: int) -> int:
     raise DamagedCheckpointError(f"{path} is no regular file")
 
 
-def refuse_links(root: str) -> None:
-    """Raises `FormatError` if there is a link, a pipe or a device under `root`."""
-    for path in _entries(root):
+def refuse_links(root: str) -> int:
+    """Raises `FormatError` if there is a link, a pipe or a device under `root`; counts the rest."""
+    count = 0
+    for count, path in enumerate(_entries(root), 1):  # noqa: B007
         if os.path.islink(path):
             raise FormatError(f"{path} is a link that leads to {os.readlink(path)}")
         if not (os.path.isfile(path) or os.path.isdir(path)):
             raise FormatError(f"{path} is neither a file nor a directory")
+    return count
 
 
 def walk(root: str) -> list[str]:

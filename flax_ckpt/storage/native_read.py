@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
 from flax_ckpt.format import names
 from flax_ckpt.format.arrays import Bytes, Encoding, StoredArray, origin, parse
-from flax_ckpt.format.ocdbt import NumberedManifestError, Value, ValueRef
+from flax_ckpt.format.ocdbt import Value, ValueRef
 from flax_ckpt.storage import files
 from flax_ckpt.storage.database import ALIGNMENT, Database, aligned_empty
 from flax_ckpt.storage.record import Record
@@ -77,17 +77,27 @@ class NativeStore:
     Args:
         source: an opened database, whose owner closes it, or the checked files of a directory.
         other: reads the arrays in other encodings; None: there must be none.
+        most: how many chunks there can be.
         zarr3: whether they are zarr version 3, else 2.
+        direct: whether arrays in our encodings are read here although there is another reader.
     """
 
     def __init__(
-        self, source: Database | Record, other: ArrayStore | None = None, *, zarr3: bool = True
+        self,
+        source: Database | Record,
+        other: TensorStoreStore | None = None,
+        *,
+        most: int,
+        zarr3: bool = True,
+        direct: bool = False,
     ) -> None:
         self._directory = source.directory
         self._database = source if isinstance(source, Database) else None
         self._crcs = source.crcs if isinstance(source, Database) else {}
         self._source = source
         self._other = other
+        self._most = most
+        self._direct = direct or other is None
         self._encoding = Encoding(zarr3)
         self._stored: dict[str, StoredArray] = {}
         self._known: dict[bytes, tuple[int, StoredArray]] = {}  # most descriptions are alike
@@ -136,15 +146,16 @@ class NativeStore:
         for number, read in enumerate(reads):
             stored = self._described(read.name)
             encoding = stored.encoding
-            if encoding is None or (encoding.compressed and self._other):
+            if encoding is None or not self._direct or (encoding.compressed and self._other):
                 self._check_count(read.leaf, stored.shape, stored.chunk_shape)
                 foreign.append(number)
                 continue
             for region in read.regions:
                 chunks += self._plan(read, stored, encoding, region, results[number])
         self._read_chunks(chunks)
-        if foreign and self._database and self._other:
-            self._database.check_files()
+        if foreign and self._other:
+            if self._database:
+                self._database.check_files()
             others = self._other.read_arrays([reads[number] for number in foreign])
             for number, parts in zip(foreign, others, strict=True):
                 results[number] = parts
@@ -195,7 +206,7 @@ class NativeStore:
     def _check_count(self, leaf: str, shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> None:
         """Checks that there are as many values as the array has chunks, before they are listed."""
         count = math.prod(-(-n // step) for n, step in zip(shape, chunk_shape, strict=True))
-        if count > len(self._source):
+        if count > self._most:
             raise DamagedCheckpointError(
                 f"{leaf}: some of its {count} chunks are missing in {self._directory}"
             )
@@ -210,7 +221,7 @@ class NativeStore:
             length = self._source.size(key.decode())
         else:
             ref = self._source.values.get(key)
-            length = ref.length if isinstance(ref, ValueRef) else ref and len(ref)
+            length = ref.length if isinstance(ref, ValueRef) else None if ref is None else len(ref)
         if length is None or not least <= length <= most:
             size = least if least == most else f"{least} to {most}"
             found = "is missing" if length is None else f"has {length} bytes, expected {size}"
@@ -371,18 +382,13 @@ def open_store(
         ocdbt = os.path.isfile(os.path.join(record.directory, names.MANIFEST))
     where = record.directory
     general = TensorStoreStore(where, ocdbt=ocdbt, zarr3=zarr3, fill_missing=fill_missing)
-    database: Database | None = None
-    checked = record.native and record.lists(names.CHUNK_TABLE)
-    if ocdbt:
-        with contextlib.suppress(NumberedManifestError):
-            database = Database(record, checked=checked)
-    if database is None:
-        files.refuse_links(where)
-        yield NativeStore(record, zarr3=zarr3) if record.native and not ocdbt else general
+    if not ocdbt:
+        count = files.refuse_links(where)
+        yield NativeStore(record, None if record.native else general, zarr3=zarr3, most=count)
         return
-    with database:
-        if checked or (zarr3 and not fill_missing):
-            yield NativeStore(database, None if checked else general, zarr3=zarr3)
-        else:
-            database.check_files()
-            yield general
+    checked = record.native and record.lists(names.CHUNK_TABLE)
+    with Database(record, checked=checked) as database:
+        most = 1 << 32 if fill_missing and not checked else len(database.values)
+        direct = zarr3 and not fill_missing
+        other = None if checked else general
+        yield NativeStore(database, other, zarr3=zarr3, most=most, direct=direct)

@@ -65,10 +65,6 @@ class Record:
         path = os.path.join(self.directory, name)
         return os.stat(path).st_size if name in self._crcs and os.path.isfile(path) else None
 
-    def __len__(self) -> int:
-        """How many files were saved."""
-        return len(self._crcs)
-
     def check_all(self) -> None:
         """Checks every file of the directory, for a reader that does not go through `read`."""
         for name in self._crcs:

@@ -279,7 +279,7 @@ def test_numbered_manifests_are_left_to_tensorstore(tmp_path: Path) -> None:
     with pytest.raises(
         ocdbt.NumberedManifestError,
         match=r"some/manifest: manifest kind: found 1 \(numbered\), expected 0 \(single\): "
-        "numbered manifests are read through TensorStore",
+        "the versions are in other files",
     ):
         ocdbt.decode_manifest(manifest, what="some/manifest")
 
