@@ -89,7 +89,8 @@ class Watch:
         if isinstance(arguments[0], str | bytes):
             path = os.path.realpath(os.fsdecode(arguments[0]))
             if path.startswith(self.place) and not (path + "/").startswith(self.inside + "/"):
-                self.outside.append(f"{event} of {path[len(self.place) + 1 :]}")
+                link = " by a link" if os.path.islink(arguments[0]) else ""
+                self.outside.append(f"{event} of {path[len(self.place) + 1 :]}{link}")
 
     @contextlib.contextmanager
     def around(self, root: str) -> Iterator[dict[str, float]]:
@@ -183,8 +184,10 @@ def _call(watch: Watch, call: Callable[[], Any], root: str, crafted: Any) -> tup
         said = crafted.text_of(value).replace(root, "")
     if SECRET in said:
         kind, said = "wrong", f"tells what it must not: {said[:300]}"
-    if watch.outside:
-        kind, said = "wrong", f"{watch.outside[0]}; {said[:200]}"
+    # The event comes before the call; whoever says that it is a link did not follow it.
+    refused = kind == "refused" and " is a link" in said
+    if opened := [one for one in watch.outside if not (refused and one.endswith(" by a link"))]:
+        kind, said = "wrong", f"{opened[0]}; {said[:200]}"
     if found["seconds"] > SECONDS:
         kind, said = "wrong", f"{found['seconds']:.1f} s; {said[:200]}"
     if found["megabytes"] > MEGABYTES:
