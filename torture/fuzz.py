@@ -115,6 +115,8 @@ def _node(data: bytes) -> None:
 
     frame = wire.encode_frame(ocdbt.NODE_MAGIC, data)
     root = ocdbt.NodeRef(data[0] if data else 0, "d/0", 0, len(frame))
+    _, _, keys, _ = ocdbt._open_node(frame, root)
+    root = root._replace(counts=(len(keys), 0, 0))
     ocdbt.read_tree(root, lambda file, offset, length: frame)
 
 

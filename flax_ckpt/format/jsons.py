@@ -58,7 +58,7 @@ def decode(data: bytes, kind: type[T], what: str) -> T:
     """
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         # Python writes and reads NaN, which is no JSON: in a user's own metadata it may be.
         raw = parse_object(data, what)
     try:
