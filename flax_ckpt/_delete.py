@@ -132,7 +132,11 @@ def _record(target: str, name: str) -> DeletionRecord:
 
 def _metadata(target: str) -> dict[str, Any]:
     data = deletion.read_metadata(Record(target))
-    return {} if data is None else jsons.parse_object(data, names.CHECKPOINT_METADATA)
+    return (
+        {}
+        if data is None
+        else jsons.parse_object(data, os.path.join(target, names.CHECKPOINT_METADATA))
+    )
 
 
 def _items(target: str, metadata: dict[str, Any]) -> list[str]:

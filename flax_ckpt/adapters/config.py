@@ -186,7 +186,12 @@ def _read_items(items: Iterable[Entry], path: str, new: _New, *, inside: bool = 
         read = new(sort_keys=False, allow_dotted_keys=any("." in item.key for item in items))
     for item in items:
         key = item.int_key if item.WhichOneof("name") == "int_key" else item.key
-        read[key] = _read(item, _join(path, key), new, inside)
+        try:
+            if key in read:
+                raise KeyError("it is there twice")
+            read[key] = _read(item, _join(path, key), new, inside)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{_join(path, key)}: cannot be read back: {error}") from error
     return read
 
 
@@ -206,7 +211,7 @@ def _read(entry: Entry, path: str, new: _New, inside: bool) -> object:
             convert = int if kind == "big_int" else np.dtype if new else _Name
             try:
                 return convert(value)
-            except (TypeError, ValueError, SyntaxError) as error:
+            except (TypeError, ValueError, SyntaxError, OverflowError, MemoryError) as error:
                 raise ConfigError(f"{path}: this process has no {kind} {value!r}") from error
         case _:
             return None if kind == "none" else value

@@ -11,6 +11,7 @@ checksum. Arrays stored in any other way are described with `encoding=None`.
 """
 
 import math
+import re
 import reprlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,6 +31,7 @@ DEFAULT_CHUNK_BYTES: Final = 64 << 20
 _MAX_RANK: Final = 32  # of NumPy 1 and of TensorStore
 _MAX_ELEMENTS: Final = 1 << 59
 _MAX_JSON: Final = 256 << 10  # parsed documents are cached
+_MAX_EXCESS: Final = 1 << 20  # bytes of a chunk that may be larger than its array
 
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
     name: np.dtype(getattr(ml_dtypes, name, name))
@@ -43,6 +45,7 @@ _DTYPES: Final[dict[str, np.dtype[Any]]] = {
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 _CODECS: Final[list[tuple[str, dict[str, Any]]]] = [("bytes", {"endian": "little"}), ("crc32c", {})]
 _LEVEL: Final = 1  # of zstd; higher ones are slower and gain little on weights
+_ZARR2_DTYPE: Final = re.compile("[<|][a-z][0-9]{1,2}")
 _ZARR2: Final[dict[str, Any]] = {"dimension_separator": ".", "filters": None, "order": "C"}
 
 
@@ -151,6 +154,12 @@ class Encoding(NamedTuple):
         describe = _zarr3_json if self.zarr3 else _zarr2_json
         return describe(spec, self.compressed)
 
+    def sizes(self, nbytes: int) -> tuple[int, int]:
+        """The least and the most bytes that a chunk of `nbytes` bytes is stored in."""
+        if not self.compressed:
+            return nbytes + self.trailer, nbytes + self.trailer
+        return nbytes >> 15, nbytes + (nbytes >> 7) + 1024  # zstd makes 128 KiB of 4 bytes at most
+
     def encode(self, data: Bytes, padding: int) -> tuple[Bytes, int]:
         """What is stored of a chunk that is `data` and as many zero bytes as `padding`.
 
@@ -255,7 +264,7 @@ def _parse_zarr3(document: dict[str, Any]) -> StoredArray:
     shape = _ints(document.get("shape"), "shape")
     dtype, dtype_config = _named(document.get("data_type"), "data_type")
     chunk_shape = _ints(grid_config.get("chunk_shape"), "chunk_shape")
-    _check_shapes(shape, chunk_shape)
+    check_chunk(shape, chunk_shape, numpy_dtype(dtype).itemsize)
     keys, keys_config = _named(document.get("chunk_key_encoding"), "chunk_key_encoding")
     if not jsons.is_list(listed := document.get("codecs")):
         raise _error("codecs", listed, "a list")
@@ -279,14 +288,14 @@ def _parse_zarr2(document: dict[str, Any]) -> StoredArray:
     shape, chunk_shape = (_ints(document.get(key), key) for key in ("shape", "chunks"))
     name, compressor = document.get("dtype"), document.get("compressor")
     try:
-        dtype = np.dtype(name).name if str(name)[:1] in "<|" else str(name)
+        dtype = np.dtype(name).name if _ZARR2_DTYPE.fullmatch(str(name)) else str(name)
     except (TypeError, ValueError) as error:
         raise _error("dtype", name, "the name of one") from error
     compressed = jsons.is_object(compressor) and compressor.get("id") == "zstd"
     usual = all(document.get(key, value) == value for key, value in _ZARR2.items())
     usual = usual and (compressed or compressor is None)
     encoding = Encoding(False, compressed) if usual else None
-    _check_shapes(shape, chunk_shape)
+    check_chunk(shape, chunk_shape, numpy_dtype(dtype).itemsize)
     return StoredArray(shape, numpy_dtype(dtype), chunk_shape, encoding)
 
 
@@ -304,6 +313,18 @@ def _ints(value: Any, what: str) -> tuple[int, ...]:
     if not jsons.is_list(value) or any(type(item) is not int for item in value):  # a bool is none
         raise _error(what, value, "a list of integers")
     return tuple(value)
+
+
+def check_chunk(shape: tuple[int, ...], chunk_shape: tuple[int, ...], itemsize: int) -> None:
+    """Checks the shapes, and that no chunk takes much more memory than the whole array.
+
+    Raises:
+        FormatError: it does.
+    """
+    _check_shapes(shape, chunk_shape)
+    array, chunk = (math.prod(each) * itemsize for each in (shape, chunk_shape))
+    if math.prod(shape) and chunk > max(array, _MAX_EXCESS):
+        raise _error("chunk shape", chunk_shape, f"no chunk larger than the array, of {shape}")
 
 
 def _check_shapes(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ import crc32c
 import msgspec
 
 from flax_ckpt.errors import DamagedCheckpointError, DeletionRecoveryError, FormatError
-from flax_ckpt.format import jsons
+from flax_ckpt.format import jsons, wire
 
 FORMAT_VERSION = 1  # of `flax_ckpt.json` and of what it vouches for
 
@@ -53,7 +53,7 @@ class RootMetadata:
             return cls()
         handlers: Any = raw.get("item_handlers")
         if jsons.is_object(handlers):
-            handlers = {k: str(v) for k, v in handlers.items() if v is not None}
+            handlers = {k: v for k, v in handlers.items() if isinstance(v, str)}
         elif not isinstance(handlers, str):
             handlers = {}
         custom: Any = raw.get("custom_metadata")
@@ -105,12 +105,17 @@ class DeletionRecord(msgspec.Struct, frozen=True):
             DeletionRecoveryError: it makes no sense.
         """
         try:
-            record = jsons.decode(data, cls, what)
+            record = msgspec.convert(jsons.parse_object(data, what), cls)
             name, original = record.checkpointable_name, record.original_metadata
             updated = cls.of(original, name).updated_metadata
-            if name not in original["item_handlers"] or updated != record.updated_metadata:
+            if name not in original["item_handlers"] or rewritten(updated) != rewritten(
+                record.updated_metadata
+            ):
                 raise ValueError(f"its metadata do not differ by {name!r} alone")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            wire.check_path(name, what)
+            if "/" in name or name == ".":
+                raise ValueError(f"{name!r} is no name of a checkpointable")
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise DeletionRecoveryError(
                 f"{what}: the record of an unfinished deletion makes no sense: {error!r}. Nothing"
                 " is read from or deleted in this checkpoint but the whole of it"
@@ -119,7 +124,7 @@ class DeletionRecord(msgspec.Struct, frozen=True):
 
 
 def _int_or_none(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if type(value) is int and abs(value) < 1 << 63 else None
 
 
 def file_crc(data: bytes) -> int:
@@ -130,6 +135,12 @@ def file_crc(data: bytes) -> int:
     body = crc32c.crc32c(memoryview(data)[:-4])
     own = body.to_bytes(4, "little") == data[-4:]
     return body if own else crc32c.crc32c(data[-4:], body)
+
+
+class _Integrity(msgspec.Struct):
+    format_version: int | str | None = None
+    writers: dict[str, str] = {}
+    crc32c: dict[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,13 +176,16 @@ class Integrity:
                 f"{what}: its checksum line is {tail[:20]!r}, expected {expected!r}: the file is"
                 " damaged; restore another step"
             )
-        raw = jsons.parse_object(body, what)
-        if (version := raw.get("format_version")) != FORMAT_VERSION:
+        raw = jsons.decode(body, _Integrity, what)
+        if (version := raw.format_version) != FORMAT_VERSION:
             raise FormatError(
                 f"{what}: format version {version!r}; this release reads {FORMAT_VERSION}:"
                 " use a newer flax_ckpt"
             )
         try:
-            return cls({path: int(crc, 16) for path, crc in raw["crc32c"].items()}, raw["writers"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            crcs = {path: int(crc, 16) for path, crc in raw.crc32c.items()}
+            for path in crcs:
+                wire.check_path(path, what)
+            return cls(crcs, raw.writers)
+        except ValueError as error:
             raise DamagedCheckpointError(f"{what}: malformed: {error!r}") from error

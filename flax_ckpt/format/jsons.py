@@ -1,13 +1,16 @@
 """JSON as the format uses it: parsing that answers garbage with one typed error."""
 
 import json
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Final, TypeGuard, TypeVar
 
 import msgspec
 
 from flax_ckpt.errors import FormatError
 
 T = TypeVar("T")
+
+_MAX_VALUES: Final = 1 << 21
+_MAX_BYTES: Final = 16 << 20
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
@@ -18,8 +21,9 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
         what: the file, for error messages.
 
     Raises:
-        FormatError: it is no JSON, or no object.
+        FormatError: it is no JSON, or no object, or so much that it would fill the memory.
     """
+    check_amount(data, what)
     try:
         value: Any = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -27,6 +31,18 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     if not is_object(value):
         raise FormatError(f"{what}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def check_amount(data: bytes, what: str) -> None:
+    """Checks how much memory what is in `data` can take, before it is parsed.
+
+    Raises:
+        FormatError: more than about 160 MB.
+    """
+    values = sum(map(data.count, (b",", b"[", b"{", b":")))
+    if len(data) > _MAX_BYTES or values > _MAX_VALUES:
+        limits = f"at most {_MAX_VALUES} values in {_MAX_BYTES} bytes"
+        raise FormatError(f"{what}: found {values} values in {len(data)} bytes, expected {limits}")
 
 
 def decode(data: bytes, kind: type[T], what: str) -> T:
@@ -42,12 +58,12 @@ def decode(data: bytes, kind: type[T], what: str) -> T:
     """
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         # Python writes and reads NaN, which is no JSON: in a user's own metadata it may be.
         raw = parse_object(data, what)
     try:
-        return msgspec.convert(raw, kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
+        return msgspec.json.decode(msgspec.json.encode(raw), type=kind)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise FormatError(f"{what}: malformed: {error}") from error
 
 

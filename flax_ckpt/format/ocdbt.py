@@ -49,7 +49,7 @@ _ROW_COST: Final = 128
 
 
 class NumberedManifestError(FormatError):
-    """The database keeps its versions in numbered manifests, which only TensorStore reads."""
+    """The database keeps its versions in numbered manifests."""
 
 
 class ValueRef(msgspec.Struct, frozen=True, order=True, gc=False):
@@ -206,24 +206,27 @@ def encode_manifest(root: NodeRef, *, uuid: bytes, commit_time_ns: int) -> bytes
     )
 
 
-def decode_manifest(data: bytes, *, what: str = "manifest.ocdbt") -> NodeRef:
+def decode_manifest(
+    data: bytes, *, what: str = "manifest.ocdbt", numbered: bool = False
+) -> NodeRef:
     """The root of the newest version that a manifest records; `EMPTY_ROOT` if it has no keys.
 
     Args:
         data: the whole file.
         what: names it in errors.
+        numbered: whether it is one of `manifest.<16 hex digits>`, of which the last counts.
 
     Raises:
         DamagedCheckpointError: not the bytes that were written.
-        NumberedManifestError: the versions are in other files; read them through TensorStore.
+        NumberedManifestError: the versions are in numbered ones.
         FormatError: a valid checksum over contents that break the format.
     """
     reader = wire.open_frame(data, MANIFEST_MAGIC, what)
     reader.take(16, "uuid")
-    if reader.varint("manifest kind", 1):
+    if reader.varint("manifest kind", 1) and not numbered:
         raise NumberedManifestError(
             f"{what}: manifest kind: found 1 (numbered), expected 0 (single): "
-            "numbered manifests are read through TensorStore"
+            "the versions are in other files"
         )
     reader.varints(3, "configuration")
     if reader.varint("compression method", 1):
@@ -256,15 +259,21 @@ def read_tree(root: NodeRef, fetch: Callable[[str, int, int], wire.Buffer]) -> d
     found: dict[bytes, Value] = {}
     last: list[bytes] = []
     todo = [root] if root.file else []
-    spent = 0
+    spent = read = 0
+    seen: set[tuple[str, int]] = set()
     while todo:
         ref = todo.pop()
         _check_place(ref, "B+tree node")
         spent += _NODE_COST + ref.length
-        if ref.length > wire.MAX_NODE or spent > _MAX_TREE_BYTES:
+        read += _NODE_COST + ref.length
+        most = wire.grown(read, _MAX_TREE_BYTES)
+        if ref.length > wire.MAX_NODE or spent > most:
             size = f"{ref.length} bytes in a tree of {spent}"
-            limits = f"expected at most {wire.MAX_NODE} in {_MAX_TREE_BYTES}"
+            limits = f"expected at most {wire.MAX_NODE} in {most}"
             raise FormatError(f"{ref}: found a node of {size}, {limits}")
+        if (ref.file, ref.offset) in seen:
+            raise FormatError(f"{ref}: found twice in the tree, expected once")
+        seen.add((ref.file, ref.offset))
         reader, files, keys, marks = _open_node(fetch(ref.file, ref.offset, ref.length), ref)
         spent += reader.size + _ROW_COST * len(keys) + sum(map(len, keys))
         if ref.height:
@@ -274,9 +283,21 @@ def read_tree(root: NodeRef, fetch: Callable[[str, int, int], wire.Buffer]) -> d
             raise FormatError(f"{ref}: found keys out of order, expected strictly increasing keys")
         last = keys[-1:] or last
         found.update(zip(keys, _values(reader, files, len(keys)), strict=True))
+    _check_apart([value for value in found.values() if isinstance(value, ValueRef)])
     if len(found) != root.counts[0]:
         raise FormatError(f"{root}: found {len(found)} keys, expected {root.counts[0]}")
     return found
+
+
+def _check_apart(refs: list[ValueRef]) -> None:
+    """Checks that no bytes are in two values: a small file could describe any amount of data."""
+    ids = {file: i for i, file in enumerate({ref.file for ref in refs})}
+    rows = [(ids[ref.file], ref.offset, ref.offset + ref.length) for ref in refs if ref.length]
+    file, start, end = np.array(sorted(rows), np.int64).reshape(-1, 3).T
+    if np.any((file[1:] == file[:-1]) & (start[1:] < end[:-1])):
+        raise FormatError(
+            "B+tree: found values that overlap, expected none in the bytes of another"
+        )
 
 
 def _open_node(data: wire.Buffer, ref: NodeRef) -> tuple[wire.Reader, _Files, list[bytes], _Marks]:

@@ -7,6 +7,8 @@ Only these kinds are written and read, so that no state can choose code to run.
 
 import base64
 import json
+import re
+import reprlib
 from typing import Any, Final, cast
 
 import numpy as np
@@ -17,6 +19,7 @@ from flax_ckpt.format import jsons
 _BYTES: Final = "$bytes"
 _TUPLE: Final = "$tuple"
 _ARRAY: Final = "$array"
+_NUMBERS: Final = re.compile("[<>|=][biufc][0-9]{1,2}")
 
 
 def encode(state: Any, what: str) -> bytes:
@@ -44,9 +47,10 @@ def decode(data: bytes, what: str) -> Any:
     Raises:
         FormatError: not JSON, or a tag with something else behind it.
     """
+    jsons.check_amount(data, what)
     try:
         return json.loads(data, object_hook=_from_json)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise FormatError(f"{what}: not the state of a data iterator: {error}") from error
 
 
@@ -88,7 +92,9 @@ def _from_json(found: dict[str, Any]) -> Any:
             return base64.b64decode(text)
         case {"$tuple": items}:
             return tuple(items)
-        case {"$array": [str(dtype), shape, text]}:
+        case {"$array": [str(dtype), shape, text]} if _NUMBERS.fullmatch(dtype):
             return np.frombuffer(base64.b64decode(text), dtype).reshape(shape).copy()[()]
+        case {"$array": wrong}:
+            raise ValueError(f"no array of numbers: {reprlib.repr(wrong)}")
         case _:
             return found

@@ -13,10 +13,14 @@ from flax_ckpt.format import config_pb as config_pb  # registers our own message
 from flax_ckpt.format import names
 
 _WIDTH: Final = 96
+_MAX_TEXT: Final = 1 << 20  # parsing it takes seconds
 
 
 def message_to_text(message: Message) -> str:
     """Writes a message in text format, its full name in the first line.
+
+    Raises:
+        FormatError: more than 1 MiB of text.
 
     Every number reads back to the same bits, but for the payload of a NaN. Fields that the
     message's own class does not know are left out.
@@ -27,6 +31,7 @@ def message_to_text(message: Message) -> str:
     seconds: 12
     """
     text = text_format.MessageToString(message, as_utf8=True)
+    _check_size(text)
     return f"{names.PROTO_HEADER}{message.DESCRIPTOR.full_name}\n{_folded(text)}"
 
 
@@ -45,6 +50,7 @@ def text_to_message(text: str, message_type: type[Message] | None = None) -> Mes
     >>> text_to_message("seconds: 12", timestamp_pb2.Timestamp).seconds
     12
     """
+    _check_size(text)
     header, line = names.PROTO_HEADER, text.partition("\n")[0]
     name = line.removeprefix(header).strip() if line.startswith(header) else None
     if message_type is None:
@@ -56,6 +62,11 @@ def text_to_message(text: str, message_type: type[Message] | None = None) -> Mes
         return text_format.Parse(text, message_type())
     except (text_format.ParseError, ValueError, RecursionError) as error:
         raise FormatError(f"not a {wanted} in text format: {error}") from error
+
+
+def _check_size(text: str) -> None:
+    if len(text) > _MAX_TEXT:
+        raise FormatError(f"found {len(text)} characters of text, expected at most {_MAX_TEXT}")
 
 
 def _registered(name: str | None) -> type[Message]:

@@ -96,10 +96,11 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 class _Document(msgspec.Struct):
     tree_metadata: dict[str, Entry]
-    use_ocdbt: Any = None
-    use_zarr3: Any = None
-    store_array_data_equal_to_fill_value: Any = True
-    custom_metadata: Any = None
+    # Of any kind, and not looked into: `custom_metadata` may be anything.
+    use_ocdbt: msgspec.Raw = msgspec.Raw(b"null")
+    use_zarr3: msgspec.Raw = msgspec.Raw(b"null")
+    store_array_data_equal_to_fill_value: msgspec.Raw = msgspec.Raw(b"true")
+    custom_metadata: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class TreeMetadata(NamedTuple):
@@ -121,7 +122,8 @@ class TreeMetadata(NamedTuple):
         if len(tree) != len(self.entries):  # {1: {}, "1": []}: same keys, told apart by nothing
             paths = [e.path for e in self.entries]
             unique_names(paths, [tuple([key.key for key in path]) for path in paths])
-        return msgspec.json.encode(_Document(tree, self.use_ocdbt, self.use_zarr3))
+        flags = [msgspec.Raw(jsons.dump(flag)) for flag in (self.use_ocdbt, self.use_zarr3)]
+        return msgspec.json.encode(_Document(tree, *flags))
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str) -> TreeMetadata:
@@ -140,16 +142,22 @@ class TreeMetadata(NamedTuple):
         if len(set(paths)) < len(paths):
             [(twice, _)] = Counter(paths).most_common(1)
             raise FormatError(f"{what}: the leaf {show(twice)} is there twice")
-        ocdbt = document.use_ocdbt if isinstance(document.use_ocdbt, bool) else None
-        return cls(_without_leftovers(entries), ocdbt, document.use_zarr3 is True)
+        ocdbt = {b"true": True, b"false": False}.get(bytes(document.use_ocdbt))
+        return cls(_without_leftovers(entries), ocdbt, bytes(document.use_zarr3) == b"true")
 
 
 def _without_leftovers(entries: list[Entry]) -> list[Entry]:
     """Drops empty nodes in which there is something: partial saves leave such."""
-    empty = {e.path for e in entries if e.kind in EMPTY}
-    lengths = set(map(len, empty))
-    gone = empty & {e.path[:n] for e in entries for n in lengths if n < len(e.path)}
-    return [e for e in entries if e.path not in gone] if gone else entries
+    if all(e.kind not in EMPTY for e in entries):
+        return entries
+    nodes: dict[tuple[int, Key], int] = {}  # each by its number, under that of its parent
+    parents, places = set[int](), [0] * len(entries)
+    for i, entry in enumerate(entries):
+        for key in entry.path:
+            parents.add(places[i])
+            places[i] = nodes.setdefault((places[i], key), len(nodes) + 1)
+    found = zip(entries, places, strict=True)
+    return [e for e, place in found if e.kind not in EMPTY or place not in parents]
 
 
 def name_of(path: KeyPath) -> str:
@@ -288,7 +296,7 @@ class _ArrayDocument(msgspec.Struct):
 class _Outline(msgspec.Struct):
     """The same of a file without typed keys, of which a reader needs nothing."""
 
-    array_metadatas: list[msgspec.Raw]
+    array_metadatas: msgspec.Raw
 
 
 def encode_array_metadatas(arrays: Sequence[ArrayMetadata]) -> bytes:

@@ -21,7 +21,9 @@ Buffer: TypeAlias = bytes | memoryview
 MAX_KEY: Final = 65_535
 MAX_OFFSET: Final = 2**63 - 1
 MAX_UINT64: Final = 2**64 - 1
-MAX_NODE: Final = 256 << 20  # also for its keys, which prefix coding can grow 65,535 times
+MAX_NODE: Final = 128 << 20
+_MAX_KEYS: Final = 64 << 20  # of a node, which prefix coding can grow 65,535 times
+_EXPANSION: Final = 32  # of what is compressed beyond 64 MiB
 _MAX_ROWS: Final = 1 << 20
 _FRAME_BYTES: Final = 18  # magic 4, length 8, version 1, compression 1, CRC 4
 
@@ -77,7 +79,7 @@ def open_frame(data: Buffer, magic: bytes, what: str) -> Reader:
 
     Raises:
         DamagedCheckpointError: magic, length, CRC-32C or zstd stream are wrong.
-        FormatError: unknown version or compression; a compressed body above 256 MiB.
+        FormatError: unknown version or compression; a compressed body that is too large.
     """
     if (found := data[:4]) != magic:
         raise DamagedCheckpointError(f"{what}: found magic {found.hex()}, expected {magic.hex()}")
@@ -90,14 +92,20 @@ def open_frame(data: Buffer, magic: bytes, what: str) -> Reader:
         return Reader(body, what)
     if kind != "0001":
         raise FormatError(f"{what}: found version and compression {kind}, expected 0000 or 0001")
+    most = grown(len(body), MAX_NODE)
     try:
-        if (size := zstandard.frame_content_size(body)) > MAX_NODE:
-            raise FormatError(f"{what}: found a body of {size} bytes, expected at most {MAX_NODE}")
+        if (size := zstandard.frame_content_size(body)) > most:
+            raise FormatError(f"{what}: found a body of {size} bytes, expected at most {most}")
         decoder = zstandard.ZstdDecompressor()
-        return Reader(decoder.decompress(body, MAX_NODE, allow_extra_data=False), what)
+        return Reader(decoder.decompress(body, most, allow_extra_data=False), what)
     except zstandard.ZstdError as e:
-        frame = f"one frame of at most {MAX_NODE} bytes"
+        frame = f"one frame of at most {most} bytes"
         raise DamagedCheckpointError(f"{what}: found a bad zstd body, expected {frame}: {e}") from e
+
+
+def grown(stored: int, most: int) -> int:
+    """How much memory may be spent on what is stored in so many bytes; `most` at most."""
+    return min(most, (64 << 20) + _EXPANSION * stored)
 
 
 class Reader:
@@ -174,8 +182,8 @@ class Reader:
         if np.any(marks > lengths) or np.any(shared[1:] > lengths[:-1]):
             raise self.error(f"{name} prefix", "one beyond the string", "one within it")
         longest, total = int(lengths.max(initial=0)), int(lengths.sum())
-        if longest > MAX_KEY or total > MAX_NODE:
-            limits = f"{MAX_KEY} and {MAX_NODE} in all"
+        if longest > MAX_KEY or total > _MAX_KEYS:
+            limits = f"{MAX_KEY} and {_MAX_KEYS} in all"
             raise self.error(f"{name} bytes", f"{longest} and {total} in all", limits)
         blob = self.take(int(suffix.sum()), f"{name} bytes")
         out: list[bytes] = []
@@ -208,9 +216,9 @@ class Reader:
 
 
 def check_path(path: str, what: str) -> None:
-    """Raises `FormatError` unless `path` names a file below the database directory."""
-    parts = path.split("/")
+    """Raises `FormatError` unless a relative `path` names a file inside the directory."""
+    parts, coded = path.split("/"), path.encode(errors="ignore")
     escapes = "" in (parts[0], parts[-1]) or ".." in parts
-    if escapes or "\0" in path or len(path.encode()) > MAX_KEY:
-        inside = "a relative path inside the database"
-        raise FormatError(f"{what}: data file path: found {path[:200]!r}, expected {inside}")
+    if escapes or "\0" in path or len(coded) > MAX_KEY or coded.decode() != path:
+        inside = "a relative path inside the directory"
+        raise FormatError(f"{what}: file path: found {path[:200]!r}, expected {inside}")

@@ -281,7 +281,7 @@ def _process_files(record: Record) -> dict[int, tuple[bytes, str]]:
     found: dict[int, tuple[bytes, str]] = {}
     for name in sorted({*present, *record.listed(f"{names.ARRAY_METADATAS}/")}):
         index = name.removeprefix("process_")
-        if index != name and index.isdigit():
+        if index != name and index.isdecimal():
             data = record.read(f"{names.ARRAY_METADATAS}/{name}")
             found[int(index)] = data, os.path.join(folder, name)
     return found

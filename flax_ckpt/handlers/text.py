@@ -147,7 +147,7 @@ class JsonHandler(_TextHandler):
     def __init__(self, filename: str | None = None) -> None:
         known = names.JSON_LEGACY_FILE, names.JSON_FILE
         filenames = (filename, *known) if filename else known
-        super().__init__(_json_text, lambda text, _: json.loads(text), *filenames)
+        super().__init__(_json_text, _json_value, *filenames)
 
     async def metadata(self, directory: epath.Path) -> None:
         """None: JSON needs no abstract form."""
@@ -162,8 +162,14 @@ class JsonHandler(_TextHandler):
         """None: the checkpoint decides."""
 
 
+def _json_value(text: str, _: object) -> Any:
+    jsons.check_amount(text.encode(), "JSON")
+    return json.loads(text)
+
+
 def _json_text(value: Any) -> str:
     text, nodes = json.dumps(value), [value]
+    jsons.check_amount(text.encode(), "JSON")  # more than this could not be loaded
     for node in nodes:  # JSON would turn keys that are no strings into some without a word
         if jsons.is_object(node):
             if wrong := [key for key in cast("Any", node) if not isinstance(key, str)]:

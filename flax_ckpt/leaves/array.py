@@ -28,6 +28,7 @@ from flax_ckpt.leaves import dtypes
 from flax_ckpt.leaves.base import LeafWrite, LoadRules, SavedLeaf, Target, show, show_array
 from flax_ckpt.storage.store import Region, Shard, whole
 
+_TOO_MUCH = OverflowError, MemoryError, RecursionError
 _jax: Any = jax  # jaxlib says nothing about the types of devices
 _put: Any = getattr(pxla, "batched_device_put", None)
 
@@ -297,7 +298,7 @@ def _from_text(text: str) -> Sharding | None:
     try:
         raw = json.loads(text)
         return {"SingleDeviceSharding": _single, "NamedSharding": _named}[raw["sharding_type"]](raw)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, *_TOO_MUCH):
         return None  # the caller then says which leaves went to one device
 
 

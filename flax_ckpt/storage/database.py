@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import threading
 import uuid
 from typing import Final
@@ -24,6 +25,7 @@ from flax_ckpt.storage import files
 from flax_ckpt.storage.record import Record
 
 ALIGNMENT: Final = 64
+_NUMBERED: Final = re.compile(r"manifest\.[0-9a-f]{16}")
 _MAX_BUFFERS: Final = min(1024, os.sysconf("SC_IOV_MAX"))
 _MAX_READ: Final = 1 << 30  # Linux reads at most 2 GiB - 4 KiB a call
 
@@ -97,8 +99,8 @@ class DataFileReader(io.FileIO):
 
     def __init__(self, path: str) -> None:
         try:
-            super().__init__(path)
-        except (FileNotFoundError, IsADirectoryError) as error:
+            super().__init__(path, opener=files.open_regular)
+        except FileNotFoundError as error:
             why = error.strerror
             raise DamagedCheckpointError(f"{path}: the data file is missing: {why}") from error
 
@@ -109,16 +111,26 @@ class DataFileReader(io.FileIO):
             DamagedCheckpointError: the file ends before.
         """
         pending = [buffer.data for buffer in buffers if len(buffer)]
+        self.check(offset, sum(map(len, pending)))
         while pending:
             call = [pending[0][:_MAX_READ], *(pending[1:] if len(pending[0]) < _MAX_READ else [])]
             count = os.preadv(self.fileno(), call, offset)
             if count == 0:
-                raise DamagedCheckpointError(
-                    f"{self.name}: ends at byte {os.stat(self.fileno()).st_size}, but bytes from"
-                    f" {offset} on were saved, {sum(map(len, pending))} more: the file was cut off"
-                )
+                self.check(offset, sum(map(len, pending)))
             offset += count
             files.advance(pending, count)
+
+    def check(self, offset: int, length: int) -> None:
+        """Checks that these bytes are there, before memory for them is asked for.
+
+        Raises:
+            DamagedCheckpointError: the file ends before.
+        """
+        if offset + length > (size := os.stat(self.fileno()).st_size):
+            raise DamagedCheckpointError(
+                f"{self.name}: ends at byte {size}, but bytes from {offset} on were saved,"
+                f" {length} more: the file was cut off"
+            )
 
 
 class Database(contextlib.ExitStack):
@@ -135,7 +147,6 @@ class Database(contextlib.ExitStack):
 
     Raises:
         DamagedCheckpointError: the index is damaged.
-        NumberedManifestError: only TensorStore reads this kind.
     """
 
     def __init__(self, record: Record, *, checked: bool) -> None:
@@ -144,7 +155,11 @@ class Database(contextlib.ExitStack):
         self._readers: dict[str, DataFileReader] = {}
         self._lock = threading.Lock()
         path = os.path.join(self.directory, names.MANIFEST)
-        manifest = ocdbt.decode_manifest(record.read(names.MANIFEST), what=path)
+        try:
+            manifest = ocdbt.decode_manifest(record.read(names.MANIFEST), what=path)
+        except ocdbt.NumberedManifestError:
+            numbered = max(filter(_NUMBERED.fullmatch, os.listdir(self.directory)), default="")
+            manifest = ocdbt.decode_manifest(record.read(numbered), what=path, numbered=True)
         try:
             self.values = ocdbt.read_tree(manifest, self._fetch)
             self.crcs: dict[bytes, int] = {}
@@ -153,11 +168,17 @@ class Database(contextlib.ExitStack):
                 table = record.read(names.CHUNK_TABLE)
                 crcs = ocdbt.decode_table(table, list(self.values), what=path)
                 self.crcs = dict(zip(self.values, crcs.tolist(), strict=True))
+        except FormatError as error:
+            self.close()
+            if self.directory in str(error):
+                raise
+            raise type(error)(f"{self.directory}: {error}") from error
         except BaseException:
             self.close()
             raise
 
     def _fetch(self, file: str, offset: int, length: int) -> memoryview:
+        self.reader(file).check(offset, length)
         buffer = np.empty(length, np.uint8)
         self.reader(file).read_into(offset, buffer)
         return buffer.data
@@ -177,11 +198,11 @@ class Database(contextlib.ExitStack):
         for file in {ref.file for ref in self.values.values() if not isinstance(ref, bytes)}:
             self.reader(file)
 
-    def read(self, key: bytes) -> bytes:
+    def read(self, key: bytes, most: int = files.MAX_BYTES) -> bytes:
         """A value as it is, unchecked but for its length.
 
         Raises:
-            DamagedCheckpointError: there is no such key.
+            DamagedCheckpointError: there is no such key, or it has more bytes than `most`.
         """
         value = self.values.get(key)
         if value is None:
@@ -190,4 +211,6 @@ class Database(contextlib.ExitStack):
             )
         if isinstance(value, bytes):
             return value
+        if value.length > most:
+            raise DamagedCheckpointError(f"{self.directory}: {key!r} has {value.length} bytes")
         return bytes(self._fetch(value.file, value.offset, value.length))

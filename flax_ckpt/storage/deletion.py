@@ -28,10 +28,11 @@ def read(root: str) -> DeletionRecord | None:
     described = os.path.join(root, names.CHECKPOINT_METADATA)
     data = files.read(described) if os.path.isfile(described) else b"{}"
     try:
-        current = jsons.parse_object(data, described)
-    except FormatError as error:
+        current = rewritten(jsons.parse_object(data, described))
+        known = [rewritten(m) for m in (record.original_metadata, record.updated_metadata)]
+    except (FormatError, RecursionError) as error:
         raise DeletionRecoveryError(f"{path}: {error}") from error
-    if current not in (record.original_metadata, record.updated_metadata):
+    if current not in known:
         raise DeletionRecoveryError(
             f"{path}: the record of an unfinished deletion is not of this checkpoint:"
             f" {names.CHECKPOINT_METADATA} is neither what it was before nor after it"
@@ -84,9 +85,9 @@ def _items_were_deleted(record: Record, data: bytes) -> bool:
     """Whether the metadata are as a deletion writes them, and the items they lack are gone."""
     try:
         metadata = jsons.parse_object(data, names.CHECKPOINT_METADATA)
-        kept = metadata["item_handlers"].keys()
-    except (FormatError, KeyError, AttributeError):
+        kept, written = metadata["item_handlers"].keys(), rewritten(metadata)
+    except (FormatError, KeyError, AttributeError, TypeError, RecursionError):
         return False
     lacking = {name for name in record.listed() if record.listed(f"{name}/")} - kept
     there = lacking.intersection(os.listdir(record.directory))
-    return bool(lacking) and not there and data == rewritten(metadata)
+    return bool(lacking) and not there and data == written

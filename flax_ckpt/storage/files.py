@@ -15,7 +15,12 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
-from flax_ckpt.errors import CheckpointExistsError, FormatError, InvalidLayoutError
+from flax_ckpt.errors import (
+    CheckpointExistsError,
+    DamagedCheckpointError,
+    FormatError,
+    InvalidLayoutError,
+)
 from flax_ckpt.format import names
 from flax_ckpt.storage import failpoints
 
@@ -30,6 +35,8 @@ MAX_WRITE: Final = 8 << 20  # ext4 takes several times as long for calls of 64 M
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+
+MAX_BYTES = 64 << 20  # of a file that is read whole and is no chunk of an array
 
 
 def local_path(path: PathLike) -> str:
@@ -267,17 +274,48 @@ def replace(path: str, data: bytes, *, exclusive: bool = False) -> None:
     sync_path(os.path.dirname(path))
 
 
-def read(path: str) -> bytes:
-    """The bytes of a file."""
-    with _naming(path), open(path, "rb") as file:
+def read(path: str, most: int = MAX_BYTES) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        DamagedCheckpointError: it is something else, or has more bytes than `most`.
+    """
+    with _naming(path), open(path, "rb", opener=open_regular) as file:
+        if (size := os.stat(file.fileno()).st_size) > most:
+            raise DamagedCheckpointError(f"{path} has {size} bytes, expected at most {most}")
         return file.read()
 
 
-def refuse_links(root: str) -> None:
-    """Raises `FormatError` if there is a symbolic link under `root`: it could lead out of it."""
-    for path in _entries(root):
+def open_regular(path: str, flags: int) -> int:
+    """Opens a regular file: a pipe would not answer, and a link could lead anywhere.
+
+    Raises:
+        DamagedCheckpointError: it is something else.
+    """
+    try:
+        fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG):
+            raise
+        why = (
+            f"a link that leads to {os.readlink(path)}" if os.path.islink(path) else error.strerror
+        )
+        raise DamagedCheckpointError(f"{path:.300} is {why}") from error
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise DamagedCheckpointError(f"{path} is no regular file")
+
+
+def refuse_links(root: str) -> int:
+    """Raises `FormatError` if there is a link, a pipe or a device under `root`; counts the rest."""
+    count = 0
+    for count, path in enumerate(_entries(root), 1):  # noqa: B007
         if os.path.islink(path):
             raise FormatError(f"{path} is a link that leads to {os.readlink(path)}")
+        if not (os.path.isfile(path) or os.path.isdir(path)):
+            raise FormatError(f"{path} is neither a file nor a directory")
+    return count
 
 
 def walk(root: str) -> list[str]:

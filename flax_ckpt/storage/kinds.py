@@ -40,7 +40,7 @@ def is_item_tree(path: str) -> bool:
 def is_item(entry: os.DirEntry[str]) -> bool:
     """Whether what is in a checkpoint is the directory of a checkpointable."""
     ignored = entry.name in names.IGNORED_ITEMS or names.is_unfinished(entry.name)
-    return entry.is_dir() and not ignored
+    return os.path.isdir(entry.path) and not ignored  # `is_dir` fails on a link to itself
 
 
 def owner(path: str) -> str | None:
@@ -76,7 +76,9 @@ def checkpoints_in(path: str) -> list[str]:
     found = [
         entry.name
         for entry in os.scandir(path)
-        if entry.is_dir() and names.TMP_SUFFIX not in entry.name and _has(entry.path, _ROOT_MARKS)
+        if os.path.isdir(entry.path)
+        and names.TMP_SUFFIX not in entry.name
+        and _has(entry.path, _ROOT_MARKS)
     ]
     return sorted(found, key=lambda name: (int((re.findall(r"\d+", name) or ["-1"])[-1]), name))
 

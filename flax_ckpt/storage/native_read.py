@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
 from flax_ckpt.format import names
 from flax_ckpt.format.arrays import Bytes, Encoding, StoredArray, origin, parse
-from flax_ckpt.format.ocdbt import NumberedManifestError, Value, ValueRef
+from flax_ckpt.format.ocdbt import Value, ValueRef
 from flax_ckpt.storage import files
 from flax_ckpt.storage.database import ALIGNMENT, Database, aligned_empty
 from flax_ckpt.storage.record import Record
@@ -39,6 +39,7 @@ _TINY: Final = 1 << 10  # chunks up to here are copied out of it
 _GAP: Final = 4096  # bytes of no interest that are read to save a call
 _THREADS: Final = min(4, os.cpu_count() or 1)
 _SHARES: Final = 4 * _THREADS
+_ANY: Final = 1 << 40  # bytes of a chunk in a file of its own, checked before
 _PENDING: Final[NDArray[Any]] = np.empty(0)
 
 
@@ -76,19 +77,27 @@ class NativeStore:
     Args:
         source: an opened database, whose owner closes it, or the checked files of a directory.
         other: reads the arrays in other encodings; None: there must be none.
+        most: how many chunks there can be.
         zarr3: whether they are zarr version 3, else 2.
+        direct: whether arrays in our encodings are read here although there is another reader.
     """
 
     def __init__(
-        self, source: Database | Record, other: ArrayStore | None = None, *, zarr3: bool = True
+        self,
+        source: Database | Record,
+        other: TensorStoreStore | None = None,
+        *,
+        most: int,
+        zarr3: bool = True,
+        direct: bool = False,
     ) -> None:
         self._directory = source.directory
         self._database = source if isinstance(source, Database) else None
         self._crcs = source.crcs if isinstance(source, Database) else {}
-        self._value: Callable[[bytes], bytes] = (
-            source.read if isinstance(source, Database) else lambda key: source.read(key.decode())
-        )
+        self._source = source
         self._other = other
+        self._most = most
+        self._direct = direct or other is None
         self._encoding = Encoding(zarr3)
         self._stored: dict[str, StoredArray] = {}
         self._known: dict[bytes, tuple[int, StoredArray]] = {}  # most descriptions are alike
@@ -96,11 +105,10 @@ class NativeStore:
     def describe(self, names: Sequence[str]) -> dict[str, StoredArray]:
         """See :class:`ArrayStore`."""
         found: dict[str, StoredArray] = {}
-        known, key_of = self._known, self._encoding.metadata_key
-        value, crcs = self._value, self._crcs
+        known, key_of, crcs = self._known, self._encoding.metadata_key, self._crcs
         for name in names:
             key = key_of(name)
-            data = value(key)
+            data = self._value(key)
             if data not in known:
                 known[data] = crc32c.crc32c(data), self._parse(name, data)
             crc, found[name] = known[data]
@@ -111,6 +119,11 @@ class NativeStore:
                 )
         self._stored |= found
         return found
+
+    def _value(self, key: bytes, most: int = files.MAX_BYTES) -> bytes:
+        if isinstance(self._source, Database):
+            return self._source.read(key, most)
+        return self._source.read(key.decode(), most)
 
     def _described(self, name: str) -> StoredArray:
         return self._stored.get(name) or self.describe([name])[name]
@@ -133,14 +146,16 @@ class NativeStore:
         for number, read in enumerate(reads):
             stored = self._described(read.name)
             encoding = stored.encoding
-            if encoding is None or (encoding.compressed and self._other):
+            if encoding is None or not self._direct or (encoding.compressed and self._other):
+                self._check_count(read.leaf, stored.shape, stored.chunk_shape)
                 foreign.append(number)
                 continue
             for region in read.regions:
                 chunks += self._plan(read, stored, encoding, region, results[number])
         self._read_chunks(chunks)
-        if foreign and self._database and self._other:
-            self._database.check_files()
+        if foreign and self._other:
+            if self._database:
+                self._database.check_files()
             others = self._other.read_arrays([reads[number] for number in foreign])
             for number, parts in zip(foreign, others, strict=True):
                 results[number] = parts
@@ -164,18 +179,21 @@ class NativeStore:
         if plain and chunk_shape == shape == wanted and nbytes <= _SMALL:
             parts.append(_PENDING)
             key = encoding.chunk_key(read.name, origin(len(shape)))
-            ref = self._find(read.leaf, key, nbytes + trailer)
+            ref = self._find(read.leaf, key, *encoding.sizes(nbytes))
             yield _Chunk(read.leaf, key, ref, trailer, parts, position, stored)
             return
-        array = aligned_empty(math.prod(wanted) * dtype.itemsize).view(dtype).reshape(wanted)
-        parts.append(array)
+        self._check_count(read.leaf, wanted, chunk_shape)
         grid = [
             range(start // step, -(-stop // step) if stop > start else 0)
             for (start, stop), step in zip(region, chunk_shape, strict=True)
         ]
-        for index in itertools.product(*grid):
+        found: list[tuple[tuple[int, ...], bytes, Value | None]] = []
+        for index in itertools.product(*grid):  # all are there before memory is asked for
             key = encoding.chunk_key(read.name, index)
-            ref = self._find(read.leaf, key, nbytes + trailer if plain else None)
+            found.append((index, key, self._find(read.leaf, key, *encoding.sizes(nbytes))))
+        array = aligned_empty(math.prod(wanted) * dtype.itemsize).view(dtype).reshape(wanted)
+        parts.append(array)
+        for index, key, ref in found:
             copy, into = _destination(array, region, chunk_shape, index)
             if not plain:
                 what = f"{read.leaf}: {self._named(key)}"
@@ -185,17 +203,33 @@ class NativeStore:
     def _named(self, key: bytes) -> str:
         return f"{key.decode()!r} in {self._directory}"
 
-    def _find(self, leaf: str, key: bytes, expected: int | None) -> Value | None:
-        """Where a chunk is; checks that it has as many bytes as expected."""
-        if self._database is None:
-            return None
-        ref = self._database.values.get(key)
-        length = len(ref) if isinstance(ref, bytes) else ref.length if ref else 0
-        if ref is None or (expected is not None and length != expected):
-            found = "is missing" if ref is None else f"has {length} bytes, expected {expected}"
+    def _check_count(self, leaf: str, shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> None:
+        """Checks that there are as many values as the array has chunks, before they are listed."""
+        count = math.prod(-(-n // step) for n, step in zip(shape, chunk_shape, strict=True))
+        if count > self._most:
+            raise DamagedCheckpointError(
+                f"{leaf}: some of its {count} chunks are missing in {self._directory}"
+            )
+
+    def _find(self, leaf: str, key: bytes, least: int, most: int) -> Value | None:
+        """Where a chunk is; checks that it has as many bytes as expected, and that they are there.
+
+        One in a file of its own has no `Value`.
+        """
+        ref: Value | None = None
+        if isinstance(self._source, Record):
+            length = self._source.size(key.decode())
+        else:
+            ref = self._source.values.get(key)
+            length = ref.length if isinstance(ref, ValueRef) else None if ref is None else len(ref)
+        if length is None or not least <= length <= most:
+            size = least if least == most else f"{least} to {most}"
+            found = "is missing" if length is None else f"has {length} bytes, expected {size}"
             raise DamagedCheckpointError(
                 f"{leaf}: its chunk {self._named(key)} {found}; restore another step"
             )
+        if length > _SMALL and isinstance(ref, ValueRef) and isinstance(self._source, Database):
+            self._source.reader(ref.file).check(ref.offset, length)
         return ref
 
     def _read_chunks(self, chunks: list[_Chunk]) -> None:
@@ -210,7 +244,7 @@ class NativeStore:
         """Reads chunks that lie in an index node, or in files of their own."""
         for chunk in chunks:
             try:
-                value = self._value(chunk.key)
+                value = self._value(chunk.key, _ANY)
             except DamagedCheckpointError as error:
                 raise DamagedCheckpointError(f"{chunk.leaf}: {error}") from error
             self._deliver(chunk, np.frombuffer(bytearray(value), np.uint8))
@@ -349,18 +383,13 @@ def open_store(
         ocdbt = os.path.isfile(os.path.join(record.directory, names.MANIFEST))
     where = record.directory
     general = TensorStoreStore(where, ocdbt=ocdbt, zarr3=zarr3, fill_missing=fill_missing)
-    database: Database | None = None
-    checked = record.native and record.lists(names.CHUNK_TABLE)
-    if ocdbt:
-        with contextlib.suppress(NumberedManifestError):
-            database = Database(record, checked=checked)
-    if database is None:
-        files.refuse_links(where)
-        yield NativeStore(record, zarr3=zarr3) if record.native and not ocdbt else general
+    if not ocdbt:
+        count = files.refuse_links(where)
+        yield NativeStore(record, None if record.native else general, zarr3=zarr3, most=count)
         return
-    with database:
-        if checked or (zarr3 and not fill_missing):
-            yield NativeStore(database, None if checked else general, zarr3=zarr3)
-        else:
-            database.check_files()
-            yield general
+    checked = record.native and record.lists(names.CHUNK_TABLE)
+    with Database(record, checked=checked) as database:
+        most = 1 << 32 if fill_missing and not checked else len(database.values)
+        direct = zarr3 and not fill_missing
+        other = None if checked else general
+        yield NativeStore(database, other, zarr3=zarr3, most=most, direct=direct)

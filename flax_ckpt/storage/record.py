@@ -5,15 +5,16 @@ A checkpoint without it was not written by us: its files are read as they are.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Generator
 from typing import Literal, TypeAlias
 
 from flax_ckpt.errors import DamagedCheckpointError, FlaxCkptError
-from flax_ckpt.format import names
+from flax_ckpt.format import names, wire
 from flax_ckpt.format.checkpoint import Integrity, file_crc
-from flax_ckpt.storage import files
+from flax_ckpt.storage import files, kinds
 
 logger = logging.getLogger("flax_ckpt")
 
@@ -64,6 +65,7 @@ class Record:
         self.directory = directory
         self.native = False
         self.crcs: dict[str, int] = {}
+        self._is_item = bool(kinds.owner(directory))  # else the user may come to it by a link
         parent, name = os.path.split(directory)
         for root, prefix in ((directory, ""), (parent, f"{name}/")):
             path = os.path.join(root, names.INTEGRITY)
@@ -82,23 +84,40 @@ class Record:
         """Whether the file is there, or should be."""
         return name in self.crcs or os.path.isfile(os.path.join(self.directory, name))
 
+    def _inside(self, name: str) -> str:
+        """The path of a file, to which no link leads within the directory."""
+        wire.check_path(name, self.directory)
+        *folders, path = itertools.accumulate(name.split("/"), os.path.join, initial=self.directory)
+        for folder in folders[0 if self._is_item else 1 :]:
+            if os.path.islink(folder):
+                raise DamagedCheckpointError(
+                    f"{folder} is a link that leads to {os.readlink(folder)}"
+                )
+        return path
+
+    def size(self, name: str) -> int | None:
+        """How many bytes a file has that was saved; None: it is not there."""
+        path = os.path.join(self.directory, name)
+        return os.stat(path).st_size if name in self.crcs and os.path.isfile(path) else None
+
     def check_all(self) -> None:
         """Checks every file of the directory, for a reader that does not go through `read`."""
         for name in self.crcs:
             self.read(name)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int = files.MAX_BYTES) -> bytes:
         """The checked bytes of a file.
 
         Args:
             name: relative to the directory, with `/`.
+            most: how many there may be.
 
         Raises:
             DamagedCheckpointError: missing, or not the bytes that were saved.
         """
-        path = os.path.join(self.directory, name)
+        path = self._inside(name)
         try:
-            data = files.read(path)
+            data = files.read(path, most)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise DamagedCheckpointError(
                 f"{path}: the file is missing; restore another step"

@@ -259,7 +259,7 @@ def _load_config(layout: Layout, kind: type[Message] | None) -> tuple[str | None
     record = Record(layout.items[CONFIG]) if CONFIG in layout.items else None
     if record is None or not record.lists(names.PROTO_FILE):
         return None, None, {}
-    text = record.read(names.PROTO_FILE).decode()
+    text = record.read(names.PROTO_FILE).decode(errors="replace")
     try:
         message = protos.text_to_message(text, kind)
         return text, configs.from_message(message), configs.provenance_of(message)

@@ -928,7 +928,7 @@ def test_data_files_outside_are_refused(copy: Callable[[str], Path], target: byt
 def test_data_files_outside_are_refused_whatever_the_manifest(copy: Callable[[str], Path]) -> None:
     path = copy("numbered_raw")
     _redirect(path / "state", b"../")
-    with pytest.raises(fc.errors.FormatError, match="inside the database|Invalid key"):
+    with pytest.raises(fc.errors.FormatError, match="inside the directory|Invalid key"):
         fc.load(path)
 
 
@@ -940,7 +940,7 @@ def test_array_names_that_lead_out_are_refused(copy: Callable[[str], Path], name
         path / "state" / "_METADATA",
         lambda data: _by_path(data, "w").update(_entry([(name, 2)], **_ARRAY)),
     )
-    with pytest.raises(fc.errors.FormatError, match="leads out"):
+    with pytest.raises(fc.errors.FormatError, match="inside the directory"):
         fc.load(path)
 
 

@@ -1,0 +1,13 @@
+"""A sample of the crafted checkpoints of `torture/hostile.py`, another one in each run."""
+
+import random
+
+from torture.hostile import campaign
+
+
+def test_crafted_checkpoints_are_refused_or_harmless() -> None:
+    outcomes = campaign(0.002, random.randrange(1 << 32))
+    for outcome in outcomes:
+        assert not outcome.wrong, "\n".join(outcome.wrong)
+        assert outcome.runs >= 1, outcome.what
+    assert sum(outcome.runs for outcome in outcomes) >= 50
