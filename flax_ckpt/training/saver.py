@@ -218,6 +218,13 @@ class Saver:
         if metrics is not None:
             parts[names.METRICS] = to_json(metrics)
         path, now, cancelled = self.path_of(step), self.now(), threading.Event()
+
+        def permit() -> None:
+            if cancelled.is_set() and not self.hosts.several:  # which could not agree
+                raise errors.SaveCancelledError(f"the save of {path} was cancelled")
+            if self._lock is not None:  # another process has it, if this one was stopped for long
+                self._lock.check()
+
         self.response = _save.start(
             path,
             parts,
@@ -226,7 +233,7 @@ class Saver:
             custom_metadata,
             trees=trees,
             internal=True,
-            cancelled=cancelled,
+            permit=permit,
             result=True,
         )
         self._cancelled = cancelled

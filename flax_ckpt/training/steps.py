@@ -4,6 +4,7 @@ What is on disk is the evidence; there is no index that could disagree with it. 
 are called: a run that Orbax began with `ckpt_000020` goes on with `ckpt_000030`.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import logging
@@ -82,6 +83,26 @@ def committed(root: str) -> list[int]:
     return sorted(found.step for found in naming(root).find_all(root))
 
 
+def incomplete(root: str) -> dict[int, str]:
+    """Steps later than all committed ones of which only a part is there, and what is wrong.
+
+    No save leaves one: it was copied, and not to the end. It has nothing but what the step before
+    it has; so what else is called by a number is no part of the run.
+    """
+    way, found = naming(root), committed(root)
+    if not found:
+        return {}
+    known, cut = set(_entries(os.path.join(root, way.build_name(found[-1])))), dict[int, str]()
+    for name in _entries(root):
+        step, path = names.step_of(name), os.path.join(root, name)
+        if not (step and step[1] > found[-1] and way.build_name(step[1]) == name):
+            continue
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it goes right now
+            if not is_checkpoint(path) and known.issuperset(os.listdir(path)):
+                cut[step[1]] = f"{path} {kinds.describe(path)}"
+    return cut
+
+
 def path_of(root: str, step: int) -> str:
     """Where a step is; it is called as those that are there."""
     return os.path.join(root, naming(root).build_name(step))
@@ -124,7 +145,7 @@ def supersede(root: str, after: int) -> None:
 
     They are kept in `<root>/superseded/<step>-<utc>`; one WARNING says which.
     """
-    later = [step for step in committed(root) if step > after]
+    later = [step for step in [*committed(root), *incomplete(root)] if step > after]
     if not later:
         return
     aside, way = os.path.join(root, "superseded"), naming(root)
