@@ -8,13 +8,16 @@ In the custom metadata of a step stands which metric was meant, and which way:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-from flax_ckpt.errors import CheckpointNotFoundError
+from flax_ckpt.errors import CheckpointNotFoundError, FormatError
 from flax_ckpt.training import steps
 from flax_ckpt.training.metadata import CheckpointMetadata
+
+logger = logging.getLogger("flax_ckpt")
 
 
 class Best(NamedTuple):
@@ -96,6 +99,9 @@ def _wish(found: CheckpointMetadata[None]) -> Best | None:
     try:
         custom = found.custom_metadata
     except FileNotFoundError:  # the run has deleted it
+        return None
+    except FormatError as error:
+        logger.warning("whether step %d says what is best cannot be read: %s", found.step, error)
         return None
     match custom:
         case {"flax_ckpt": {"best": {"metric": str(metric), "mode": "min" | "max" as mode}}}:

@@ -238,8 +238,8 @@ def _restore_first(root: str, like: S | None, rules: _Rules, *, is_best: bool) -
     Processes that restore together take the same: each sees only its own part of the damage.
     """
     damaged = {} if is_best else steps.incomplete(root)
-    for step, reason in damaged.items():
-        logger.warning("step %d is incomplete, trying the one before it: %s", step, reason)
+    for reason in damaged.values():
+        logger.warning("%s; trying the step before it", reason)
     for attempt in itertools.count():
         order = best.ranked(root) if is_best else steps.require_steps(root)[::-1]
         left = [step for step in order if step not in damaged]
@@ -279,9 +279,14 @@ def _try(
     except (errors.DamagedCheckpointError, FileNotFoundError) as error:
         if number not in steps.committed(root):
             return None
-        if not isinstance(error, errors.DamagedCheckpointError):
-            raise
-        return error
+        if isinstance(error, errors.DamagedCheckpointError):
+            return error
+        layout = Layout.of(path)
+        listed = () if layout.is_flat else layout.root.item_handlers
+        if lost := sorted(set(listed) - {*layout.items, layout.deleting}):
+            message = f"{path} lacks {', '.join(lost)}, which {names.CHECKPOINT_METADATA} lists"
+            return errors.DamagedCheckpointError(message)
+        raise
 
 
 def _restore_one(

@@ -272,7 +272,8 @@ class Saver:
         found = [known.get(os.fspath(step.path), step) for step in self.committed()]
         policy = self._preservation_policy
         keep = policy.should_preserve(found, context=PreservationContext())
-        stay = {s.step for s, kept in zip(found, keep, strict=True) if kept} | {saved}
+        kept = zip(found, keep, strict=True)
+        stay = {s.step for s, keeps in kept if keeps or s.is_damaged} | {saved}
         self._remove([step for step in found if step.step not in stay])
         self.history = [step for step in self.history if step.step in stay]
 
@@ -367,8 +368,9 @@ class Saver:
                     path, checkpointable_name=name, missing_ok=missing_ok
                 )
             return self.deletion
-        doomed = commit.withdraw(path) if self.hosts.is_primary else None
         self._calls += 1
+        self.hosts.barrier(f"deleting {self._calls}")  # all have found it
+        doomed = commit.withdraw(path) if self.hosts.is_primary else None
         self.hosts.barrier(f"deleted {self._calls}")
         self.history = self._without(step.step)
 

@@ -4,7 +4,6 @@ What is on disk is the evidence; there is no index that could disagree with it. 
 are called: a run that Orbax began with `ckpt_000020` goes on with `ckpt_000030`.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import logging
@@ -20,6 +19,7 @@ from flax_ckpt.storage import commit, files, kinds
 from flax_ckpt.training.metadata import CheckpointMetadata, listed
 
 logger = logging.getLogger("flax_ckpt")
+_METADATA = {names.CHECKPOINT_METADATA, names.INTEGRITY}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,22 +84,23 @@ def committed(root: str) -> list[int]:
 
 
 def incomplete(root: str) -> dict[int, str]:
-    """Steps later than all committed ones of which only a part is there, and what is wrong.
+    """Steps later than the last that has metadata of which a part is there, and what is wrong.
 
-    No save leaves one: it was copied, and not to the end. It has nothing but what the step before
-    it has; so what else is called by a number is no part of the run.
+    No save leaves one: it was copied, and not to the end. It has nothing but what that last one
+    has; so what else is called by a number is no part of the run.
     """
-    way, found = naming(root), committed(root)
-    if not found:
-        return {}
-    known, cut = set(_entries(os.path.join(root, way.build_name(found[-1])))), dict[int, str]()
-    for name in _entries(root):
-        step, path = names.step_of(name), os.path.join(root, name)
-        if not (step and step[1] > found[-1] and way.build_name(step[1]) == name):
+    way, cut = naming(root), dict[int, str]()
+    named = {n[1]: name for name in _entries(root) if (n := names.step_of(name))}
+    last, known = -1, set[str]()
+    for step, name in sorted(named.items()):
+        there = set(_entries(path := os.path.join(root, name)))
+        if way.build_name(step) != name or not os.path.isdir(path):
             continue
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it goes right now
-            if not is_checkpoint(path) and known.issuperset(os.listdir(path)):
-                cut[step[1]] = f"{path} {kinds.describe(path)}"
+        if any(os.path.lexists(os.path.join(path, mark)) for mark in _METADATA):
+            last, known, cut = step, there, {}
+        elif last >= 0 and there <= known and os.path.isdir(path):  # nobody deletes it right now
+            text = f"is incomplete: it has neither {' nor '.join(sorted(_METADATA))}"
+            cut[step] = f"{path} {text}, but: {', '.join(sorted(there)) or 'nothing'}"
     return cut
 
 
@@ -145,7 +146,7 @@ def supersede(root: str, after: int) -> None:
 
     They are kept in `<root>/superseded/<step>-<utc>`; one WARNING says which.
     """
-    later = [step for step in [*committed(root), *incomplete(root)] if step > after]
+    later = sorted(step for step in {*committed(root), *incomplete(root)} if step > after)
     if not later:
         return
     aside, way = os.path.join(root, "superseded"), naming(root)
