@@ -17,10 +17,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_FLAGS := --disable-pip-version-check --no-input --quiet
 
-# The tests that are about what is on disk.
-COVERING := $(addprefix tests/, format storage handlers leaves reliability test_delete.py \
-  test_partial.py test_snapshot.py test_async.py test_exit.py test_found_by_use.py training/test_lock.py \
-  training/test_processes.py training/test_superseded.py training/test_fallback.py)
+# The tests that are about what is on disk, and about processes that share it.
+COVERING := $(addprefix tests/, format storage handlers leaves reliability compat/test_surface.py \
+  compat/test_layouts.py compat/test_array_layouts.py test_async.py test_context.py test_delete.py \
+  test_errors.py test_found_by_use.py test_partial.py test_refusals.py test_snapshot.py \
+  test_tree.py $(addprefix training/test_, checkpointer.py fallback.py lock.py long_runs.py \
+  processes.py steps.py superseded.py))
 
 export PYTHONUNBUFFERED := 1
 

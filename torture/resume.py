@@ -41,7 +41,7 @@ WANTED = (INPUTS[:, :1] * INPUTS[:, 1:2]).astype(np.float32)
 
 
 def campaign(scale: float, seed: int) -> list[Outcome]:
-    rounds, chance = max(1, round(200 * scale)), random.Random(seed)
+    rounds, chance = max(1, round(100 * scale)), random.Random(seed)
     outcome = Outcome(f"Linen and NNX, {STEPS} steps, killed 1 to 3 times and resumed")
     moments: list[int] = []
     with tempfile.TemporaryDirectory(prefix="flax_ckpt_resume_") as place:
