@@ -28,7 +28,7 @@ SIZE = 3000
 def tree_of(value: int) -> dict[str, Any]:
     """A state every leaf of which says which one it is."""
     w = np.full(SIZE, value, np.int64)
-    return {"params": {"w": w, "b": w[:7].astype(np.float32)}, "step": value}
+    return {"params": {"w": w, "b": w[:7].astype(np.float32)}, "number": value}
 
 
 def value_of(state: Any) -> int | None:
@@ -36,7 +36,7 @@ def value_of(state: Any) -> int | None:
     if "train_state" in state:  # of a step of a run
         state = {**state["train_state"], **state}
     params = state["params"]
-    found = {int(state["step"]), *params["w"].tolist(), *map(int, params["b"].tolist())}
+    found = {int(state["number"]), *params["w"].tolist(), *map(int, params["b"].tolist())}
     return found.pop() if len(found) == 1 else None
 
 

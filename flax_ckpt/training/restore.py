@@ -260,8 +260,8 @@ def _restore_first(root: str, like: S | None, rules: _Rules, *, is_best: bool) -
         damaged[number] = min(problems)
         if is_best:
             others = f"the next best is step {left[1]}" if left[1:] else "it is the only one"
-            failure = found if isinstance(found, Exception) else None
-            failure = failure or errors.DamagedCheckpointError(damaged[number])
+            failure = errors.DamagedCheckpointError(damaged[number])
+            failure = found if isinstance(found, Exception) else failure
             failure.add_note(f"step {number} is the best of {root}; {others}")
             raise failure
         text = "step %d is damaged, trying the one before it: %s"
