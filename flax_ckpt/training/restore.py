@@ -191,14 +191,14 @@ def _rules(
     path: PathLike, like: Any, cast: bool, chosen: Selection, context: Context | None
 ) -> _Rules:
     """The processes that call this together are those that will have parts of one array."""
-    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(states.split(like))]
-    several = hosts.process_count() > 1 and any(map(_spans_processes, shardings))
-    chosen_context = resolve(context)
-    together = _everyone(local_path(path), chosen_context) if several else hosts.ALONE
-    return _Rules(cast, chosen, chosen_context, together)
+    leaves = jax.tree.leaves(states.split(like)) if hosts.process_count() > 1 else []
+    several, options = any(map(_spans_processes, leaves)), resolve(context)
+    together = _everyone(local_path(path), options) if several else hosts.ALONE
+    return _Rules(cast, chosen, options, together)
 
 
-def _spans_processes(sharding: Any) -> bool:
+def _spans_processes(leaf: Any) -> bool:
+    sharding = getattr(leaf, "sharding", None)
     is_abstract = isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh)
     return is_abstract or not (sharding is None or sharding.is_fully_addressable)
 

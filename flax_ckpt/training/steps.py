@@ -90,12 +90,10 @@ def incomplete(root: str) -> dict[int, str]:
     has; so what else is called by a number is no part of the run.
     """
     way, cut = naming(root), dict[int, str]()
-    named = {n[1]: name for name in _entries(root) if (n := names.step_of(name))}
+    numbers = {found[1] for name in _entries(root) if (found := names.step_of(name))}
     last, known = -1, set[str]()
-    for step, name in sorted(named.items()):
-        there = set(_entries(path := os.path.join(root, name)))
-        if way.build_name(step) != name or not os.path.isdir(path):
-            continue
+    for step in sorted(numbers):
+        there = set(_entries(path := os.path.join(root, way.build_name(step))))
         if any(os.path.lexists(os.path.join(path, mark)) for mark in _METADATA):
             last, known, cut = step, there, {}
         elif last >= 0 and there <= known and os.path.isdir(path):  # nobody deletes it right now
