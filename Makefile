@@ -4,6 +4,7 @@
 #   make demo     train, kill, resume, evaluate; compare with an uninterrupted run and with Orbax
 #   make test     all tests
 #   make lint     formatting, lint rules, types
+#   make coverage which branches of the format, the storage and the commit the tests take
 #   make bench    save and load times
 #   make torture  damage, crashes, faults: all campaigns, for hours
 #   make clean    remove what the targets created, .venv included
@@ -16,10 +17,17 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_FLAGS := --disable-pip-version-check --no-input --quiet
 
+# The tests that are about what is on disk, and about processes that share it.
+COVERING := $(addprefix tests/, format storage handlers leaves reliability compat/test_surface.py \
+  compat/test_layouts.py compat/test_array_layouts.py test_async.py test_context.py test_delete.py \
+  test_errors.py test_found_by_use.py test_partial.py test_refusals.py test_snapshot.py \
+  test_tree.py $(addprefix training/test_, checkpointer.py fallback.py lock.py long_runs.py \
+  processes.py steps.py superseded.py))
+
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench torture clean
+.PHONY: help demo test lint coverage bench torture clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -35,6 +43,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+coverage: $(INSTALLED)
+	@$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest --quiet --numprocesses=auto --maxprocesses=8 \
+	  --dist=loadfile $(COVERING)
+	@$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.scale
@@ -43,7 +58,7 @@ torture: $(INSTALLED)
 	$(BIN)/python -m torture
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .coverage* .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an install that was cut off is repeated, and a changed

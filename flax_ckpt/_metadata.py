@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from etils import epath
 
-from flax_ckpt.format import names
 from flax_ckpt.format.checkpoint import RootMetadata
-from flax_ckpt.storage import files
+from flax_ckpt.storage import deletion
+from flax_ckpt.storage.record import Record
 
 T = TypeVar("T")
 PyTreeMetadata = Any  # a tree of abstract leaves, in dicts and lists
@@ -49,9 +49,8 @@ class CheckpointMetadata(Generic[T]):
     @functools.cached_property
     def _root(self) -> RootMetadata:
         """The checkpoint's own file, read when something in it is first asked for."""
-        try:
-            data = files.read(os.path.join(self.path, names.CHECKPOINT_METADATA))
-        except FileNotFoundError:
+        data = deletion.read_metadata(Record(os.path.abspath(self.path)))
+        if data is None:
             os.stat(self.path)  # is there a checkpoint at all?
             return RootMetadata()
         return RootMetadata.from_bytes(data, os.fspath(self.path))

@@ -17,7 +17,7 @@ import inspect
 import os
 import time
 import weakref
-from collections.abc import Awaitable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from concurrent.futures import Future
 from threading import Event, Lock
 from typing import Any
@@ -27,7 +27,7 @@ from etils import epath
 from flax_ckpt import _async
 from flax_ckpt._async import AsyncResponse, parameters_of
 from flax_ckpt.context import Context, applied, resolve
-from flax_ckpt.errors import CheckpointExistsError, NotHandleableError, SaveCancelledError
+from flax_ckpt.errors import CheckpointExistsError, NotHandleableError
 from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.parts import Session
@@ -140,7 +140,7 @@ def start(
     trees: Collection[str] = (),
     internal: bool = False,
     session: Session | None = None,
-    cancelled: Event | None = None,
+    permit: Callable[[], None] | None = None,
     result: Any = None,
 ) -> AsyncResponse[Any]:
     """Begins a save within a context given explicitly.
@@ -154,7 +154,7 @@ def start(
         trees: names of those that are trees, even if other handlers accept them.
         internal: whether reserved names are allowed.
         session: what this is a partial save of; None: it is a whole checkpoint.
-        cancelled: once it is set, a save of one process is not committed.
+        permit: called before the commit; what it raises ends the save without one.
         result: what the response will give.
     """
     target = files.local_path(path)
@@ -190,7 +190,7 @@ def start(
             work = _Save(target, staging, together, root)
             _async.run(work.take(handlers, checkpointables))
             what = f"checkpoint {target}"
-            return AsyncResponse(lambda: work.finish(turn, cancelled) or result, what, then=after)
+            return AsyncResponse(lambda: work.finish(turn, permit) or result, what, then=after)
     except BaseException:
         with _lock:
             if before is not None and _in_flight.get(place) is turn:
@@ -236,16 +236,12 @@ class _Save:
             self._close()
             raise
 
-    def finish(self, turn: _Turn, cancelled: Event | None) -> None:
+    def finish(self, turn: _Turn, permit: Callable[[], None] | None) -> None:
         """Writes, syncs and commits; on failure the target is what it was.
 
         Args:
             turn: waits for the saves to the same path that came before; ended here.
-            cancelled: if it is set, there is no commit; with several processes it is not looked
-                at, since they could not agree.
-
-        Raises:
-            SaveCancelledError: it was set.
+            permit: called before the commit; raises if there is to be none.
         """
         turn.wait()
         try:
@@ -256,8 +252,8 @@ class _Save:
                 write_root(self.staging.path, root, self.target)
             self.staging.sync()
             self.together.barrier("synced")
-            if cancelled is not None and cancelled.is_set() and not self.together.several:
-                raise SaveCancelledError(f"the save of {self.target} was cancelled")
+            if permit is not None:
+                permit()
             if self.together.is_primary:
                 self.staging.commit()
             self.together.barrier("committed")

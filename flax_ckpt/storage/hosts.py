@@ -83,6 +83,19 @@ class Hosts:
             text = _state.client.blocking_key_value_get(key, milliseconds)
         return json.loads(text)
 
+    def gather(self, point: str, value: Any) -> list[Any]:
+        """The values of all processes, in their order; as :meth:`broadcast`."""
+        if not self.several:
+            return [value]
+        key, milliseconds = f"{self.operation}/{point}", int(self.timeout_secs * 1000)
+        _state.client.key_value_set(f"{key}/{self.index}", json.dumps(value))
+        with self._waiting(f"for processes {list(self.active)} to say {key!r}; not all did"):
+            texts = [
+                _state.client.blocking_key_value_get(f"{key}/{other}", milliseconds)
+                for other in self.active
+            ]
+        return [json.loads(text) for text in texts]
+
     @contextlib.contextmanager
     def _waiting(self, what: str) -> Generator[None]:
         try:
@@ -97,6 +110,9 @@ class Hosts:
         """Frees what was broadcast under `points`, a common beginning, once all have read it."""
         if self.several and self.is_primary:
             _state.client.key_value_delete(f"{self.operation}/{points}/")
+
+
+ALONE = Hosts(0, (0,), 0, "", 0)  # of what a process does without the others
 
 
 def reached_preemption(step: int) -> bool:

@@ -109,10 +109,12 @@ class RunLock:
             return False
         return True
 
-    def _look(self) -> tuple[str, int] | None:
+    def _look(self, path: str | None = None) -> tuple[str, int] | None:
         """Content and time of the file; None if there is none."""
         try:
-            with open(self._path, errors="replace") as file:  # asks a file server, unlike `stat`
+            with open(
+                path or self._path, errors="replace"
+            ) as file:  # asks a file server, unlike `stat`
                 return file.read(), os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
             return None
@@ -134,6 +136,9 @@ class RunLock:
         aside = f"{self._path}-{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
             files.rename(self._path, aside)
+            if (self._look(aside) or ("",))[0] != text:  # it has taken the lock since: give it back
+                with contextlib.suppress(FileExistsError):
+                    files.link(aside, self._path)
             files.unlink(aside)
 
     def _watch(self, text: str) -> None:

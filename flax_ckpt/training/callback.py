@@ -182,9 +182,7 @@ class CheckpointCallback(Generic[S]):
                 )
             return like, 0
         iterator = None if restart_data else self._contents.data_iterator
-        out = restoring.restore(
-            self.directory, like, step=step, data_iterator=iterator, context=self._context
-        )
+        out = restoring.resume(self.directory, like, step, iterator, self._context)
         assert out.step is not None
         notices.config_changes(out.config_text, self._contents.config)
         notices.other_count(out.step, "was restored", out.state)

@@ -39,6 +39,7 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
         step: the step's number.
         metrics: what was given to `save`, or None.
         time: when the step was committed; for one that is about to be saved, now.
+        is_damaged: whether one of the two could not be read.
 
     >>> from etils import epath
     >>> found = CheckpointMetadata(3, epath.Path("/run/3"), metadata=None, metrics={"loss": 0.5})
@@ -47,6 +48,7 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
     """
 
     step: int
+    is_damaged = False
     _shown = ("step", "path", "metadata", "time", "custom_metadata", "metrics")
 
     def __init__(
@@ -79,14 +81,24 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
             if record.lists(names.METRICS_FILE):
                 return jsons.parse_object(record.read(names.METRICS_FILE), record.directory)
         except FormatError as error:
-            logger.warning("the metrics of %s cannot be read: %s", path, error)
+            self._tell("the metrics", error)
         return None
+
+    def _tell(self, what: str, error: FormatError) -> None:
+        self.is_damaged = True
+        logger.warning("%s of %s cannot be read: %s", what, self.path, error)
 
     @functools.cached_property
     def time(self) -> datetime.datetime:
-        """When the step was committed, in UTC; if nobody wrote it down, the directory's time."""
-        if self.commit_timestamp is not None:
-            return self.commit_timestamp
+        """When the step was committed, in UTC; if nobody wrote it down, the directory's time.
+
+        That too if it cannot be read: see `metrics`.
+        """
+        try:
+            if self.commit_timestamp is not None:
+                return self.commit_timestamp
+        except FormatError as error:
+            self._tell("the time", error)
         return datetime.datetime.fromtimestamp(os.stat(self.path).st_mtime, tz=datetime.UTC)
 
 

@@ -6,12 +6,14 @@ out.state, out.step, out.config
 """
 
 import dataclasses
+import itertools
 import logging
 import os
 import time
 from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
+import jax
 from etils import epath
 from google.protobuf.message import Message
 
@@ -19,11 +21,12 @@ from flax_ckpt import errors
 from flax_ckpt._load import Layout, load_layout, steadily
 from flax_ckpt._metadata import CheckpointMetadata
 from flax_ckpt.adapters import config as configs
+from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.format import names, protos
 from flax_ckpt.handlers.pytree import log_fallbacks
 from flax_ckpt.leaves.base import LoadRules
-from flax_ckpt.storage import kinds
+from flax_ckpt.storage import hosts, kinds
 from flax_ckpt.storage.files import local_path
 from flax_ckpt.storage.record import OnDamage, Record, notes, noting, warn
 from flax_ckpt.training import best, data, progress, steps
@@ -35,6 +38,7 @@ from flax_ckpt.training.selection import Missing, Rename, Selection, Selector, U
 S = TypeVar("S")
 PathLike = str | os.PathLike[str]
 logger = logging.getLogger("flax_ckpt")
+_GONE = "gone"  # of a step that was deleted, or moved aside
 
 Step: TypeAlias = int | Literal["latest", "best"] | CheckpointMetadata[Any] | None
 
@@ -89,7 +93,7 @@ def restore_train_state(
     {'params': {'w': Array([1., 1.], dtype=float32)}, 'step': 1}
     """
     chosen = Selection(only, exclude, rename, missing, unexpected, init, on_damage)
-    return _restore(path, like, step, _Rules(cast, chosen, None, None, resolve(context))).state
+    return _restore(path, like, step, _rules(path, like, cast, chosen, context)).state
 
 
 def restore(
@@ -119,7 +123,8 @@ def restore(
             alone; or any tree that was saved as it is. Parts of the checkpoint that it has no
             place for are not read. It is not changed. None: everything, in dicts and lists.
         step: which step of a root; None or "latest": the newest, or if that is damaged the newest
-            whole one, with a warning; "best": by the metric that the run's callback kept the best
+            whole one, with a warning, the same in all processes if `like` is on devices of several;
+            "best": by the metric that the run's callback kept the best
             of, as each step says.
         only: which leaves to read: a name such as "params" or "params/encoder", a glob such as
             "params/*/bias" (`*` within one part of a path, `**` for any number of parts), a
@@ -153,7 +158,8 @@ def restore(
             take its position.
         InvalidLayoutError: one checkpointable of a checkpoint, or something unfinished.
         TreeMismatchError: lists every leaf that differs; no data was read.
-        DamagedCheckpointError: an explicit or the best step is damaged, or every one is.
+        DamagedCheckpointError: an explicit or the best step is damaged, or every one is: says why
+            each.
 
     >>> import tempfile, flax_ckpt as fc, numpy as np
     >>> root = tempfile.mkdtemp()
@@ -166,17 +172,45 @@ def restore(
     """
     chosen = Selection(only, exclude, rename, missing, unexpected, init, on_damage)
     cast = like is None or cast
-    rules = _Rules(cast, chosen, config, data_iterator, resolve(context))
+    rules = _rules(path, like, cast, chosen, context)
+    rules = dataclasses.replace(rules, config=config, data_iterator=data_iterator)
     return _restore(path, like, step, rules)
+
+
+def resume(path: str, like: S, step: Step, data_iterator: Any, context: Context) -> Restored[S]:
+    """As :func:`restore`, called by all processes of a run, which go on from the same step."""
+    together = _everyone(path, context)
+    return _restore(path, like, step, _Rules(False, Selection(), context, together, data_iterator))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rules:
     cast: bool
     chosen: Selection
-    config: type[Message] | None
-    data_iterator: Any
     context: Context
+    together: hosts.Hosts
+    data_iterator: Any = None
+    config: type[Message] | None = None
+
+
+def _rules(
+    path: PathLike, like: Any, cast: bool, chosen: Selection, context: Context | None
+) -> _Rules:
+    """The processes that call this together are those that will have parts of one array."""
+    leaves = jax.tree.leaves(states.split(like)) if hosts.process_count() > 1 else []
+    several, options = any(map(_spans_processes, leaves)), resolve(context)
+    together = _everyone(local_path(path), options) if several else hosts.ALONE
+    return _Rules(cast, chosen, options, together)
+
+
+def _spans_processes(leaf: Any) -> bool:
+    sharding = getattr(leaf, "sharding", None)
+    is_abstract = isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh)
+    return is_abstract or not (sharding is None or sharding.is_fully_addressable)
+
+
+def _everyone(path: str, context: Context) -> hosts.Hosts:
+    return hosts.current(context.multiprocessing, context.asynchronous, f"restore of {path}")
 
 
 def _restore(path: PathLike, like: S | None, step: Step, rules: _Rules) -> Restored[S]:
@@ -205,28 +239,60 @@ def _restore(path: PathLike, like: S | None, step: Step, rules: _Rules) -> Resto
 
 
 def _restore_first(root: str, like: S | None, rules: _Rules, *, is_best: bool) -> Restored[S]:
-    """The newest whole or the best step, of a run that may go on saving and deleting meanwhile."""
-    damaged: Damaged = ()
-    while True:
+    """The newest whole or the best step, of a run that may go on saving and deleting meanwhile.
+
+    Processes that restore together take the same: each sees only its own part of the damage.
+    """
+    damaged = {} if is_best else steps.incomplete(root)
+    for reason in damaged.values():
+        logger.warning("%s; trying the step before it", reason)
+    for attempt in itertools.count():
         order = best.ranked(root) if is_best else steps.require_steps(root)[::-1]
-        found = [step for step in order if step not in dict(damaged)]
-        number = found[0]
-        try:
-            return _restore_one(steps.path_of(root, number), like, number, rules, damaged)
-        except (errors.DamagedCheckpointError, FileNotFoundError) as error:
-            if number not in steps.committed(root):
-                continue  # deleted, or moved aside
-            if not isinstance(error, errors.DamagedCheckpointError):
-                raise
-            if is_best:
-                others = f"the next best is step {found[1]}" if found[1:] else "it is the only one"
-                error.add_note(f"step {number} is the best of {root}; {others}")
-                raise
-            if len(found) == 1:
-                error.add_note(f"none of the steps {steps.committed(root)} of {root} is whole")
-                raise
-            logger.warning("step %d is damaged, trying the one before it: %s", number, error)
-            damaged += ((number, str(error)),)
+        left = [step for step in order if step not in damaged]
+        number = rules.together.broadcast(f"step {attempt}", left[0] if left else None)
+        if number is None:
+            reasons = [f"step {step}: {reason}" for step, reason in damaged.items()]
+            raise errors.DamagedCheckpointError(
+                "\n".join([f"none of the steps of {root} is whole:", *reasons])
+            )
+        found = _try(root, number, like, rules, tuple(damaged.items()))
+        whole = isinstance(found, Restored)
+        problem = "" if whole else str(found or _GONE)
+        problems = set(rules.together.gather(f"tried {attempt}", problem)) - {""}
+        if whole and not problems:
+            return found
+        if _GONE in problems:
+            continue
+        damaged[number] = min(problems)
+        if is_best:
+            others = f"the next best is step {left[1]}" if left[1:] else "it is the only one"
+            failure = errors.DamagedCheckpointError(damaged[number])
+            failure = found if isinstance(found, Exception) else failure
+            failure.add_note(f"step {number} is the best of {root}; {others}")
+            raise failure
+        text = "step %d is damaged, trying the one before it: %s"
+        logger.warning(text, number, damaged[number])
+    raise AssertionError("there are no more numbers")
+
+
+def _try(
+    root: str, number: int, like: S | None, rules: _Rules, damaged: Damaged
+) -> Restored[S] | errors.DamagedCheckpointError | None:
+    """One step, or what is damaged there; None: it is deleted, or moved aside."""
+    path = steps.path_of(root, number)
+    try:
+        return steadily(path, lambda: _restore_one(path, like, number, rules, damaged))
+    except (errors.DamagedCheckpointError, FileNotFoundError) as error:
+        if number not in steps.committed(root):
+            return None
+        if isinstance(error, errors.DamagedCheckpointError):
+            return error
+        layout = Layout.of(path)
+        listed = () if layout.is_flat else layout.root.item_handlers
+        if lost := sorted(set(listed) - {*layout.items, layout.deleting}):
+            message = f"{path} lacks {', '.join(lost)}, which {names.CHECKPOINT_METADATA} lists"
+            return errors.DamagedCheckpointError(message)
+        raise
 
 
 def _restore_one(

@@ -221,8 +221,16 @@ class Saver:
         nbytes = progress.nbytes(parts)
         if metrics is not None:
             parts[names.METRICS] = to_json(metrics)
-        path, self._before, self._cancelled = self.path_of(step), self.history, threading.Event()
-        how: Any = {"trees": trees, "internal": True, "cancelled": self._cancelled, "result": True}
+        path, self._before = self.path_of(step), self.history
+        cancelled = self._cancelled = threading.Event()
+
+        def permit() -> None:
+            if cancelled.is_set() and not self.hosts.several:  # which could not agree
+                raise errors.SaveCancelledError(f"the save of {path} was cancelled")
+            if self._lock is not None:  # another process has it, if this one was stopped for long
+                self._lock.check()
+
+        how: Any = {"trees": trees, "internal": True, "permit": permit, "result": True}
         try:  # whoever interrupts what follows finds it in the history
             self._enter(step, path, custom_metadata, parts.get(names.METRICS))
             self.response = _save.start(
@@ -261,7 +269,9 @@ class Saver:
         known = {step.step: step for step in self.history}  # with what was read of them
         found = [known.get(step.step, step) for step in self.committed()]
         keep = self._preservation_policy.should_preserve(found, context=PreservationContext())
-        stay = {s.step for s, kept in zip(found, keep, strict=True) if kept} | {saved}
+        stay = {s.step for s, kept in zip(found, keep, strict=True) if kept or s.is_damaged} | {
+            saved
+        }
         renamed = [s for s in self._before if s.step == saved and os.fspath(s.path) != path]
         for step in [*renamed, *(s for s in found if s.step not in stay)]:
             try:
@@ -352,8 +362,10 @@ class Saver:
                     path, checkpointable_name=name, missing_ok=missing_ok
                 )
             return self.deletion
+        call = next(self._calls)
+        self.hosts.barrier(f"deleting {call}")  # all have found it
         doomed = commit.withdraw(path) if self.hosts.is_primary else None
-        self.hosts.barrier(f"deleted {next(self._calls)}")
+        self.hosts.barrier(f"deleted {call}")
         self.history = self._without(step.step)
 
         def remove() -> bool:

@@ -54,6 +54,7 @@ class NameFormat(Protocol[M_co]):
 StepFormat = NameFormat[CheckpointMetadata[None]]
 
 SUPERSEDED = "superseded"  # where later steps go when a run goes on from an earlier one
+_METADATA = {names.CHECKPOINT_METADATA, names.INTEGRITY}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +181,25 @@ def committed(root: str) -> list[int]:
     return sorted(found.step for found in naming(root).find_all(root))
 
 
+def incomplete(root: str) -> dict[int, str]:
+    """Steps later than the last that has metadata of which a part is there, and what is wrong.
+
+    No save leaves one: it was copied, and not to the end. It has nothing but what that last one
+    has; so what else is called by a number is no part of the run.
+    """
+    way, cut = naming(root), dict[int, str]()
+    numbers = {found[1] for name in _entries(root) if (found := names.step_of(name))}
+    last, known = -1, set[str]()
+    for step in sorted(numbers):
+        there = set(_entries(path := os.path.join(root, way.build_name(step))))
+        if any(os.path.lexists(os.path.join(path, mark)) for mark in _METADATA):
+            last, known, cut = step, there, {}
+        elif last >= 0 and there <= known and os.path.isdir(path):  # nobody deletes it right now
+            text = f"is incomplete: it has neither {' nor '.join(sorted(_METADATA))}"
+            cut[step] = f"{path} {text}, but: {', '.join(sorted(there)) or 'nothing'}"
+    return cut
+
+
 def path_of(root: str, step: int) -> str:
     """Where a step is; it is called as those that are there."""
     return os.path.join(root, naming(root).build_name(step))
@@ -222,7 +242,7 @@ def supersede(root: str, after: int) -> None:
 
     They are kept in `<root>/superseded/<step>-<utc>`; one WARNING says which.
     """
-    later = [step for step in committed(root) if step > after]
+    later = sorted(step for step in {*committed(root), *incomplete(root)} if step > after)
     if not later:
         return
     aside, way = os.path.join(root, SUPERSEDED), naming(root)

@@ -19,7 +19,7 @@ import pytest
 import flax_ckpt as fc
 from flax_ckpt.errors import RunInUseError
 from flax_ckpt.format.names import LOCK
-from flax_ckpt.storage import lock
+from flax_ckpt.storage import commit, lock
 
 RUN = """
     import sys
@@ -163,3 +163,59 @@ def test_a_lock_that_says_nothing_is_stale_in_the_end(
     with fc.CheckpointCallback(tmp_path, every_n_steps=1) as ckpt:
         ckpt.on_step_end(1, tree(1))
     assert os.listdir(tmp_path) == ["1"]
+
+
+def test_a_lock_that_was_taken_while_it_was_found_stale_stays_whose_it_is(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    path, rename = tmp_path / LOCK, os.rename
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    path.write_text(f"{commit.identity(os.getpid()).split()[0]} {ended.pid} 1\nthen\n")
+    theirs = f"{commit.identity(os.getppid())}\nnow\n"
+
+    def rename_too_late(source: str, target: str) -> None:
+        path.write_text(theirs)
+        monkeypatch.undo()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_too_late)
+    with pytest.raises(RunInUseError, match=f"process {os.getppid()} on .* since now"):
+        fc.CheckpointCallback(tmp_path).restore_or_init(tree(0))
+    assert os.listdir(tmp_path) == [LOCK]
+    assert path.read_text() == theirs
+
+
+def test_a_save_in_flight_is_not_committed_when_the_lock_was_taken(tmp_path: Path) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    class Waits:
+        async def save(self, directory: Any, value: Any) -> Any:
+            return self.write(directory)
+
+        async def write(self, directory: Any) -> None:
+            await directory.await_creation()
+            begun.set()
+            goes_on.wait()
+
+        async def load(self, directory: Any, abstract: Any = None) -> Any: ...
+        async def metadata(self, directory: Any) -> Any: ...
+        def is_handleable(self, value: Any) -> bool:
+            return isinstance(value, int)
+
+        def is_abstract_handleable(self, abstract: Any) -> bool | None:
+            return None
+
+    context = fc.Context()
+    context.checkpointables.registry = fc.handlers.local_registry().add(
+        Waits, checkpointable_name="waits"
+    )
+    run = fc.training.Checkpointer(tmp_path, context=context)
+    response = run.save_checkpointables_async(1, {"waits": 1})
+    begun.wait()
+    of_another_host(tmp_path)
+    goes_on.set()
+    with pytest.raises(RunInUseError, match="process 1234 on tpu-7"):
+        response.result()
+    run.close()
+    assert os.listdir(tmp_path) == [LOCK]

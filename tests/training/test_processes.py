@@ -137,12 +137,12 @@ def test_steps_are_moved_aside_when_nobody_restores_them_any_more(tmp_path: Path
         with fc.CheckpointCallback(path, **options) as ckpt:
             for step in range(1, 4):
                 ckpt.on_step_end(step, state(step))
-        if index == 1:  # comes late to its restore: the other one saves already
-            client.blocking_key_value_get("saving", 60_000)
+        if index == 1:  # comes late to its restore: the other one waits
+            client.blocking_key_value_get("restoring", 60_000)
+        else:
+            client.key_value_set("restoring", "")
         with fc.CheckpointCallback(path, **options) as ckpt:
             print(ckpt.restore_or_init(state(0))[1], flush=True)
-        if index == 0:
-            client.key_value_set("saving", "")
         with fc.CheckpointCallback(path, **options) as ckpt:
             ckpt.on_step_end(2, state(2))
             print(ckpt.restore_or_init(state(0), step=1)[1], flush=True)

@@ -265,9 +265,8 @@ def test_if_every_step_is_damaged_the_error_says_so(tmp_path: Path):
     save_steps(tmp_path, 1, 2)
     damage(tmp_path / "1" / "params")
     damage(tmp_path / "2" / "params")
-    with pytest.raises(fc.errors.DamagedCheckpointError) as caught:
+    with pytest.raises(fc.errors.DamagedCheckpointError, match=f"none of the steps of {tmp_path}"):
         fc.restore(tmp_path, abstract())
-    assert f"none of the steps [1, 2] of {tmp_path} is whole" in caught.value.__notes__
 
 
 def test_wrong_paths_say_what_is_there(tmp_path: Path):
