@@ -299,7 +299,7 @@ def write_root(root: str, metadata: checkpoint.RootMetadata, target: str) -> Non
     files.write(os.path.join(root, names.CHECKPOINT_METADATA), metadata.to_bytes())
     files.write(os.path.join(root, names.COMMIT_SUCCESS), committed)
     crcs = {
-        path: checkpoint.file_crc(files.read(os.path.join(root, path)))
+        path: checkpoint.file_crc(b"", files.blocks(os.path.join(root, path)))
         for path in files.walk(root)
         if not _is_array_data(root, path) and path != names.OWNER
     }

@@ -169,7 +169,7 @@ class _Check:
             for name in record.crcs:
                 if done.isdisjoint(itertools.accumulate(name.split("/"), os.path.join)):
                     with noting(self.files, os.path.join(self.path, name)):
-                        self.nbytes += len(record.read(name))
+                        self.nbytes += record.check(name)
         for where, why in self.broken.items():  # unless a file that is named already says so
             if not any(path in why for path in self.files):
                 self.files[where] = why

@@ -8,15 +8,17 @@ file that is not array data, its own included.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 import crc32c
 import msgspec
 
 from flax_ckpt.errors import DamagedCheckpointError, DeletionRecoveryError, FormatError
-from flax_ckpt.format import jsons, wire
+from flax_ckpt.format import jsons, names, wire
 
 FORMAT_VERSION = 1  # of `flax_ckpt.json` and of what it vouches for
 
@@ -42,7 +44,7 @@ class RootMetadata:
         """The file."""
         fixed = {"item_handlers": self.item_handlers, "metrics": {}, "performance_metrics": {}}
         encode = jsons.dump if self.custom_metadata else msgspec.json.encode
-        return encode(fixed | vars(self))
+        return jsons.limited(encode(fixed | vars(self)), names.CHECKPOINT_METADATA)
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str) -> RootMetadata:
@@ -127,14 +129,20 @@ def _int_or_none(value: Any) -> int | None:
     return value if type(value) is int and abs(value) < 1 << 63 else None
 
 
-def file_crc(data: bytes) -> int:
+def file_crc(data: bytes, more: Iterable[bytes] = ()) -> int:
     """The CRC-32C of a file; of one that ends in its own CRC-32C, that of what is before it.
 
     With its own CRC-32C at the end, every file has the same one: it would tell nothing.
+
+    Args:
+        data: the file, or how it begins.
+        more: the rest of a large one.
     """
-    body = crc32c.crc32c(memoryview(data)[:-4])
-    own = body.to_bytes(4, "little") == data[-4:]
-    return body if own else crc32c.crc32c(data[-4:], body)
+    crc, end = 0, b""
+    for block in itertools.chain([data], more):
+        end += block
+        crc, end = crc32c.crc32c(memoryview(end)[:-4], crc), end[-4:]
+    return crc if crc.to_bytes(4, "little") == end else crc32c.crc32c(end, crc)
 
 
 class _Integrity(msgspec.Struct):

@@ -9,8 +9,8 @@ from flax_ckpt.errors import FormatError
 
 T = TypeVar("T")
 
-_MAX_VALUES: Final = 1 << 21
-_MAX_BYTES: Final = 16 << 20
+_MAX_VALUES: Final = 1 << 20
+_MAX_BYTES: Final = 32 << 20
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     Raises:
         FormatError: it is no JSON, or no object, or so much that it would fill the memory.
     """
-    check_amount(data, what)
+    limited(data, what)
     try:
         value: Any = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -33,8 +33,10 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def check_amount(data: bytes, what: str) -> None:
-    """Checks how much memory what is in `data` can take, before it is parsed.
+def limited(data: bytes, what: str) -> bytes:
+    """The same text, checked for how much memory it can take when it is parsed.
+
+    Whatever is read with this check is written with it too: else it would be lost.
 
     Raises:
         FormatError: more than about 160 MB.
@@ -43,6 +45,7 @@ def check_amount(data: bytes, what: str) -> None:
     if len(data) > _MAX_BYTES or values > _MAX_VALUES:
         limits = f"at most {_MAX_VALUES} values in {_MAX_BYTES} bytes"
         raise FormatError(f"{what}: found {values} values in {len(data)} bytes, expected {limits}")
+    return data
 
 
 def decode(data: bytes, kind: type[T], what: str) -> T:

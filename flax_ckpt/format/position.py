@@ -38,7 +38,7 @@ def encode(state: Any, what: str) -> bytes:
     >>> decode(_, "it")
     {'row': 7, 'seed': b'!'}
     """
-    return json.dumps(_to_json(state, f"the state of {what}")).encode()
+    return jsons.limited(json.dumps(_to_json(state, f"the state of {what}")).encode(), what)
 
 
 def decode(data: bytes, what: str) -> Any:
@@ -47,7 +47,7 @@ def decode(data: bytes, what: str) -> Any:
     Raises:
         FormatError: not JSON, or a tag with something else behind it.
     """
-    jsons.check_amount(data, what)
+    jsons.limited(data, what)
     try:
         return json.loads(data, object_hook=_from_json)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:

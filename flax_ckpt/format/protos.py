@@ -13,14 +13,14 @@ from flax_ckpt.format import config_pb as config_pb  # registers our own message
 from flax_ckpt.format import names
 
 _WIDTH: Final = 96
-_MAX_TEXT: Final = 1 << 20  # parsing it takes seconds
+_MAX_TEXT: Final = 16 << 20  # parsing it takes a second for each MB
 
 
 def message_to_text(message: Message) -> str:
     """Writes a message in text format, its full name in the first line.
 
     Raises:
-        FormatError: more than 1 MiB of text.
+        FormatError: more than 16 MiB of text.
 
     Every number reads back to the same bits, but for the payload of a NaN. Fields that the
     message's own class does not know are left out.

@@ -335,7 +335,7 @@ def encode_strings(strings: Mapping[str, str]) -> bytes:
             why = "share a name up to a '/'; rename a key"
             raise DuplicateNameError(f"the string leaf {name!r} and another one {why}")
         node[last] = value
-    return json.dumps(root, ensure_ascii=True).encode()
+    return jsons.limited(json.dumps(root, ensure_ascii=True).encode(), names.STRINGS)
 
 
 def decode_strings(data: bytes, wanted: Iterable[str], what: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from flax_ckpt.format import names, tree
 from flax_ckpt.handlers import keypaths
 from flax_ckpt.leaves.base import PLACEHOLDER, LeafHandler, LoadRules, SavedLeaf, show
 from flax_ckpt.leaves.registry import LeafRegistry
+from flax_ckpt.storage import files
 from flax_ckpt.storage.native_read import open_store
 from flax_ckpt.storage.record import Damage, Record, noting
 from flax_ckpt.storage.store import ArrayRead, Arrays, ArrayStore, read_resized, whole
@@ -96,7 +97,7 @@ class SavedTree(contextlib.ExitStack):
             yield SavedLeaf(path, name, kind, array.shape, array.dtype, shardings.get(name), impl)
 
     def _file(self, name: str) -> tuple[bytes, str]:
-        return self.record.read(name), os.path.join(self.directory, name)
+        return self.record.read(name, files.MAX_TREE_BYTES), os.path.join(self.directory, name)
 
     def check(self, limit: int) -> int:
         """Reads every array and says how many bytes that were; damage is raised, or noted.
@@ -282,7 +283,7 @@ def _process_files(record: Record) -> dict[int, tuple[bytes, str]]:
     for name in sorted({*present, *record.listed(f"{names.ARRAY_METADATAS}/")}):
         index = name.removeprefix("process_")
         if index != name and index.isdecimal():
-            data = record.read(f"{names.ARRAY_METADATAS}/{name}")
+            data = record.read(f"{names.ARRAY_METADATAS}/{name}", files.MAX_TREE_BYTES)
             found[int(index)] = data, os.path.join(folder, name)
     return found
 

@@ -163,13 +163,13 @@ class JsonHandler(_TextHandler):
 
 
 def _json_value(text: str, _: object) -> Any:
-    jsons.check_amount(text.encode(), "JSON")
+    jsons.limited(text.encode(), "JSON")
     return json.loads(text)
 
 
 def _json_text(value: Any) -> str:
     text, nodes = json.dumps(value), [value]
-    jsons.check_amount(text.encode(), "JSON")  # more than this could not be loaded
+    jsons.limited(text.encode(), "JSON")  # more than this could not be loaded
     for node in nodes:  # JSON would turn keys that are no strings into some without a word
         if jsons.is_object(node):
             if wrong := [key for key in cast("Any", node) if not isinstance(key, str)]:

@@ -165,7 +165,7 @@ class Database(contextlib.ExitStack):
             self.crcs: dict[bytes, int] = {}
             if checked:
                 path = os.path.join(self.directory, names.CHUNK_TABLE)
-                table = record.read(names.CHUNK_TABLE)
+                table = record.read(names.CHUNK_TABLE, files.MAX_TREE_BYTES)
                 crcs = ocdbt.decode_table(table, list(self.values), what=path)
                 self.crcs = dict(zip(self.values, crcs.tolist(), strict=True))
         except FormatError as error:

@@ -70,7 +70,7 @@ class Record:
         for root, prefix in ((directory, ""), (parent, f"{name}/")):
             path = os.path.join(root, names.INTEGRITY)
             if os.path.isfile(path):
-                crcs = Integrity.from_bytes(files.read(path), path).crc32c
+                crcs = Integrity.from_bytes(files.read(path, files.MAX_TREE_BYTES), path).crc32c
                 self.crcs = {p[len(prefix) :]: c for p, c in crcs.items() if p.startswith(prefix)}
                 self.native = True
                 break
@@ -103,7 +103,14 @@ class Record:
     def check_all(self) -> None:
         """Checks every file of the directory, for a reader that does not go through `read`."""
         for name in self.crcs:
-            self.read(name)
+            self.check(name)
+
+    def check(self, name: str) -> int:
+        """Checks a file of any size, and returns the size."""
+        path = self._inside(name)
+        with _missing(path):
+            self._compare(name, path, file_crc(b"", files.blocks(path)))
+            return os.path.getsize(path)
 
     def read(self, name: str, most: int = files.MAX_BYTES) -> bytes:
         """The checked bytes of a file.
@@ -116,21 +123,29 @@ class Record:
             DamagedCheckpointError: missing, or not the bytes that were saved.
         """
         path = self._inside(name)
-        try:
+        with _missing(path):
             data = files.read(path, most)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise DamagedCheckpointError(
-                f"{path}: the file is missing; restore another step"
-            ) from error
-        if not self.native:
-            return data
+        if self.native:
+            self._compare(name, path, file_crc(data))
+        return data
+
+    def _compare(self, name: str, path: str, found: int) -> None:
         if (expected := self.crcs.get(name)) is None:
             raise DamagedCheckpointError(
                 f"{path}: not among the files that {names.INTEGRITY} lists: it was added later"
             )
-        if (found := file_crc(data)) != expected:
+        if found != expected:
             raise DamagedCheckpointError(
                 f"{path}: CRC-32C {found:08x}, saved with {expected:08x}: the file was changed"
                 " after it was saved; restore another step"
             )
-        return data
+
+
+@contextlib.contextmanager
+def _missing(path: str) -> Generator[None]:
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise DamagedCheckpointError(
+            f"{path}: the file is missing; restore another step"
+        ) from error
