@@ -294,10 +294,10 @@ def test_a_step_that_is_deleted_meanwhile_is_left_out(
 ) -> None:
     real = Record.read
 
-    def read(self: Record, name: str) -> bytes:
+    def read(self: Record, name: str, *most: int) -> bytes:
         if f"{root}/2" in self.directory and (root / "2").exists():
             fc.delete(root / "2")
-        return real(self, name)
+        return real(self, name, *most)
 
     monkeypatch.setattr(Record, "read", read)
     found = fc.verify(root)
@@ -311,10 +311,10 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_read_again(
 ) -> None:
     real, times = Record.read, iter([True])
 
-    def read(self: Record, name: str) -> bytes:
+    def read(self: Record, name: str, *most: int) -> bytes:
         if next(times, False):
             fc.save_checkpointables(ckpt, {"state": {"other": np.ones(5)}}, overwrite=True)
-        return real(self, name)
+        return real(self, name, *most)
 
     monkeypatch.setattr(Record, "read", read)
     found = fc.verify(ckpt)
