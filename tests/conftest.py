@@ -8,6 +8,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# A shell ignores it in what it starts in the background, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

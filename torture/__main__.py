@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import argparse
 import importlib
+import logging
 import random
 import sys
 import time
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if unknown := set(options.campaigns) - set(CAMPAIGNS):
         parser.error(f"no such campaign: {', '.join(sorted(unknown))}")
+    logging.getLogger("flax_ckpt").addHandler(logging.NullHandler())
     wrong = 0
     for name in options.campaigns or CAMPAIGNS:
         began = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import threading
@@ -94,6 +95,7 @@ def _run(
         real(point)
 
     failpoints.reach = reach
+    logging.getLogger("flax_ckpt").addHandler(logging.NullHandler())
     say("stage", "start")
     try:
         SCENARIOS[scenario](root, seed, say)

@@ -67,11 +67,11 @@ def _cut(call: Call, perform: Callable[..., Any]) -> Any:
     return perform(-(-len(call.data) // 3)) if call.name == "writev" and call.data else perform()
 
 
-def _open_and_running(root: str) -> list[str]:
+def _open_and_running(root: str, before: list[threading.Thread]) -> list[str]:
     gc.collect()
     links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
     files = [target for link in links if root in (target := _target(link))]
-    return files + [t.name for t in threading.enumerate() if t.name.startswith("flax_ckpt")]
+    return files + [t.name for t in set(threading.enumerate()).difference(before)]
 
 
 def _target(link: str) -> str:
@@ -94,7 +94,7 @@ def attempt(
     scenario: str, root: str, ledger: Ledger, around: Callable[..., Any], may_fail: bool = True
 ) -> list[str]:
     """Runs a scenario with a fault, and says what was wrong then and after it is gone."""
-    found: list[str] = []
+    found, threads = list[str](), threading.enumerate()
     with pytest.MonkeyPatch.context() as patch, intercepted(root, around):
         patch.setattr(lock, "STALE_SECS", 0.01)
         try:
@@ -104,7 +104,7 @@ def attempt(
                 found.append(f"{type(error).__name__}: {error}")
     _end_owners(root)
     found += ledger.problems_after_start(root) + foreign_problems(root)
-    return found + [f"{what} is still there" for what in _open_and_running(root)]
+    return found + [f"{what} is still there" for what in _open_and_running(root, threads)]
 
 
 def _end_owners(root: str) -> None:

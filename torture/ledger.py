@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import zlib
 from typing import Any
@@ -15,7 +14,6 @@ from flax_ckpt.format import names
 from flax_ckpt.storage import kinds
 
 # Of what is cleaned up or left out there are many warnings.
-logging.getLogger("flax_ckpt").addHandler(logging.NullHandler())
 
 # Where syncs cost nothing, for what does not depend on when they end.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

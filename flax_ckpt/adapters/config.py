@@ -190,6 +190,8 @@ def _read_items(items: Iterable[Entry], path: str, new: _New, *, inside: bool = 
             if key in read:
                 raise KeyError("it is there twice")
             read[key] = _read(item, _join(path, key), new, inside)
+        except ConfigError:
+            raise
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{_join(path, key)}: cannot be read back: {error}") from error
     return read
