@@ -93,7 +93,7 @@ def restore_train_state(
     {'params': {'w': Array([1., 1.], dtype=float32)}, 'step': 1}
     """
     chosen = Selection(only, exclude, rename, missing, unexpected, init, on_damage)
-    return _restore(path, like, step, _rules(path, like, cast, chosen, context)).state
+    return _restore(path, like, step, _Rules(chosen, resolve(context), cast)).state
 
 
 def restore(
@@ -172,45 +172,39 @@ def restore(
     """
     chosen = Selection(only, exclude, rename, missing, unexpected, init, on_damage)
     cast = like is None or cast
-    rules = _rules(path, like, cast, chosen, context)
-    rules = dataclasses.replace(rules, config=config, data_iterator=data_iterator)
+    rules = _Rules(chosen, resolve(context), cast, data_iterator, config)
     return _restore(path, like, step, rules)
 
 
 def resume(path: str, like: S, step: Step, data_iterator: Any, context: Context) -> Restored[S]:
     """As :func:`restore`, called by all processes of a run, which go on from the same step."""
-    together = _everyone(path, context)
-    return _restore(path, like, step, _Rules(False, Selection(), context, together, data_iterator))
+    rules = _Rules(Selection(), context, False, data_iterator, of_run=True)
+    return _restore(path, like, step, rules)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rules:
-    cast: bool
     chosen: Selection
     context: Context
-    together: hosts.Hosts
+    cast: bool
     data_iterator: Any = None
     config: type[Message] | None = None
+    of_run: bool = False  # all processes of a run call this
 
 
-def _rules(
-    path: PathLike, like: Any, cast: bool, chosen: Selection, context: Context | None
-) -> _Rules:
+def _together(path: str, like: Any, rules: _Rules) -> hosts.Hosts:
     """The processes that call this together are those that will have parts of one array."""
     leaves = jax.tree.leaves(states.split(like)) if hosts.process_count() > 1 else []
-    several, options = any(map(_spans_processes, leaves)), resolve(context)
-    together = _everyone(local_path(path), options) if several else hosts.ALONE
-    return _Rules(cast, chosen, options, together)
+    if not (rules.of_run or any(map(_spans_processes, leaves))):
+        return hosts.ALONE
+    options = rules.context
+    return hosts.current(options.multiprocessing, options.asynchronous, f"restore of {path}")
 
 
 def _spans_processes(leaf: Any) -> bool:
     sharding = getattr(leaf, "sharding", None)
     is_abstract = isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh)
     return is_abstract or not (sharding is None or sharding.is_fully_addressable)
-
-
-def _everyone(path: str, context: Context) -> hosts.Hosts:
-    return hosts.current(context.multiprocessing, context.asynchronous, f"restore of {path}")
 
 
 def _restore(path: PathLike, like: S | None, step: Step, rules: _Rules) -> Restored[S]:
@@ -243,31 +237,27 @@ def _restore_first(root: str, like: S | None, rules: _Rules, *, is_best: bool) -
 
     Processes that restore together take the same: each sees only its own part of the damage.
     """
-    damaged = {} if is_best else steps.incomplete(root)
+    together, damaged = _together(root, like, rules), {} if is_best else steps.incomplete(root)
     for reason in damaged.values():
         logger.warning("%s; trying the step before it", reason)
     for attempt in itertools.count():
         order = best.ranked(root) if is_best else steps.require_steps(root)[::-1]
         left = [step for step in order if step not in damaged]
-        number = rules.together.broadcast(f"step {attempt}", left[0] if left else None)
+        number = together.broadcast(f"step {attempt}", left[0] if left else None)
         if number is None:
             reasons = [f"step {step}: {reason}" for step, reason in damaged.items()]
-            raise errors.DamagedCheckpointError(
-                "\n".join([f"none of the steps of {root} is whole:", *reasons])
-            )
-        found = _try(root, number, like, rules, tuple(damaged.items()))
-        whole = isinstance(found, Restored)
-        problem = "" if whole else str(found or _GONE)
-        problems = set(rules.together.gather(f"tried {attempt}", problem)) - {""}
-        if whole and not problems:
+            text = "\n".join([f"none of the steps of {root} is whole:", *reasons])
+            raise errors.DamagedCheckpointError(text)
+        found, failure = _try(root, number, like, rules, tuple(damaged.items()))
+        problems = set(together.gather(f"tried {attempt}", str(failure or ""))) - {""}
+        if found and not problems:
             return found
         if _GONE in problems:
             continue
         damaged[number] = min(problems)
         if is_best:
             others = f"the next best is step {left[1]}" if left[1:] else "it is the only one"
-            failure = errors.DamagedCheckpointError(damaged[number])
-            failure = found if isinstance(found, Exception) else failure
+            failure = failure or errors.DamagedCheckpointError(damaged[number])
             failure.add_note(f"step {number} is the best of {root}; {others}")
             raise failure
         text = "step %d is damaged, trying the one before it: %s"
@@ -277,21 +267,21 @@ def _restore_first(root: str, like: S | None, rules: _Rules, *, is_best: bool) -
 
 def _try(
     root: str, number: int, like: S | None, rules: _Rules, damaged: Damaged
-) -> Restored[S] | errors.DamagedCheckpointError | None:
-    """One step, or what is damaged there; None: it is deleted, or moved aside."""
+) -> tuple[Restored[S] | None, errors.DamagedCheckpointError | None]:
+    """One step, or what is damaged there; or `_GONE`."""
     path = steps.path_of(root, number)
     try:
-        return steadily(path, lambda: _restore_one(path, like, number, rules, damaged))
+        return steadily(path, lambda: _restore_one(path, like, number, rules, damaged)), None
     except (errors.DamagedCheckpointError, FileNotFoundError) as error:
         if number not in steps.committed(root):
-            return None
+            return None, errors.DamagedCheckpointError(_GONE)
         if isinstance(error, errors.DamagedCheckpointError):
-            return error
+            return None, error
         layout = Layout.of(path)
         listed = () if layout.is_flat else layout.root.item_handlers
         if lost := sorted(set(listed) - {*layout.items, layout.deleting}):
             message = f"{path} lacks {', '.join(lost)}, which {names.CHECKPOINT_METADATA} lists"
-            return errors.DamagedCheckpointError(message)
+            return None, errors.DamagedCheckpointError(message)
         raise
 
 
