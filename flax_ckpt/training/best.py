@@ -6,16 +6,13 @@ In the custom metadata of a step stands which metric was meant, and which way:
 `{"flax_ckpt": {"best": {"metric": "eval/loss", "mode": "min"}}}`. The newest word counts.
 """
 
-import logging
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, Self
 
 from flax_ckpt.errors import CheckpointNotFoundError, FormatError
-from flax_ckpt.training import steps
+from flax_ckpt.training import progress, steps
 from flax_ckpt.training.metadata import CheckpointMetadata
 from flax_ckpt.training.preservation_policies import Checkpoints
-
-logger = logging.getLogger("flax_ckpt")
 
 
 class Best(NamedTuple):
@@ -101,7 +98,9 @@ def _wish(found: CheckpointMetadata[None]) -> Best | None:
     except FileNotFoundError:  # the run has deleted it
         return None
     except FormatError as error:
-        logger.warning("whether step %d says what is best cannot be read: %s", found.step, error)
+        progress.logger.warning(
+            "whether step %d says what is best cannot be read: %s", found.step, error
+        )
         return None
     match custom:
         case {"flax_ckpt": {"best": {"metric": str(metric), "mode": "min" | "max" as mode}}}:

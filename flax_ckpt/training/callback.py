@@ -10,7 +10,6 @@ with fc.CheckpointCallback(workdir / "checkpoints", every_n_steps=500, config=co
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import weakref
@@ -33,7 +32,6 @@ from flax_ckpt.training.save_decision_policies import SaveDecisionPolicy
 from flax_ckpt.training.saver import Saver, step_number
 
 S = TypeVar("S")
-logger = logging.getLogger("flax_ckpt")
 
 _open: weakref.WeakValueDictionary[str, CheckpointCallback[Any]] = weakref.WeakValueDictionary()
 
@@ -239,7 +237,7 @@ class CheckpointCallback(Generic[S]):
             return False
         saves = self._save(step, state, metrics)
         if force and not saves:
-            logger.info("step %d is not saved again: it is saved", step)
+            progress.logger.info("step %d is not saved again: it is saved", step)
         if preempted:
             self._leave(step)
         return saves

@@ -4,9 +4,7 @@ chosen, rules = Selection(only="params"), LoadRules(strict=True)
 state, report = fill(Layout.of("/run/1500"), like, chosen, rules, context)
 """
 
-import dataclasses
 import itertools
-import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +27,6 @@ from flax_ckpt.training import progress
 from flax_ckpt.training.report import Report
 from flax_ckpt.training.selection import Missing, Selection, shortened
 from flax_ckpt.training.source import TRAINED, Form, Moved, Source, areas, back, view
-
-logger = logging.getLogger("flax_ckpt")
 
 
 class _Wish:
@@ -214,7 +210,7 @@ def fill(
         warn(source.where, damage)
         if chosen.on_damage == "skip":
             wish.initialise(chosen.init, form)
-    report = dataclasses.replace(_report(wish, moved), damaged=tuple(damage.items()))
+    report = _report(wish, moved, damage)
     if like is None:
         for i in wish.kept:  # those that are damaged
             wish.values[i] = PLACEHOLDER
@@ -225,7 +221,7 @@ def fill(
     return back(like, keypaths.structure(wanted).unflatten(wish.values), form), report
 
 
-def _report(wish: _Wish, moved: Sequence[Moved]) -> Report:
+def _report(wish: _Wish, moved: Sequence[Moved], damage: Mapping[str, str]) -> Report:
     read = sorted(itertools.chain(*wish.read.values()))
     there = {wish.paths[i] for i in read}
     ignored = [(old, leaf) for old, new, leaf in moved if new not in there and not leaf.is_empty]
@@ -233,7 +229,7 @@ def _report(wish: _Wish, moved: Sequence[Moved]) -> Report:
     return Report(
         *wish.summary(read),
         0.0,
-        (),
+        tuple(damage.items()),
         *wish.summary(wish.kept),
         *wish.summary(wish.initialised),
         tuple([tree.show(path) for path, _ in ignored]),
@@ -257,7 +253,7 @@ def _warn_of_unread(wish: _Wish) -> None:
             name = tree.show(path[:depth])
             collections[name] = collections.get(name, False) or i in read
     if unread := [name for name, was_read in collections.items() if not was_read]:
-        logger.warning(
+        progress.logger.warning(
             "only= selects nothing of %s: what was read may need what was saved with it there; if"
             " so, name it in only= as well",
             ", ".join(unread),

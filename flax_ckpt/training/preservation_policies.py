@@ -52,7 +52,6 @@ class PreservationPolicy(Protocol):
         Returns:
             As many as `checkpoints`.
         """
-        ...
 
 
 @dataclasses.dataclass

@@ -7,7 +7,6 @@ out.state, out.step, out.config
 
 import dataclasses
 import itertools
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -37,7 +36,6 @@ from flax_ckpt.training.selection import Missing, Rename, Selection, Selector, U
 
 S = TypeVar("S")
 PathLike = str | os.PathLike[str]
-logger = logging.getLogger("flax_ckpt")
 _GONE = "gone"  # of a step that was deleted, or moved aside
 
 Step: TypeAlias = int | Literal["latest", "best"] | CheckpointMetadata[Any] | None
@@ -239,7 +237,7 @@ def _restore_first(root: str, like: S | None, rules: _Rules, *, is_best: bool) -
     """
     together, damaged = _together(root, like, rules), {} if is_best else steps.incomplete(root)
     for reason in damaged.values():
-        logger.warning("%s; trying the step before it", reason)
+        progress.logger.warning("%s; trying the step before it", reason)
     for attempt in itertools.count():
         order = best.ranked(root) if is_best else steps.require_steps(root)[::-1]
         left = [step for step in order if step not in damaged]
@@ -261,7 +259,7 @@ def _restore_first(root: str, like: S | None, rules: _Rules, *, is_best: bool) -
             failure.add_note(f"step {number} is the best of {root}; {others}")
             raise failure
         text = "step %d is damaged, trying the one before it: %s"
-        logger.warning(text, number, damaged[number])
+        progress.logger.warning(text, number, damaged[number])
     raise AssertionError("there are no more numbers")
 
 
@@ -294,7 +292,7 @@ def _restore_one(
     state, done = fill(layout, like, rules.chosen, load_rules, rules.context)
     log_fallbacks(epath.Path(path), load_rules)
     seconds = time.perf_counter() - started
-    logger.info("restored %s", progress.line(path, number, done.nbytes, seconds))
+    progress.logger.info("restored %s", progress.line(path, number, done.nbytes, seconds))
     progress.record("restore", duration_secs=seconds, bytes=done.nbytes)
     lost = notes(rules.chosen.on_damage)
     text, config, metrics, provenance = None, None, None, dict[str, Any]()
@@ -322,5 +320,5 @@ def _load_config(layout: Layout, kind: type[Message] | None) -> tuple[str | None
     except (errors.FormatError, errors.ConfigError) as error:
         if kind is not None:
             raise
-        logger.debug("%s: the config stays text: %s", layout.path, error)
+        progress.logger.debug("%s: the config stays text: %s", layout.path, error)
         return text, None, {}

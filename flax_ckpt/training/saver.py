@@ -7,7 +7,6 @@ saver.wait()
 
 import functools
 import itertools
-import logging
 import operator
 import os
 import threading
@@ -27,8 +26,6 @@ from flax_ckpt.training import notices, progress, steps
 from flax_ckpt.training import save_decision_policies as deciding
 from flax_ckpt.training.metadata import CheckpointMetadata, to_json
 from flax_ckpt.training.preservation_policies import PreservationContext, PreservationPolicy
-
-logger = logging.getLogger("flax_ckpt")
 
 Step = CheckpointMetadata[None]
 _BY_STEP = operator.attrgetter("step")
@@ -159,7 +156,7 @@ class Saver:
         if history and (latest := history[-1].step) >= step:
             if latest > step and not self._told_of_later:
                 self._told_of_later = True
-                logger.warning(
+                progress.logger.warning(
                     "step %d is not saved, since step %d is: only later steps are, from %d on. A"
                     " loop that resumes goes on from the step that was restored",
                     *(step, latest, latest + 1),
@@ -245,7 +242,7 @@ class Saver:
         def finish(_: bool) -> None:
             seconds = time.perf_counter() - began
             shown = f"blocked {progress.duration(blocked)}"
-            logger.info("saved %s", progress.line(path, step, nbytes, seconds, shown))
+            progress.logger.info("saved %s", progress.line(path, step, nbytes, seconds, shown))
             figures = {"duration_secs": seconds, "blocked_secs": blocked, "bytes": nbytes}
             self._figures = progress.record("save", **figures)
             self.hosts.forget(f"decision {self._saves - 1}")
@@ -277,7 +274,7 @@ class Saver:
             try:
                 commit.remove(os.fspath(step.path))
             except OSError as error:
-                logger.warning("step %d could not be deleted: %s", step.step, error)
+                progress.logger.warning("step %d could not be deleted: %s", step.step, error)
         self.history = [step for step in self.history if step.step in stay]
 
     def wait(self) -> None:
@@ -309,7 +306,7 @@ class Saver:
             failure = errors.SaveFailedError(what, path=current.path, step=current.step)
             if self.on_error == "raise":
                 raise failure from error
-            logger.warning("%s", failure, exc_info=error)
+            progress.logger.warning("%s", failure, exc_info=error)
 
     def notice(self) -> None:
         """Raises the failure of a save that has ended; does not wait for one that has not."""

@@ -12,7 +12,6 @@ fc.training.Checkpointer(root, step_name_format=both)  # reads `23` too, writes 
 import contextlib
 import dataclasses
 import datetime
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +23,9 @@ from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError, StepNo
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, files, kinds
 from flax_ckpt.storage.files import PathLike
+from flax_ckpt.training import progress
 from flax_ckpt.training.metadata import CheckpointMetadata, listed
 
-logger = logging.getLogger("flax_ckpt")
 M_co = TypeVar("M_co", covariant=True, bound=CheckpointMetadata[Any])
 
 
@@ -48,7 +47,6 @@ class NameFormat(Protocol[M_co]):
         Raises:
             ValueError: there is none.
         """
-        ...
 
 
 StepFormat = NameFormat[CheckpointMetadata[None]]
@@ -252,9 +250,8 @@ def supersede(root: str, after: int) -> None:
         files.rename(os.path.join(root, way.build_name(step)), os.path.join(aside, f"{step}-{now}"))
     files.sync_path(aside)
     files.sync_path(root)
-    logger.warning(
-        "this run goes on from step %d: the later steps %s were moved to %s", after, later, aside
-    )
+    text = "this run goes on from step %d: the later steps %s were moved to %s"
+    progress.logger.warning(text, after, later, aside)
 
 
 def clean(root: str, build_name: Callable[[int], str]) -> None:
