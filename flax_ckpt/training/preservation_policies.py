@@ -52,6 +52,7 @@ class PreservationPolicy(Protocol):
         Returns:
             As many as `checkpoints`.
         """
+        ...
 
 
 @dataclasses.dataclass

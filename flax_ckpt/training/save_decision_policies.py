@@ -61,6 +61,7 @@ class SaveDecisionPolicy(Protocol):
             previous_steps: those that were saved, in order, with the one that is being saved.
             context: what is going on.
         """
+        ...
 
 
 @dataclasses.dataclass

@@ -47,6 +47,7 @@ class NameFormat(Protocol[M_co]):
         Raises:
             ValueError: there is none.
         """
+        ...
 
 
 StepFormat = NameFormat[CheckpointMetadata[None]]
