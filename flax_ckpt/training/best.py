@@ -86,9 +86,8 @@ def ranked(root: str) -> list[int]:
         )
     if order := best.ranked(found):
         return order
-    raise CheckpointNotFoundError(
-        f"no step of {root} has a number as {best.metric!r}, by which the best is chosen. {there}"
-    )
+    text = f"no step of {root} has a number as {best.metric!r}, by which the best is chosen"
+    raise CheckpointNotFoundError(f"{text}. {there}")
 
 
 def _wish(found: CheckpointMetadata[None]) -> Best | None:
@@ -98,9 +97,8 @@ def _wish(found: CheckpointMetadata[None]) -> Best | None:
     except FileNotFoundError:  # the run has deleted it
         return None
     except FormatError as error:
-        progress.logger.warning(
-            "whether step %d says what is best cannot be read: %s", found.step, error
-        )
+        text = "whether step %d says what is best cannot be read: %s"
+        progress.logger.warning(text, found.step, error)
         return None
     match custom:
         case {"flax_ckpt": {"best": {"metric": str(metric), "mode": "min" | "max" as mode}}}:

@@ -111,9 +111,8 @@ class CheckpointCallback(Generic[S]):
         writer: progress.Writer | None = None,
         context: Context | None = None,
     ) -> None:
-        policies.require_choice(
-            on_error=(on_error, "raise", "warn"), on_preemption=(on_preemption, "exit", "stop")
-        )
+        policies.require_choice(on_error=(on_error, "raise", "warn"))
+        policies.require_choice(on_preemption=(on_preemption, "exit", "stop"))
         self._at_end, self._on_preemption = at_end, on_preemption
         self._context = resolve(context)
         contents = self._contents = Contents(config, data_iterator, keep_best, self._context)
@@ -191,9 +190,8 @@ class CheckpointCallback(Generic[S]):
     def _begin(self, after: int) -> None:
         """The run goes on after this step: what is later on disk is not of it."""
         if self._replaced:
-            raise StateError(
-                f"this callback was replaced by a later one for {self.directory}: use that one"
-            )
+            text = f"this callback was replaced by a later one for {self.directory}: use that one"
+            raise StateError(text)
         self._begun = True
         self._signals.install()
         self._saver.begin(after)

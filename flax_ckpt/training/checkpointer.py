@@ -224,14 +224,12 @@ class Checkpointer:
             StepNotFoundError: says which steps there are.
         """
         found = self._saver.find(step)
-        with applied(self._context):
-            return metadata.of_step(found, _load.metadata(found.path))
+        return metadata.of_step(found, self._read(_load.metadata, found))
 
     def checkpointables_metadata(self, step: Step = None) -> CheckpointMetadata[dict[str, Any]]:
         """What all checkpointables of a step look like; see :meth:`metadata`."""
         found = self._saver.find(step)
-        with applied(self._context):
-            return metadata.of_step(found, _load.checkpointables_metadata(found.path))
+        return metadata.of_step(found, self._read(_load.checkpointables_metadata, found))
 
     def root_metadata(self) -> RootMetadata:
         """What was given as `custom_metadata` when the run began."""

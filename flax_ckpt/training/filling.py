@@ -224,18 +224,12 @@ def fill(
 def _report(wish: _Wish, moved: Sequence[Moved], damage: Mapping[str, str]) -> Report:
     read = sorted(itertools.chain(*wish.read.values()))
     there = {wish.paths[i] for i in read}
-    ignored = [(old, leaf) for old, new, leaf in moved if new not in there and not leaf.is_empty]
-    renamed = [(tree.show(old), tree.show(new)) for old, new, _ in moved if new in there]
-    return Report(
-        *wish.summary(read),
-        0.0,
-        tuple(damage.items()),
-        *wish.summary(wish.kept),
-        *wish.summary(wish.initialised),
-        tuple([tree.show(path) for path, _ in ignored]),
-        sum(_size(leaf) for _, leaf in ignored),
-        tuple([(old, new) for old, new in renamed if old != new]),
-    )
+    left = [(old, leaf) for old, new, leaf in moved if new not in there and not leaf.is_empty]
+    ignored = tuple([tree.show(path) for path, _ in left]), sum(_size(leaf) for _, leaf in left)
+    taken = [(tree.show(old), tree.show(new)) for old, new, _ in moved if new in there]
+    renamed = tuple([(old, new) for old, new in taken if old != new])
+    loaded, kept, made = map(wish.summary, (read, wish.kept, wish.initialised))
+    return Report(*loaded, 0.0, tuple(damage.items()), *kept, *made, *ignored, renamed)
 
 
 def _size(leaf: SavedLeaf) -> int:

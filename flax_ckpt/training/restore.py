@@ -26,7 +26,7 @@ from flax_ckpt.format import names, protos
 from flax_ckpt.handlers.pytree import log_fallbacks
 from flax_ckpt.leaves.base import LoadRules
 from flax_ckpt.storage import hosts, kinds
-from flax_ckpt.storage.files import local_path
+from flax_ckpt.storage.files import PathLike, local_path
 from flax_ckpt.storage.record import OnDamage, Record, notes, noting, warn
 from flax_ckpt.training import best, data, progress, steps
 from flax_ckpt.training.contents import CONFIG
@@ -35,7 +35,6 @@ from flax_ckpt.training.report import Damaged, Report
 from flax_ckpt.training.selection import Missing, Rename, Selection, Selector, Unexpected
 
 S = TypeVar("S")
-PathLike = str | os.PathLike[str]
 _GONE = "gone"  # of a step that was deleted, or moved aside
 
 Step: TypeAlias = int | Literal["latest", "best"] | CheckpointMetadata[Any] | None
@@ -212,8 +211,7 @@ def _restore(path: PathLike, like: S | None, step: Step, rules: _Rules) -> Resto
     if kinds.owner(here):
         raise errors.InvalidLayoutError(f"{here} {kinds.describe(here)}")
     if steps.is_checkpoint(here):
-        named = names.step_of(os.path.basename(here))
-        number = named[1] if named else None
+        _, number, _ = names.step_of(os.path.basename(here)) or ("", None, 0)
         if step not in (None, "latest", number):
             message = f"{here} is one checkpoint, not a root with step {step}"
             raise errors.CheckpointNotFoundError(message)

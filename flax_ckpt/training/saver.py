@@ -11,8 +11,8 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, TypeVar
 
 from etils import epath
 
@@ -27,6 +27,7 @@ from flax_ckpt.training import save_decision_policies as deciding
 from flax_ckpt.training.metadata import CheckpointMetadata, to_json
 from flax_ckpt.training.preservation_policies import PreservationContext, PreservationPolicy
 
+T = TypeVar("T")
 Step = CheckpointMetadata[None]
 _BY_STEP = operator.attrgetter("step")
 
@@ -69,8 +70,7 @@ class Saver:
         self.on_error, self._writer = on_error, writer
         self._figures: dict[str, float] = {}
         self._lock: lock.RunLock | None = None
-        self._save_policy = save_policy
-        self._preservation_policy = preservation_policy
+        self._save_policy, self._preservation_policy = save_policy, preservation_policy
         self._name_format = name_format or steps.naming(self.directory)
         self._root = epath.Path(self.directory)
         self._current: Step | None = None
@@ -128,13 +128,13 @@ class Saver:
             self._lock.release()
         self._lock = None
 
-    def _supersede(self) -> None:
-        if self._after is not None:
-            self.hosts.barrier(f"superseding {next(self._calls)}")
-            if self.hosts.is_primary:
-                steps.supersede(self.directory, self._after)
-            self.hosts.barrier(f"superseded {next(self._calls)}")
-        self._after = None
+    def _once(self, what: str, change: Callable[[], T]) -> T | None:
+        """What the primary process changes: after all have come to it, before any goes on."""
+        call = f"{what} {next(self._calls)}"
+        self.hosts.barrier(f"{call}: begin")
+        result = change() if self.hosts.is_primary else None
+        self.hosts.barrier(f"{call}: end")
+        return result
 
     def path_of(self, step: int) -> str:
         """Where a step will be."""
@@ -183,7 +183,7 @@ class Saver:
         checkpointables: Mapping[str, Any],
         trees: Collection[str] = (),
         metrics: dict[str, Any] | None = None,
-        custom_metadata: dict[str, Any] | None = None,
+        custom: dict[str, Any] | None = None,
         force: bool = False,
         overwrite: bool = False,
     ) -> AsyncResponse[bool] | None:
@@ -194,7 +194,7 @@ class Saver:
             checkpointables: values by name.
             trees: names of those that are trees.
             metrics: JSON to save with them, and arrays.
-            custom_metadata: anything JSON can hold.
+            custom: metadata, anything JSON can hold.
             force: save whatever the policy says.
             overwrite: whether the step, if it is there, is replaced.
 
@@ -213,7 +213,9 @@ class Saver:
         began = time.perf_counter()
         self.wait()
         self.claim()
-        self._supersede()
+        if (after := self._after) is not None:
+            self._once("superseding", lambda: steps.supersede(self.directory, after))
+        self._after = None
         parts = dict(checkpointables)
         nbytes = progress.nbytes(parts)
         if metrics is not None:
@@ -229,10 +231,8 @@ class Saver:
 
         how: Any = {"trees": trees, "internal": True, "permit": permit, "result": True}
         try:  # whoever interrupts what follows finds it in the history
-            self._enter(step, path, custom_metadata, parts.get(names.METRICS))
-            self.response = _save.start(
-                path, parts, self.context, overwrite, custom_metadata, **how
-            )
+            self._enter(step, path, custom, parts.get(names.METRICS))
+            self.response = _save.start(path, parts, self.context, overwrite, custom, **how)
         except BaseException:
             self.history = self._before
             raise
@@ -255,10 +255,8 @@ class Saver:
     def _enter(self, step: int, path: str, custom: Any, metrics: Any) -> None:
         """Takes a save that begins into the history."""
         now = self.now()
-        times = {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now}
-        self._current = Step(
-            step, epath.Path(path), metadata=None, custom_metadata=custom, metrics=metrics, **times
-        )
+        said: Any = {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now, "metrics": metrics}
+        self._current = Step(step, epath.Path(path), metadata=None, custom_metadata=custom, **said)
         self.history = sorted([*self._without(step), self._current], key=_BY_STEP)
 
     def _retain(self, saved: int, path: str) -> None:
@@ -266,9 +264,8 @@ class Saver:
         known = {step.step: step for step in self.history}  # with what was read of them
         found = [known.get(step.step, step) for step in self.committed()]
         keep = self._preservation_policy.should_preserve(found, context=PreservationContext())
-        stay = {s.step for s, kept in zip(found, keep, strict=True) if kept or s.is_damaged} | {
-            saved
-        }
+        pairs = zip(found, keep, strict=True)
+        stay = {saved, *(step.step for step, kept in pairs if kept or step.is_damaged)}
         renamed = [s for s in self._before if s.step == saved and os.fspath(s.path) != path]
         for step in [*renamed, *(s for s in found if s.step not in stay)]:
             try:
@@ -359,10 +356,7 @@ class Saver:
                     path, checkpointable_name=name, missing_ok=missing_ok
                 )
             return self.deletion
-        call = next(self._calls)
-        self.hosts.barrier(f"deleting {call}")  # all have found it
-        doomed = commit.withdraw(path) if self.hosts.is_primary else None
-        self.hosts.barrier(f"deleted {call}")
+        doomed = self._once("deleting", lambda: commit.withdraw(path))
         self.history = self._without(step.step)
 
         def remove() -> bool:
