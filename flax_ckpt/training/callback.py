@@ -22,14 +22,9 @@ from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import Preempted, SaveFailedError, StateError
 from flax_ckpt.storage import hosts
-from flax_ckpt.training import notices, policies, progress, steps
+from flax_ckpt.training import notices, policies, preemption, progress, saver, steps
 from flax_ckpt.training import restore as restoring
-from flax_ckpt.training.best import Best
 from flax_ckpt.training.contents import Contents
-from flax_ckpt.training.preemption import Signals
-from flax_ckpt.training.preservation_policies import PreservationPolicy
-from flax_ckpt.training.save_decision_policies import SaveDecisionPolicy
-from flax_ckpt.training.saver import Saver, step_number
 
 S = TypeVar("S")
 
@@ -97,11 +92,11 @@ class CheckpointCallback(Generic[S]):
         *,
         every_n_steps: int | None = None,
         every_secs: float | None = None,
-        save_policy: SaveDecisionPolicy | None = None,
+        save_policy: policies.SaveDecisionPolicy | None = None,
         keep_last: int | None = 3,
         keep_every_n_steps: int | None = None,
-        keep_best: Best | tuple[Any, ...] | None = None,
-        preservation_policy: PreservationPolicy | None = None,
+        keep_best: policies.Best | tuple[Any, ...] | None = None,
+        preservation_policy: policies.PreservationPolicy | None = None,
         config: Any = None,
         data_iterator: Any = None,
         at_end: bool = True,
@@ -118,10 +113,10 @@ class CheckpointCallback(Generic[S]):
         contents = self._contents = Contents(config, data_iterator, keep_best, self._context)
         save, self._timer = policies.saving(every_n_steps, every_secs, save_policy)
         keep = policies.keeping(keep_last, keep_every_n_steps, contents.best, preservation_policy)
-        self._saver = Saver(directory, self._context, save, keep, None, on_error, writer)
+        self._saver = saver.Saver(directory, self._context, save, keep, None, on_error, writer)
         self.directory = self._saver.directory
         self._timer.start(self._saver.now())
-        self._signals = Signals(() if self._saver.hosts.several else signals)
+        self._signals = preemption.Signals(() if self._saver.hosts.several else signals)
         weakref.finalize(self, self._signals.restore)
         self._decided: tuple[int, bool] | None = None
         self._seen: tuple[int, S, Mapping[str, Any] | None] | None = None
@@ -198,7 +193,7 @@ class CheckpointCallback(Generic[S]):
 
     def should_save(self, step: int) -> bool:
         """Whether `on_step_end` will save at this step; decided once per step."""
-        step = step_number(step)
+        step = saver.step_number(step)
         if not self._begun:
             self._begin(step - 1)
         if self._decided is None or self._decided[0] != step:
@@ -226,7 +221,7 @@ class CheckpointCallback(Generic[S]):
             Preempted: the process was told to end, and the step is saved.
         """
         self._saver.notice()
-        step = step_number(step)
+        step = saver.step_number(step)
         due = self.should_save(step) or force
         self._seen = step, states.unfilled(state), metrics
         told = self._signals.received is not None or hosts.reached_preemption(step)
@@ -257,7 +252,7 @@ class CheckpointCallback(Generic[S]):
             return
         last = self._seen
         if step is not None and state is not None:
-            last = self._seen = step_number(step), state, None
+            last = self._seen = saver.step_number(step), state, None
         elif last is None or not (self._is_saved(last[0]) or self._contents.is_whole(last[1])):
             return
         self._save(*last)

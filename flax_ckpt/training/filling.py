@@ -49,9 +49,7 @@ class _Wish:
         self.kept: list[int] = []
         self.initialised: list[int] = []
 
-    def share_out(
-        self, picked: Sequence[bool], trees: Mapping[str, SavedTree], missing: Missing
-    ) -> None:
+    def share_out(self, picked: list[bool], trees: dict[str, SavedTree], missing: Missing) -> None:
         """Decides what becomes of each leaf; to compare one that is missing will be an error."""
         self.read = {name: [] for name in trees}
         owners = {path: name for name, saved in trees.items() for path in saved.leaves}

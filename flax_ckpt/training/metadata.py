@@ -72,9 +72,8 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
 
         Those of an old step that is damaged must not stop a run that goes on saving: a warning.
         """
-        path = os.fspath(self.path)
         try:
-            record = Record(os.path.join(path, names.METRICS))
+            record = Record(os.path.join(self.path, names.METRICS))
             if record.lists(names.METRICS_FILE):
                 return jsons.parse_object(record.read(names.METRICS_FILE), record.directory)
         except FormatError as error:

@@ -25,12 +25,9 @@ from flax_ckpt.context import Context, resolve
 from flax_ckpt.format import names, protos
 from flax_ckpt.handlers.pytree import log_fallbacks
 from flax_ckpt.leaves.base import LoadRules
-from flax_ckpt.storage import hosts, kinds
-from flax_ckpt.storage.files import PathLike, local_path
+from flax_ckpt.storage import files, hosts, kinds
 from flax_ckpt.storage.record import OnDamage, Record, notes, noting, warn
-from flax_ckpt.training import best, data, progress, steps
-from flax_ckpt.training.contents import CONFIG
-from flax_ckpt.training.filling import fill
+from flax_ckpt.training import best, contents, data, filling, progress, steps
 from flax_ckpt.training.report import Damaged, Report
 from flax_ckpt.training.selection import Missing, Rename, Selection, Selector, Unexpected
 
@@ -65,7 +62,7 @@ class Restored(Generic[S]):
 
 
 def restore_train_state(
-    path: PathLike,
+    path: files.PathLike,
     like: S,
     *,
     step: Step = None,
@@ -94,7 +91,7 @@ def restore_train_state(
 
 
 def restore(
-    path: PathLike,
+    path: files.PathLike,
     like: S | None = None,
     *,
     step: Step = None,
@@ -204,10 +201,10 @@ def _spans_processes(leaf: Any) -> bool:
     return is_abstract or not (sharding is None or sharding.is_fully_addressable)
 
 
-def _restore(path: PathLike, like: S | None, step: Step, rules: _Rules) -> Restored[S]:
-    here = local_path(path)
+def _restore(path: files.PathLike, like: S | None, step: Step, rules: _Rules) -> Restored[S]:
+    here = files.local_path(path)
     if isinstance(step, CheckpointMetadata):
-        here, step = local_path(step.path), None
+        here, step = files.local_path(step.path), None
     if kinds.owner(here):
         raise errors.InvalidLayoutError(f"{here} {kinds.describe(here)}")
     if steps.is_checkpoint(here):
@@ -287,14 +284,14 @@ def _restore_one(
     started = time.perf_counter()
     layout, load_rules = Layout.of(path), LoadRules(strict=not rules.cast)
     data.require(layout, rules.data_iterator)
-    state, done = fill(layout, like, rules.chosen, load_rules, rules.context)
+    state, done = filling.fill(layout, like, rules.chosen, load_rules, rules.context)
     log_fallbacks(epath.Path(path), load_rules)
     seconds = time.perf_counter() - started
     progress.logger.info("restored %s", progress.line(path, number, done.nbytes, seconds))
     progress.record("restore", duration_secs=seconds, bytes=done.nbytes)
     lost = notes(rules.chosen.on_damage)
     text, config, metrics, provenance = None, None, None, dict[str, Any]()
-    with noting(lost, CONFIG):
+    with noting(lost, contents.CONFIG):
         text, config, provenance = _load_config(layout, rules.config)
     with noting(lost, names.METRICS):
         if names.METRICS in layout.items:
@@ -308,7 +305,7 @@ def _restore_one(
 
 def _load_config(layout: Layout, kind: type[Message] | None) -> tuple[str | None, Any, Any]:
     """The config as text and as what it stands for, and where it comes from."""
-    record = Record(layout.items[CONFIG]) if CONFIG in layout.items else None
+    record = Record(layout.items[contents.CONFIG]) if contents.CONFIG in layout.items else None
     if record is None or not record.lists(names.PROTO_FILE):
         return None, None, {}
     text = record.read(names.PROTO_FILE).decode(errors="replace")

@@ -20,8 +20,7 @@ from flax_ckpt import _delete, _save, errors
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt.context import Context, applied
 from flax_ckpt.format import names
-from flax_ckpt.storage import commit, hosts, kinds, lock
-from flax_ckpt.storage.files import PathLike, local_path
+from flax_ckpt.storage import commit, files, hosts, kinds, lock
 from flax_ckpt.training import notices, progress, steps
 from flax_ckpt.training import save_decision_policies as deciding
 from flax_ckpt.training.metadata import CheckpointMetadata, to_json
@@ -52,7 +51,7 @@ class Saver:
 
     def __init__(
         self,
-        directory: PathLike,
+        directory: files.PathLike,
         context: Context,
         save_policy: deciding.SaveDecisionPolicy,
         preservation_policy: PreservationPolicy,
@@ -60,7 +59,7 @@ class Saver:
         on_error: Literal["raise", "warn"] = "raise",
         writer: progress.Writer | None = None,
     ) -> None:
-        self.directory = local_path(directory)
+        self.directory = files.local_path(directory)
         kinds.require_root(self.directory)
         self.context = context
         what = f"steps of {self.directory}"

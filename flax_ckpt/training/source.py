@@ -200,9 +200,7 @@ class Source(contextlib.ExitStack):
         return error
 
 
-def _unboxed(
-    saved: Sequence[tree.KeyPath], wanted: Mapping[str, tree.KeyPath]
-) -> list[tree.KeyPath]:
+def _unboxed(saved: list[tree.KeyPath], wanted: Mapping[str, tree.KeyPath]) -> list[tree.KeyPath]:
     """For each saved path the wanted one that it stands for, if that is not saved itself.
 
     Linen's `Partitioned` is saved as `kernel/value`, as variables of NNX were by Orbax; and NNX's

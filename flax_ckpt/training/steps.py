@@ -22,7 +22,6 @@ from etils import epath
 from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError, StepNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, files, kinds
-from flax_ckpt.storage.files import PathLike
 from flax_ckpt.training import progress
 from flax_ckpt.training.metadata import CheckpointMetadata, listed
 
@@ -37,11 +36,11 @@ class NameFormat(Protocol[M_co]):
         """The name of a step's directory."""
         ...
 
-    def find_all(self, base_path: PathLike) -> Iterator[M_co]:
+    def find_all(self, base_path: files.PathLike) -> Iterator[M_co]:
         """The committed steps under a root, in any order."""
         ...
 
-    def find_step(self, base_path: PathLike, step: int) -> M_co:
+    def find_step(self, base_path: files.PathLike, step: int) -> M_co:
         """A committed step under a root.
 
         Raises:
@@ -67,7 +66,7 @@ class StandardNameFormat:
         """The name of a step's directory."""
         return (self.prefix and f"{self.prefix}_") + f"{step:0{self.width}}"
 
-    def find_all(self, base_path: PathLike) -> Iterator[CheckpointMetadata[None]]:
+    def find_all(self, base_path: files.PathLike) -> Iterator[CheckpointMetadata[None]]:
         """The committed steps under a root, in any order."""
         root = epath.Path(base_path)
         for name in _entries(base_path):
@@ -75,7 +74,7 @@ class StandardNameFormat:
             if found and self.build_name(found[1]) == name and is_checkpoint(f"{root}/{name}"):
                 yield listed(found[1], root / name)
 
-    def find_step(self, base_path: PathLike, step: int) -> CheckpointMetadata[None]:
+    def find_step(self, base_path: files.PathLike, step: int) -> CheckpointMetadata[None]:
         """A committed step under a root."""
         path = epath.Path(base_path) / self.build_name(step)
         if not is_checkpoint(os.fspath(path)):
@@ -91,11 +90,11 @@ class _CompositeNameFormat:
     def build_name(self, step: int) -> str:
         return self.write_name_format.build_name(step)
 
-    def find_all(self, base_path: PathLike) -> Iterator[CheckpointMetadata[None]]:
+    def find_all(self, base_path: files.PathLike) -> Iterator[CheckpointMetadata[None]]:
         formats = reversed(self.read_name_formats)  # the first of them has the last word
         yield from {m.step: m for each in formats for m in each.find_all(base_path)}.values()
 
-    def find_step(self, base_path: PathLike, step: int) -> CheckpointMetadata[None]:
+    def find_step(self, base_path: files.PathLike, step: int) -> CheckpointMetadata[None]:
         for name_format in self.read_name_formats[:-1]:
             with contextlib.suppress(ValueError):  # perhaps it is called as the next format says
                 return name_format.find_step(base_path, step)
@@ -204,7 +203,7 @@ def path_of(root: str, step: int) -> str:
     return os.path.join(root, naming(root).build_name(step))
 
 
-def _entries(path: PathLike) -> list[str]:
+def _entries(path: files.PathLike) -> list[str]:
     """The names in a directory; none if it is not there."""
     try:
         return os.listdir(path)
