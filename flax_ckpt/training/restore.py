@@ -32,7 +32,7 @@ from flax_ckpt.training.report import Damaged, Report
 from flax_ckpt.training.selection import Missing, Rename, Selection, Selector, Unexpected
 
 S = TypeVar("S")
-_GONE = "gone"  # of a step that was deleted, or moved aside
+_GONE = "gone"
 
 Step: TypeAlias = int | Literal["latest", "best"] | CheckpointMetadata[Any] | None
 
@@ -165,8 +165,7 @@ def restore(
     {'params': {'encoder': array([1., 1.]), 'head': array([0., 0., 0., 0., 0.])}}
     """
     chosen = Selection(only, exclude, rename, missing, unexpected, init, on_damage)
-    cast = like is None or cast
-    rules = _Rules(chosen, resolve(context), cast, data_iterator, config)
+    rules = _Rules(chosen, resolve(context), like is None or cast, data_iterator, config)
     return _restore(path, like, step, rules)
 
 
@@ -261,7 +260,7 @@ def _restore_first(root: str, like: S | None, rules: _Rules, *, is_best: bool) -
 def _try(
     root: str, number: int, like: S | None, rules: _Rules, damaged: Damaged
 ) -> tuple[Restored[S] | None, errors.DamagedCheckpointError | None]:
-    """One step, or what is damaged there; or `_GONE`."""
+    """One step, or what is damaged there: `_GONE` if it was deleted, or moved aside."""
     path = steps.path_of(root, number)
     try:
         return steadily(path, lambda: _restore_one(path, like, number, rules, damaged)), None
