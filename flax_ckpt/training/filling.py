@@ -42,8 +42,7 @@ class _Wish:
     """
 
     def __init__(self, paths: Sequence[tree.KeyPath], values: list[Any]) -> None:
-        self.paths = paths
-        self.values = values
+        self.paths, self.values = paths, values
         self.names = [tree.show(path) for path in paths]
         self.read: dict[str, list[int]] = {}
         self.kept: list[int] = []
@@ -237,14 +236,13 @@ def _size(leaf: SavedLeaf) -> int:
 def _warn_of_unread(wish: _Wish) -> None:
     """Warns of collections of arrays, such as `batch_stats`, of which nothing is selected."""
     read = {i for group in wish.read.values() for i in group}
-    collections: dict[str, bool] = {}
+    collections: dict[str, list[int]] = {}
     for i, (path, value) in enumerate(zip(wish.paths, wish.values, strict=True)):
         depth = 2 if path[0].key == states.TRAIN_STATE else 1
         is_float = hasattr(value, "dtype") and dtypes.kind(value.dtype) == "float"
         if path[0].key not in TRAINED and len(path) > depth and is_float:
-            name = tree.show(path[:depth])
-            collections[name] = collections.get(name, False) or i in read
-    if unread := [name for name, was_read in collections.items() if not was_read]:
+            collections.setdefault(tree.show(path[:depth]), []).append(i)
+    if unread := [name for name, inside in collections.items() if read.isdisjoint(inside)]:
         progress.logger.warning(
             "only= selects nothing of %s: what was read may need what was saved with it there; if"
             " so, name it in only= as well",

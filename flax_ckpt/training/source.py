@@ -96,9 +96,8 @@ class Source(contextlib.ExitStack):
         super().__init__()
         self.where = layout.path
         self.trees: dict[str, SavedTree] = {}
-        self._layout = layout
+        self._layout, self._chosen = layout, chosen
         self._registry = context.checkpointables.registry or handler_registry.global_registry()
-        self._chosen = chosen
 
     def _open(self, name: str, *mount: tree.Key) -> SavedTree:
         last_first = reversed(self._registry.get_all_entries())
