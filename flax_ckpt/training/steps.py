@@ -227,8 +227,11 @@ def require_steps(root: str) -> list[int]:
         CheckpointNotFoundError: there are none; says what is there.
     """
     kinds.require_directory(root)
-    if found := committed(root):
-        return found
+    before = None
+    while (now := _entries(root)) != before:  # those listed may go while a later one comes
+        if found := committed(root):
+            return found
+        before = now
     named = kinds.checkpoints_in(root)
     hint = f"; restore one of these by its path: {os.path.join(root, named[-1])}" if named else ""
     there = kinds.contents(root)
