@@ -6,16 +6,13 @@ In the custom metadata of a step stands which metric was meant, and which way:
 `{"flax_ckpt": {"best": {"metric": "eval/loss", "mode": "min"}}}`. The newest word counts.
 """
 
-import logging
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, Self
 
 from flax_ckpt.errors import CheckpointNotFoundError, FormatError
-from flax_ckpt.training import steps
+from flax_ckpt.training import progress, steps
 from flax_ckpt.training.metadata import CheckpointMetadata
 from flax_ckpt.training.preservation_policies import Checkpoints
-
-logger = logging.getLogger("flax_ckpt")
 
 
 class Best(NamedTuple):
@@ -89,9 +86,8 @@ def ranked(root: str) -> list[int]:
         )
     if order := best.ranked(found):
         return order
-    raise CheckpointNotFoundError(
-        f"no step of {root} has a number as {best.metric!r}, by which the best is chosen. {there}"
-    )
+    text = f"no step of {root} has a number as {best.metric!r}, by which the best is chosen"
+    raise CheckpointNotFoundError(f"{text}. {there}")
 
 
 def _wish(found: CheckpointMetadata[None]) -> Best | None:
@@ -101,7 +97,8 @@ def _wish(found: CheckpointMetadata[None]) -> Best | None:
     except FileNotFoundError:  # the run has deleted it
         return None
     except FormatError as error:
-        logger.warning("whether step %d says what is best cannot be read: %s", found.step, error)
+        text = "whether step %d says what is best cannot be read: %s"
+        progress.logger.warning(text, found.step, error)
         return None
     match custom:
         case {"flax_ckpt": {"best": {"metric": str(metric), "mode": "min" | "max" as mode}}}:

@@ -10,7 +10,6 @@ with fc.CheckpointCallback(workdir / "checkpoints", every_n_steps=500, config=co
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import weakref
@@ -23,17 +22,11 @@ from flax_ckpt.adapters import state as states
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import Preempted, SaveFailedError, StateError
 from flax_ckpt.storage import hosts
-from flax_ckpt.training import notices, policies, progress, steps
+from flax_ckpt.training import notices, policies, preemption, progress, saver, steps
 from flax_ckpt.training import restore as restoring
-from flax_ckpt.training.best import Best
 from flax_ckpt.training.contents import Contents
-from flax_ckpt.training.preemption import Signals
-from flax_ckpt.training.preservation_policies import PreservationPolicy
-from flax_ckpt.training.save_decision_policies import SaveDecisionPolicy
-from flax_ckpt.training.saver import Saver, step_number
 
 S = TypeVar("S")
-logger = logging.getLogger("flax_ckpt")
 
 _open: weakref.WeakValueDictionary[str, CheckpointCallback[Any]] = weakref.WeakValueDictionary()
 
@@ -99,11 +92,11 @@ class CheckpointCallback(Generic[S]):
         *,
         every_n_steps: int | None = None,
         every_secs: float | None = None,
-        save_policy: SaveDecisionPolicy | None = None,
+        save_policy: policies.SaveDecisionPolicy | None = None,
         keep_last: int | None = 3,
         keep_every_n_steps: int | None = None,
-        keep_best: Best | tuple[Any, ...] | None = None,
-        preservation_policy: PreservationPolicy | None = None,
+        keep_best: policies.Best | tuple[Any, ...] | None = None,
+        preservation_policy: policies.PreservationPolicy | None = None,
         config: Any = None,
         data_iterator: Any = None,
         at_end: bool = True,
@@ -113,18 +106,17 @@ class CheckpointCallback(Generic[S]):
         writer: progress.Writer | None = None,
         context: Context | None = None,
     ) -> None:
-        policies.require_choice(
-            on_error=(on_error, "raise", "warn"), on_preemption=(on_preemption, "exit", "stop")
-        )
+        policies.require_choice(on_error=(on_error, "raise", "warn"))
+        policies.require_choice(on_preemption=(on_preemption, "exit", "stop"))
         self._at_end, self._on_preemption = at_end, on_preemption
         self._context = resolve(context)
         contents = self._contents = Contents(config, data_iterator, keep_best, self._context)
         save, self._timer = policies.saving(every_n_steps, every_secs, save_policy)
         keep = policies.keeping(keep_last, keep_every_n_steps, contents.best, preservation_policy)
-        self._saver = Saver(directory, self._context, save, keep, None, on_error, writer)
+        self._saver = saver.Saver(directory, self._context, save, keep, None, on_error, writer)
         self.directory = self._saver.directory
         self._timer.start(self._saver.now())
-        self._signals = Signals(() if self._saver.hosts.several else signals)
+        self._signals = preemption.Signals(() if self._saver.hosts.several else signals)
         weakref.finalize(self, self._signals.restore)
         self._decided: tuple[int, bool] | None = None
         self._seen: tuple[int, S, Mapping[str, Any] | None] | None = None
@@ -193,16 +185,15 @@ class CheckpointCallback(Generic[S]):
     def _begin(self, after: int) -> None:
         """The run goes on after this step: what is later on disk is not of it."""
         if self._replaced:
-            raise StateError(
-                f"this callback was replaced by a later one for {self.directory}: use that one"
-            )
+            text = f"this callback was replaced by a later one for {self.directory}: use that one"
+            raise StateError(text)
         self._begun = True
         self._signals.install()
         self._saver.begin(after)
 
     def should_save(self, step: int) -> bool:
         """Whether `on_step_end` will save at this step; decided once per step."""
-        step = step_number(step)
+        step = saver.step_number(step)
         if not self._begun:
             self._begin(step - 1)
         if self._decided is None or self._decided[0] != step:
@@ -230,7 +221,7 @@ class CheckpointCallback(Generic[S]):
             Preempted: the process was told to end, and the step is saved.
         """
         self._saver.notice()
-        step = step_number(step)
+        step = saver.step_number(step)
         due = self.should_save(step) or force
         self._seen = step, states.unfilled(state), metrics
         told = self._signals.received is not None or hosts.reached_preemption(step)
@@ -239,7 +230,7 @@ class CheckpointCallback(Generic[S]):
             return False
         saves = self._save(step, state, metrics)
         if force and not saves:
-            logger.info("step %d is not saved again: it is saved", step)
+            progress.logger.info("step %d is not saved again: it is saved", step)
         if preempted:
             self._leave(step)
         return saves
@@ -261,7 +252,7 @@ class CheckpointCallback(Generic[S]):
             return
         last = self._seen
         if step is not None and state is not None:
-            last = self._seen = step_number(step), state, None
+            last = self._seen = saver.step_number(step), state, None
         elif last is None or not (self._is_saved(last[0]) or self._contents.is_whole(last[1])):
             return
         self._save(*last)

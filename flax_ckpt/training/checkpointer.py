@@ -17,11 +17,10 @@ from flax_ckpt.context import Context, applied, resolve
 from flax_ckpt.errors import SaveFailedError, StepNotFoundError
 from flax_ckpt.format.names import STATE
 from flax_ckpt.storage import files
-from flax_ckpt.training import metadata, steps
+from flax_ckpt.training import metadata, saver, steps
 from flax_ckpt.training import save_decision_policies as deciding
 from flax_ckpt.training.metadata import CheckpointMetadata, RootMetadata
 from flax_ckpt.training.preservation_policies import PreservationPolicy, PreserveAll
-from flax_ckpt.training.saver import Saver, step_number
 
 T = TypeVar("T")
 Step = int | CheckpointMetadata[Any] | None
@@ -75,7 +74,7 @@ class Checkpointer:
         when = save_decision_policy or deciding.AS_OFTEN_AS_POSSIBLE
         keep = preservation_policy or PreserveAll()
         called = step_name_format or steps.standard_name_format()
-        self._saver = Saver(directory, self._context, when, keep, called)
+        self._saver = saver.Saver(directory, self._context, when, keep, called)
         self._root = self._saver.directory
         if self._saver.hosts.is_primary:
             files.make_directory(self._root)
@@ -106,7 +105,7 @@ class Checkpointer:
             SaveFailedError: an earlier save failed.
         """
         self._saver.notice()
-        return self._saver.is_due(step_number(step))
+        return self._saver.is_due(saver.step_number(step))
 
     def save_async(
         self,
@@ -224,14 +223,12 @@ class Checkpointer:
             StepNotFoundError: says which steps there are.
         """
         found = self._saver.find(step)
-        with applied(self._context):
-            return metadata.of_step(found, _load.metadata(found.path))
+        return metadata.of_step(found, self._read(_load.metadata, found))
 
     def checkpointables_metadata(self, step: Step = None) -> CheckpointMetadata[dict[str, Any]]:
         """What all checkpointables of a step look like; see :meth:`metadata`."""
         found = self._saver.find(step)
-        with applied(self._context):
-            return metadata.of_step(found, _load.checkpointables_metadata(found.path))
+        return metadata.of_step(found, self._read(_load.checkpointables_metadata, found))
 
     def root_metadata(self) -> RootMetadata:
         """What was given as `custom_metadata` when the run began."""

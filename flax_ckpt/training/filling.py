@@ -4,9 +4,7 @@ chosen, rules = Selection(only="params"), LoadRules(strict=True)
 state, report = fill(Layout.of("/run/1500"), like, chosen, rules, context)
 """
 
-import dataclasses
 import itertools
-import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +28,6 @@ from flax_ckpt.training.report import Report
 from flax_ckpt.training.selection import Missing, Selection, shortened
 from flax_ckpt.training.source import TRAINED, Form, Moved, Source, areas, back, view
 
-logger = logging.getLogger("flax_ckpt")
-
 
 class _Wish:
     """The wanted leaves and empty nodes, in order, and what becomes of each, by its place.
@@ -46,16 +42,13 @@ class _Wish:
     """
 
     def __init__(self, paths: Sequence[tree.KeyPath], values: list[Any]) -> None:
-        self.paths = paths
-        self.values = values
+        self.paths, self.values = paths, values
         self.names = [tree.show(path) for path in paths]
         self.read: dict[str, list[int]] = {}
         self.kept: list[int] = []
         self.initialised: list[int] = []
 
-    def share_out(
-        self, picked: Sequence[bool], trees: Mapping[str, SavedTree], missing: Missing
-    ) -> None:
+    def share_out(self, picked: list[bool], trees: dict[str, SavedTree], missing: Missing) -> None:
         """Decides what becomes of each leaf; to compare one that is missing will be an error."""
         self.read = {name: [] for name in trees}
         owners = {path: name for name, saved in trees.items() for path in saved.leaves}
@@ -214,7 +207,7 @@ def fill(
         warn(source.where, damage)
         if chosen.on_damage == "skip":
             wish.initialise(chosen.init, form)
-    report = dataclasses.replace(_report(wish, moved), damaged=tuple(damage.items()))
+    report = _report(wish, moved, damage)
     if like is None:
         for i in wish.kept:  # those that are damaged
             wish.values[i] = PLACEHOLDER
@@ -225,21 +218,15 @@ def fill(
     return back(like, keypaths.structure(wanted).unflatten(wish.values), form), report
 
 
-def _report(wish: _Wish, moved: Sequence[Moved]) -> Report:
+def _report(wish: _Wish, moved: Sequence[Moved], damage: Mapping[str, str]) -> Report:
     read = sorted(itertools.chain(*wish.read.values()))
     there = {wish.paths[i] for i in read}
-    ignored = [(old, leaf) for old, new, leaf in moved if new not in there and not leaf.is_empty]
-    renamed = [(tree.show(old), tree.show(new)) for old, new, _ in moved if new in there]
-    return Report(
-        *wish.summary(read),
-        0.0,
-        (),
-        *wish.summary(wish.kept),
-        *wish.summary(wish.initialised),
-        tuple([tree.show(path) for path, _ in ignored]),
-        sum(_size(leaf) for _, leaf in ignored),
-        tuple([(old, new) for old, new in renamed if old != new]),
-    )
+    left = [(old, leaf) for old, new, leaf in moved if new not in there and not leaf.is_empty]
+    ignored = tuple([tree.show(path) for path, _ in left]), sum(_size(leaf) for _, leaf in left)
+    taken = [(tree.show(old), tree.show(new)) for old, new, _ in moved if new in there]
+    renamed = tuple([(old, new) for old, new in taken if old != new])
+    loaded, kept, made = map(wish.summary, (read, wish.kept, wish.initialised))
+    return Report(*loaded, 0.0, tuple(damage.items()), *kept, *made, *ignored, renamed)
 
 
 def _size(leaf: SavedLeaf) -> int:
@@ -249,15 +236,14 @@ def _size(leaf: SavedLeaf) -> int:
 def _warn_of_unread(wish: _Wish) -> None:
     """Warns of collections of arrays, such as `batch_stats`, of which nothing is selected."""
     read = {i for group in wish.read.values() for i in group}
-    collections: dict[str, bool] = {}
+    collections: dict[str, list[int]] = {}
     for i, (path, value) in enumerate(zip(wish.paths, wish.values, strict=True)):
         depth = 2 if path[0].key == states.TRAIN_STATE else 1
         is_float = hasattr(value, "dtype") and dtypes.kind(value.dtype) == "float"
         if path[0].key not in TRAINED and len(path) > depth and is_float:
-            name = tree.show(path[:depth])
-            collections[name] = collections.get(name, False) or i in read
-    if unread := [name for name, was_read in collections.items() if not was_read]:
-        logger.warning(
+            collections.setdefault(tree.show(path[:depth]), []).append(i)
+    if unread := [name for name, inside in collections.items() if read.isdisjoint(inside)]:
+        progress.logger.warning(
             "only= selects nothing of %s: what was read may need what was saved with it there; if"
             " so, name it in only= as well",
             ", ".join(unread),

@@ -9,7 +9,6 @@ A listing reads no file: times and metrics are read when they are first asked fo
 import dataclasses
 import datetime
 import functools
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast, final
@@ -20,13 +19,13 @@ from etils import epath
 
 from flax_ckpt import _metadata
 from flax_ckpt.errors import FormatError, StateError
-from flax_ckpt.format import jsons, names
+from flax_ckpt.format import checkpoint, jsons, names
 from flax_ckpt.leaves import dtypes
 from flax_ckpt.storage import files
 from flax_ckpt.storage.record import Record
+from flax_ckpt.training import progress
 
 T = TypeVar("T")
-logger = logging.getLogger("flax_ckpt")
 
 
 @final
@@ -62,11 +61,9 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
         custom_metadata: dict[str, Any] | None = None,
         metrics: dict[str, Any] | None = None,
     ) -> None:
-        times = {
-            "init_timestamp_nsecs": init_timestamp_nsecs,
-            "commit_timestamp_nsecs": commit_timestamp_nsecs,
-        }
-        super().__init__(path, metadata=metadata, custom_metadata=custom_metadata, **times)
+        super().__init__(path, metadata=metadata)
+        times = init_timestamp_nsecs, commit_timestamp_nsecs
+        self._root = checkpoint.RootMetadata({}, *times, custom_metadata or {})
         self.step, self.metrics = step, metrics
 
     @functools.cached_property
@@ -75,9 +72,8 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
 
         Those of an old step that is damaged must not stop a run that goes on saving: a warning.
         """
-        path = os.fspath(self.path)
         try:
-            record = Record(os.path.join(path, names.METRICS))
+            record = Record(os.path.join(self.path, names.METRICS))
             if record.lists(names.METRICS_FILE):
                 return jsons.parse_object(record.read(names.METRICS_FILE), record.directory)
         except FormatError as error:
@@ -86,7 +82,7 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
 
     def _tell(self, what: str, error: FormatError) -> None:
         self.is_damaged = True
-        logger.warning("%s of %s cannot be read: %s", what, self.path, error)
+        progress.logger.warning("%s of %s cannot be read: %s", what, self.path, error)
 
     @functools.cached_property
     def time(self) -> datetime.datetime:

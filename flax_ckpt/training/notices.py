@@ -1,6 +1,5 @@
 """What the user of a run is told once: it goes on, but perhaps not as meant."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,6 @@ from flax_ckpt.adapters import state as states
 from flax_ckpt.errors import ConfigError, FormatError, StateError
 from flax_ckpt.format import protos
 from flax_ckpt.training import metadata, progress
-
-logger = logging.getLogger("flax_ckpt")
 
 _ADVICE = {
     "was restored": "if it was saved under the index of its last update, go on from"
@@ -29,10 +26,10 @@ def config_changes(saved: str | None, current: Message | None) -> None:
     try:
         changes = configs.diff(protos.text_to_message(saved), current)
     except (FormatError, ConfigError) as error:
-        logger.warning("the saved config cannot be compared with this run's: %s", error)
+        progress.logger.warning("the saved config cannot be compared with this run's: %s", error)
         return
     if changes:
-        logger.info("config changed since the checkpoint: %s", "; ".join(changes))
+        progress.logger.info("config changed since the checkpoint: %s", "; ".join(changes))
 
 
 def other_count(step: int, event: str, state: Any) -> bool:
@@ -41,7 +38,7 @@ def other_count(step: int, event: str, state: Any) -> bool:
     if counted is None or np.ndim(counted) or not states.is_whole(counted) or int(counted) == step:
         return False
     text = "step %d %s, but the state counts %d updates: %s"
-    logger.warning(text, step, event, counted, _ADVICE[event])
+    progress.logger.warning(text, step, event, counted, _ADVICE[event])
     return True
 
 
@@ -53,7 +50,7 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
             array = metadata.numbers(name, value)
             found[str(name)] = array.item() if array.size == 1 else array.tolist()
         except StateError as error:
-            logger.warning("not saved: %s", error)
+            progress.logger.warning("not saved: %s", error)
     return found
 
 
@@ -62,7 +59,7 @@ def no_metric(step: int, metric: str, metrics: Mapping[str, Any] | None) -> bool
     if isinstance((metrics or {}).get(metric), int | float):
         return False
     text = "step %d has no metric %r, so it cannot be the best; it has: %s"
-    logger.warning(text, step, metric, ", ".join(metrics or {}) or "none")
+    progress.logger.warning(text, step, metric, ", ".join(metrics or {}) or "none")
     return True
 
 
@@ -71,20 +68,20 @@ def told(writer: progress.Writer, step: int, scalars: Mapping[str, float]) -> No
     try:
         writer.write_scalars(step, scalars)
     except Exception:
-        logger.warning("the writer refused the figures of step %d", step, exc_info=True)
+        progress.logger.warning("the writer refused the figures of step %d", step, exc_info=True)
 
 
 def interrupted(step: int, is_saved: bool, latest: int | None) -> None:
     """Says what has become of the last state of a loop that was left in the middle."""
     if is_saved:
-        logger.info("interrupted: step %d, the last one seen, is saved", step)
+        progress.logger.info("interrupted: step %d, the last one seen, is saved", step)
         return
     text = "interrupted: step %d is not saved, since %s. The newest saved step is %s"
     why = "its arrays were donated, or it or the data have changed in place"
-    logger.warning(text, step, why, latest)
+    progress.logger.warning(text, step, why, latest)
 
 
 def leaving(step: int, is_saved: bool, directory: str) -> None:
     """Says that the process was told to end, and what is saved."""
     text = "this process was told to end: step %d %s saved, %s"
-    logger.warning(text, step, "is" if is_saved else "is NOT", directory)
+    progress.logger.warning(text, step, "is" if is_saved else "is NOT", directory)

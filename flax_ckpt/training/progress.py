@@ -1,5 +1,6 @@
 """What is told of a save or a restore: the one INFO line, and figures for `jax.monitoring`."""
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -7,8 +8,7 @@ from typing import Any, Protocol
 import jax
 from jax import monitoring
 
-from flax_ckpt.format import tree
-from flax_ckpt.handlers import keypaths
+logger = logging.getLogger("flax_ckpt")
 
 
 class Writer(Protocol):
@@ -16,7 +16,6 @@ class Writer(Protocol):
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Takes the scalars of a step."""
-        ...
 
 
 def line(path: str, step: int | None, nbytes: int, seconds: float, *more: str) -> str:
@@ -66,9 +65,3 @@ def nbytes(value: Any) -> int:
     """Bytes of the arrays of a tree; of one that is sharded over processes, all of them."""
     leaves = jax.tree.leaves(value)
     return sum(getattr(x, "nbytes", 8 * isinstance(x, int | float | complex)) for x in leaves)
-
-
-def leaf_names(value: Any) -> tuple[str, ...]:
-    """Key paths of the leaves of a tree."""
-    pairs = zip(*keypaths.flatten(value), strict=True)
-    return tuple(tree.show(path) for path, leaf in pairs if not keypaths.is_empty(leaf))

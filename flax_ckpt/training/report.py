@@ -56,13 +56,9 @@ class Report:
 
     def __str__(self) -> str:
         renamed = tuple([f"{old} → {new}" for old, new in self.renamed])
-        rows = [
-            ("loaded", self.loaded, self.nbytes),
-            ("kept", self.kept, self.kept_nbytes),
-            ("initialised", self.initialised, self.initialised_nbytes),
-            ("ignored", self.ignored, self.ignored_nbytes),
-            ("renamed", renamed, None),
-        ]
+        others = ("kept", "initialised", "ignored")
+        rows = [(what, getattr(self, what), getattr(self, f"{what}_nbytes")) for what in others]
+        rows = [("loaded", self.loaded, self.nbytes), *rows, ("renamed", renamed, None)]
         lines = [f"restored {progress.size(self.nbytes)} in {progress.duration(self.seconds)}"]
         lines += [f"{'':11} {'leaves':>7} {'bytes':>8}"]
         for what, names, nbytes in rows:

@@ -7,7 +7,6 @@ out.state, out.step, out.config
 
 import dataclasses
 import itertools
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -26,19 +25,14 @@ from flax_ckpt.context import Context, resolve
 from flax_ckpt.format import names, protos
 from flax_ckpt.handlers.pytree import log_fallbacks
 from flax_ckpt.leaves.base import LoadRules
-from flax_ckpt.storage import hosts, kinds
-from flax_ckpt.storage.files import local_path
+from flax_ckpt.storage import files, hosts, kinds
 from flax_ckpt.storage.record import OnDamage, Record, notes, noting, warn
-from flax_ckpt.training import best, data, progress, steps
-from flax_ckpt.training.contents import CONFIG
-from flax_ckpt.training.filling import fill
+from flax_ckpt.training import best, contents, data, filling, progress, steps
 from flax_ckpt.training.report import Damaged, Report
 from flax_ckpt.training.selection import Missing, Rename, Selection, Selector, Unexpected
 
 S = TypeVar("S")
-PathLike = str | os.PathLike[str]
-logger = logging.getLogger("flax_ckpt")
-_GONE = "gone"  # of a step that was deleted, or moved aside
+_GONE = "gone"
 
 Step: TypeAlias = int | Literal["latest", "best"] | CheckpointMetadata[Any] | None
 
@@ -68,7 +62,7 @@ class Restored(Generic[S]):
 
 
 def restore_train_state(
-    path: PathLike,
+    path: files.PathLike,
     like: S,
     *,
     step: Step = None,
@@ -93,11 +87,11 @@ def restore_train_state(
     {'params': {'w': Array([1., 1.], dtype=float32)}, 'step': 1}
     """
     chosen = Selection(only, exclude, rename, missing, unexpected, init, on_damage)
-    return _restore(path, like, step, _rules(path, like, cast, chosen, context)).state
+    return _restore(path, like, step, _Rules(chosen, resolve(context), cast)).state
 
 
 def restore(
-    path: PathLike,
+    path: files.PathLike,
     like: S | None = None,
     *,
     step: Step = None,
@@ -171,36 +165,33 @@ def restore(
     {'params': {'encoder': array([1., 1.]), 'head': array([0., 0., 0., 0., 0.])}}
     """
     chosen = Selection(only, exclude, rename, missing, unexpected, init, on_damage)
-    cast = like is None or cast
-    rules = _rules(path, like, cast, chosen, context)
-    rules = dataclasses.replace(rules, config=config, data_iterator=data_iterator)
+    rules = _Rules(chosen, resolve(context), like is None or cast, data_iterator, config)
     return _restore(path, like, step, rules)
 
 
 def resume(path: str, like: S, step: Step, data_iterator: Any, context: Context) -> Restored[S]:
     """As :func:`restore`, called by all processes of a run, which go on from the same step."""
-    together = _everyone(path, context)
-    return _restore(path, like, step, _Rules(False, Selection(), context, together, data_iterator))
+    rules = _Rules(Selection(), context, False, data_iterator, of_run=True)
+    return _restore(path, like, step, rules)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rules:
-    cast: bool
     chosen: Selection
     context: Context
-    together: hosts.Hosts
+    cast: bool
     data_iterator: Any = None
     config: type[Message] | None = None
+    of_run: bool = False  # all processes of a run call this
 
 
-def _rules(
-    path: PathLike, like: Any, cast: bool, chosen: Selection, context: Context | None
-) -> _Rules:
+def _together(path: str, like: Any, rules: _Rules) -> hosts.Hosts:
     """The processes that call this together are those that will have parts of one array."""
     leaves = jax.tree.leaves(states.split(like)) if hosts.process_count() > 1 else []
-    several, options = any(map(_spans_processes, leaves)), resolve(context)
-    together = _everyone(local_path(path), options) if several else hosts.ALONE
-    return _Rules(cast, chosen, options, together)
+    if not (rules.of_run or any(map(_spans_processes, leaves))):
+        return hosts.ALONE
+    options = rules.context
+    return hosts.current(options.multiprocessing, options.asynchronous, f"restore of {path}")
 
 
 def _spans_processes(leaf: Any) -> bool:
@@ -209,19 +200,14 @@ def _spans_processes(leaf: Any) -> bool:
     return is_abstract or not (sharding is None or sharding.is_fully_addressable)
 
 
-def _everyone(path: str, context: Context) -> hosts.Hosts:
-    return hosts.current(context.multiprocessing, context.asynchronous, f"restore of {path}")
-
-
-def _restore(path: PathLike, like: S | None, step: Step, rules: _Rules) -> Restored[S]:
-    here = local_path(path)
+def _restore(path: files.PathLike, like: S | None, step: Step, rules: _Rules) -> Restored[S]:
+    here = files.local_path(path)
     if isinstance(step, CheckpointMetadata):
-        here, step = local_path(step.path), None
+        here, step = files.local_path(step.path), None
     if kinds.owner(here):
         raise errors.InvalidLayoutError(f"{here} {kinds.describe(here)}")
     if steps.is_checkpoint(here):
-        named = names.step_of(os.path.basename(here))
-        number = named[1] if named else None
+        _, number, _ = names.step_of(os.path.basename(here)) or ("", None, 0)
         if step not in (None, "latest", number):
             message = f"{here} is one checkpoint, not a root with step {step}"
             raise errors.CheckpointNotFoundError(message)
@@ -243,55 +229,51 @@ def _restore_first(root: str, like: S | None, rules: _Rules, *, is_best: bool) -
 
     Processes that restore together take the same: each sees only its own part of the damage.
     """
-    damaged = {} if is_best else steps.incomplete(root)
+    together, damaged = _together(root, like, rules), {} if is_best else steps.incomplete(root)
     for reason in damaged.values():
-        logger.warning("%s; trying the step before it", reason)
+        progress.logger.warning("%s; trying the step before it", reason)
     for attempt in itertools.count():
         order = best.ranked(root) if is_best else steps.require_steps(root)[::-1]
         left = [step for step in order if step not in damaged]
-        number = rules.together.broadcast(f"step {attempt}", left[0] if left else None)
+        number = together.broadcast(f"step {attempt}", left[0] if left else None)
         if number is None:
             reasons = [f"step {step}: {reason}" for step, reason in damaged.items()]
-            raise errors.DamagedCheckpointError(
-                "\n".join([f"none of the steps of {root} is whole:", *reasons])
-            )
-        found = _try(root, number, like, rules, tuple(damaged.items()))
-        whole = isinstance(found, Restored)
-        problem = "" if whole else str(found or _GONE)
-        problems = set(rules.together.gather(f"tried {attempt}", problem)) - {""}
-        if whole and not problems:
+            text = "\n".join([f"none of the steps of {root} is whole:", *reasons])
+            raise errors.DamagedCheckpointError(text)
+        found, failure = _try(root, number, like, rules, tuple(damaged.items()))
+        problems = set(together.gather(f"tried {attempt}", str(failure or ""))) - {""}
+        if found and not problems:
             return found
         if _GONE in problems:
             continue
         damaged[number] = min(problems)
         if is_best:
             others = f"the next best is step {left[1]}" if left[1:] else "it is the only one"
-            failure = errors.DamagedCheckpointError(damaged[number])
-            failure = found if isinstance(found, Exception) else failure
+            failure = failure or errors.DamagedCheckpointError(damaged[number])
             failure.add_note(f"step {number} is the best of {root}; {others}")
             raise failure
         text = "step %d is damaged, trying the one before it: %s"
-        logger.warning(text, number, damaged[number])
+        progress.logger.warning(text, number, damaged[number])
     raise AssertionError("there are no more numbers")
 
 
 def _try(
     root: str, number: int, like: S | None, rules: _Rules, damaged: Damaged
-) -> Restored[S] | errors.DamagedCheckpointError | None:
-    """One step, or what is damaged there; None: it is deleted, or moved aside."""
+) -> tuple[Restored[S] | None, errors.DamagedCheckpointError | None]:
+    """One step, or what is damaged there: `_GONE` if it was deleted, or moved aside."""
     path = steps.path_of(root, number)
     try:
-        return steadily(path, lambda: _restore_one(path, like, number, rules, damaged))
+        return steadily(path, lambda: _restore_one(path, like, number, rules, damaged)), None
     except (errors.DamagedCheckpointError, FileNotFoundError) as error:
         if number not in steps.committed(root):
-            return None
+            return None, errors.DamagedCheckpointError(_GONE)
         if isinstance(error, errors.DamagedCheckpointError):
-            return error
+            return None, error
         layout = Layout.of(path)
         listed = () if layout.is_flat else layout.root.item_handlers
         if lost := sorted(set(listed) - {*layout.items, layout.deleting}):
             message = f"{path} lacks {', '.join(lost)}, which {names.CHECKPOINT_METADATA} lists"
-            return errors.DamagedCheckpointError(message)
+            return None, errors.DamagedCheckpointError(message)
         raise
 
 
@@ -301,14 +283,14 @@ def _restore_one(
     started = time.perf_counter()
     layout, load_rules = Layout.of(path), LoadRules(strict=not rules.cast)
     data.require(layout, rules.data_iterator)
-    state, done = fill(layout, like, rules.chosen, load_rules, rules.context)
+    state, done = filling.fill(layout, like, rules.chosen, load_rules, rules.context)
     log_fallbacks(epath.Path(path), load_rules)
     seconds = time.perf_counter() - started
-    logger.info("restored %s", progress.line(path, number, done.nbytes, seconds))
+    progress.logger.info("restored %s", progress.line(path, number, done.nbytes, seconds))
     progress.record("restore", duration_secs=seconds, bytes=done.nbytes)
     lost = notes(rules.chosen.on_damage)
     text, config, metrics, provenance = None, None, None, dict[str, Any]()
-    with noting(lost, CONFIG):
+    with noting(lost, contents.CONFIG):
         text, config, provenance = _load_config(layout, rules.config)
     with noting(lost, names.METRICS):
         if names.METRICS in layout.items:
@@ -322,7 +304,7 @@ def _restore_one(
 
 def _load_config(layout: Layout, kind: type[Message] | None) -> tuple[str | None, Any, Any]:
     """The config as text and as what it stands for, and where it comes from."""
-    record = Record(layout.items[CONFIG]) if CONFIG in layout.items else None
+    record = Record(layout.items[contents.CONFIG]) if contents.CONFIG in layout.items else None
     if record is None or not record.lists(names.PROTO_FILE):
         return None, None, {}
     text = record.read(names.PROTO_FILE).decode(errors="replace")
@@ -332,5 +314,5 @@ def _load_config(layout: Layout, kind: type[Message] | None) -> tuple[str | None
     except (errors.FormatError, errors.ConfigError) as error:
         if kind is not None:
             raise
-        logger.debug("%s: the config stays text: %s", layout.path, error)
+        progress.logger.debug("%s: the config stays text: %s", layout.path, error)
         return text, None, {}

@@ -119,12 +119,10 @@ class ContinuousCheckpointingPolicy:
 
     def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
         """See :class:`SaveDecisionPolicy`."""
-        if context.is_saving_in_progress:
-            return False
-        if not previous_steps or self.minimum_interval_secs is None:
-            return True
-        interval = datetime.timedelta(seconds=self.minimum_interval_secs)
-        return step.time - previous_steps[-1].time >= interval
+        idle, least = not context.is_saving_in_progress, self.minimum_interval_secs
+        if not idle or not previous_steps or least is None:
+            return idle
+        return step.time - previous_steps[-1].time >= datetime.timedelta(seconds=least)
 
 
 @dataclasses.dataclass

@@ -7,13 +7,12 @@ saver.wait()
 
 import functools
 import itertools
-import logging
 import operator
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, TypeVar
 
 from etils import epath
 
@@ -21,15 +20,13 @@ from flax_ckpt import _delete, _save, errors
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt.context import Context, applied
 from flax_ckpt.format import names
-from flax_ckpt.storage import commit, hosts, kinds, lock
-from flax_ckpt.storage.files import PathLike, local_path
+from flax_ckpt.storage import commit, files, hosts, kinds, lock
 from flax_ckpt.training import notices, progress, steps
 from flax_ckpt.training import save_decision_policies as deciding
 from flax_ckpt.training.metadata import CheckpointMetadata, to_json
 from flax_ckpt.training.preservation_policies import PreservationContext, PreservationPolicy
 
-logger = logging.getLogger("flax_ckpt")
-
+T = TypeVar("T")
 Step = CheckpointMetadata[None]
 _BY_STEP = operator.attrgetter("step")
 
@@ -54,7 +51,7 @@ class Saver:
 
     def __init__(
         self,
-        directory: PathLike,
+        directory: files.PathLike,
         context: Context,
         save_policy: deciding.SaveDecisionPolicy,
         preservation_policy: PreservationPolicy,
@@ -62,7 +59,7 @@ class Saver:
         on_error: Literal["raise", "warn"] = "raise",
         writer: progress.Writer | None = None,
     ) -> None:
-        self.directory = local_path(directory)
+        self.directory = files.local_path(directory)
         kinds.require_root(self.directory)
         self.context = context
         what = f"steps of {self.directory}"
@@ -72,8 +69,7 @@ class Saver:
         self.on_error, self._writer = on_error, writer
         self._figures: dict[str, float] = {}
         self._lock: lock.RunLock | None = None
-        self._save_policy = save_policy
-        self._preservation_policy = preservation_policy
+        self._save_policy, self._preservation_policy = save_policy, preservation_policy
         self._name_format = name_format or steps.naming(self.directory)
         self._root = epath.Path(self.directory)
         self._current: Step | None = None
@@ -131,13 +127,13 @@ class Saver:
             self._lock.release()
         self._lock = None
 
-    def _supersede(self) -> None:
-        if self._after is not None:
-            self.hosts.barrier(f"superseding {next(self._calls)}")
-            if self.hosts.is_primary:
-                steps.supersede(self.directory, self._after)
-            self.hosts.barrier(f"superseded {next(self._calls)}")
-        self._after = None
+    def _once(self, what: str, change: Callable[[], T]) -> T | None:
+        """What the primary process changes: after all have come to it, before any goes on."""
+        call = f"{what} {next(self._calls)}"
+        self.hosts.barrier(f"{call}: begin")
+        result = change() if self.hosts.is_primary else None
+        self.hosts.barrier(f"{call}: end")
+        return result
 
     def path_of(self, step: int) -> str:
         """Where a step will be."""
@@ -159,7 +155,7 @@ class Saver:
         if history and (latest := history[-1].step) >= step:
             if latest > step and not self._told_of_later:
                 self._told_of_later = True
-                logger.warning(
+                progress.logger.warning(
                     "step %d is not saved, since step %d is: only later steps are, from %d on. A"
                     " loop that resumes goes on from the step that was restored",
                     *(step, latest, latest + 1),
@@ -186,7 +182,7 @@ class Saver:
         checkpointables: Mapping[str, Any],
         trees: Collection[str] = (),
         metrics: dict[str, Any] | None = None,
-        custom_metadata: dict[str, Any] | None = None,
+        custom: dict[str, Any] | None = None,
         force: bool = False,
         overwrite: bool = False,
     ) -> AsyncResponse[bool] | None:
@@ -197,7 +193,7 @@ class Saver:
             checkpointables: values by name.
             trees: names of those that are trees.
             metrics: JSON to save with them, and arrays.
-            custom_metadata: anything JSON can hold.
+            custom: metadata, anything JSON can hold.
             force: save whatever the policy says.
             overwrite: whether the step, if it is there, is replaced.
 
@@ -216,7 +212,9 @@ class Saver:
         began = time.perf_counter()
         self.wait()
         self.claim()
-        self._supersede()
+        if (after := self._after) is not None:
+            self._once("superseding", lambda: steps.supersede(self.directory, after))
+        self._after = None
         parts = dict(checkpointables)
         nbytes = progress.nbytes(parts)
         if metrics is not None:
@@ -232,10 +230,8 @@ class Saver:
 
         how: Any = {"trees": trees, "internal": True, "permit": permit, "result": True}
         try:  # whoever interrupts what follows finds it in the history
-            self._enter(step, path, custom_metadata, parts.get(names.METRICS))
-            self.response = _save.start(
-                path, parts, self.context, overwrite, custom_metadata, **how
-            )
+            self._enter(step, path, custom, parts.get(names.METRICS))
+            self.response = _save.start(path, parts, self.context, overwrite, custom, **how)
         except BaseException:
             self.history = self._before
             raise
@@ -245,7 +241,7 @@ class Saver:
         def finish(_: bool) -> None:
             seconds = time.perf_counter() - began
             shown = f"blocked {progress.duration(blocked)}"
-            logger.info("saved %s", progress.line(path, step, nbytes, seconds, shown))
+            progress.logger.info("saved %s", progress.line(path, step, nbytes, seconds, shown))
             figures = {"duration_secs": seconds, "blocked_secs": blocked, "bytes": nbytes}
             self._figures = progress.record("save", **figures)
             self.hosts.forget(f"decision {self._saves - 1}")
@@ -258,10 +254,8 @@ class Saver:
     def _enter(self, step: int, path: str, custom: Any, metrics: Any) -> None:
         """Takes a save that begins into the history."""
         now = self.now()
-        times = {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now}
-        self._current = Step(
-            step, epath.Path(path), metadata=None, custom_metadata=custom, metrics=metrics, **times
-        )
+        said: Any = {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now, "metrics": metrics}
+        self._current = Step(step, epath.Path(path), metadata=None, custom_metadata=custom, **said)
         self.history = sorted([*self._without(step), self._current], key=_BY_STEP)
 
     def _retain(self, saved: int, path: str) -> None:
@@ -269,15 +263,14 @@ class Saver:
         known = {step.step: step for step in self.history}  # with what was read of them
         found = [known.get(step.step, step) for step in self.committed()]
         keep = self._preservation_policy.should_preserve(found, context=PreservationContext())
-        stay = {s.step for s, kept in zip(found, keep, strict=True) if kept or s.is_damaged} | {
-            saved
-        }
+        pairs = zip(found, keep, strict=True)
+        stay = {saved, *(step.step for step, kept in pairs if kept or step.is_damaged)}
         renamed = [s for s in self._before if s.step == saved and os.fspath(s.path) != path]
         for step in [*renamed, *(s for s in found if s.step not in stay)]:
             try:
                 commit.remove(os.fspath(step.path))
             except OSError as error:
-                logger.warning("step %d could not be deleted: %s", step.step, error)
+                progress.logger.warning("step %d could not be deleted: %s", step.step, error)
         self.history = [step for step in self.history if step.step in stay]
 
     def wait(self) -> None:
@@ -309,7 +302,7 @@ class Saver:
             failure = errors.SaveFailedError(what, path=current.path, step=current.step)
             if self.on_error == "raise":
                 raise failure from error
-            logger.warning("%s", failure, exc_info=error)
+            progress.logger.warning("%s", failure, exc_info=error)
 
     def notice(self) -> None:
         """Raises the failure of a save that has ended; does not wait for one that has not."""
@@ -362,10 +355,7 @@ class Saver:
                     path, checkpointable_name=name, missing_ok=missing_ok
                 )
             return self.deletion
-        call = next(self._calls)
-        self.hosts.barrier(f"deleting {call}")  # all have found it
-        doomed = commit.withdraw(path) if self.hosts.is_primary else None
-        self.hosts.barrier(f"deleted {call}")
+        doomed = self._once("deleting", lambda: commit.withdraw(path))
         self.history = self._without(step.step)
 
         def remove() -> bool:

@@ -122,20 +122,18 @@ class Selection:
         texts = [tree.show(path) for path in saved]
         found: dict[tree.KeyPath, str] = {}
         clashes: list[str] = []
-        result: list[tree.KeyPath] = []
         for path, old, new in zip(saved, texts, self._renamed(texts, where), strict=True):
             if new != old:
                 made = (tree.Key(part, tree.DICT) for part in new.split("/"))
                 path = wanted.get(new) or tuple(made)
             if (other := found.setdefault(path, old)) is not old:
                 clashes.append(f"{other} and {old} would both be {new}")
-            result.append(path)
         if clashes:
             raise StateError(
                 f"rename={self.rename!r} puts two saved leaves into one place:"
                 f" {shortened(clashes)}. Rename the other, too, to a name that is not wanted"
             )
-        return result
+        return list(found)
 
     def _renamed(self, paths: Sequence[str], where: str) -> list[str]:
         """The paths after renaming."""
@@ -154,10 +152,7 @@ class Selection:
         for old in new.keys() - {match[1] for match in found if match}:
             _no_such(f"the prefix {old!r} of rename=", old, paths, where)
         pairs = zip(found, paths, strict=True)
-        return [
-            (new[match[1]] + path[match.end() :]).strip("/") if match else path
-            for match, path in pairs
-        ]
+        return [(new[m[1]] + path[m.end() :]).strip("/") if m else path for m, path in pairs]
 
 
 def shortened(items: Sequence[str]) -> str:
@@ -184,10 +179,8 @@ def _glob(glob: str) -> Test:
     """A predicate: whether a path is one of a glob's nodes, or beneath one."""
     parts = glob.strip("/").split("/")
     fits = [re.escape(part).replace(r"\*", "[^/]*") + "/" for part in parts]
-    pattern = "".join(
-        "(?:[^/]*/)*" if p == "**" else fit for p, fit in zip(parts, fits, strict=True)
-    )
-    match = re.compile(pattern).match
+    fits = ["(?:[^/]*/)*" if p == "**" else fit for p, fit in zip(parts, fits, strict=True)]
+    match = re.compile("".join(fits)).match
     return lambda path: match(f"{path}/") is not None
 
 

@@ -21,7 +21,6 @@ from flax_ckpt.handlers.pytree import PyTreeHandler
 from flax_ckpt.handlers.saved_tree import SavedTree, mismatch
 from flax_ckpt.leaves.base import SavedLeaf
 from flax_ckpt.storage.record import notes
-from flax_ckpt.training import boxes
 from flax_ckpt.training.selection import Selection
 
 _BY_NAME = "Load them by name with flax_ckpt.load_checkpointables, and put the state together"
@@ -97,9 +96,8 @@ class Source(contextlib.ExitStack):
         super().__init__()
         self.where = layout.path
         self.trees: dict[str, SavedTree] = {}
-        self._layout = layout
+        self._layout, self._chosen = layout, chosen
         self._registry = context.checkpointables.registry or handler_registry.global_registry()
-        self._chosen = chosen
 
     def _open(self, name: str, *mount: tree.Key) -> SavedTree:
         last_first = reversed(self._registry.get_all_entries())
@@ -176,8 +174,7 @@ class Source(contextlib.ExitStack):
             Every leaf that there was: its path before and after, and what it is.
         """
         before = [path for saved in self.trees.values() for path in saved.leaves]
-        after = self._chosen.destinations(before, wanted, self.where)
-        after = boxes.match(after, wanted)
+        after = _unboxed(self._chosen.destinations(before, wanted, self.where), wanted)
         places = [tree.show(path) for path in after]
         if self._chosen.is_partial:
             unopened = set(self._layout.trees) - self.trees.keys()
@@ -200,3 +197,21 @@ class Source(contextlib.ExitStack):
         if any("nothing" in (found.saved, found.wanted) for found in differences):
             return errors.TreeMismatchError(f"{error}\n{_OPTIONS}", differences)
         return error
+
+
+def _unboxed(saved: list[tree.KeyPath], wanted: Mapping[str, tree.KeyPath]) -> list[tree.KeyPath]:
+    """For each saved path the wanted one that it stands for, if that is not saved itself.
+
+    Linen's `Partitioned` is saved as `kernel/value`, as variables of NNX were by Orbax; and NNX's
+    states have dicts with the keys 0, 1, … where an optimizer has a tuple.
+    """
+    there, asked = set(saved), set(wanted.values())
+    found: list[tree.KeyPath] = []
+    for path in saved:
+        if path not in asked:
+            text = tree.show(path)
+            boxed = text.removesuffix("/value") if text.endswith("/value") else f"{text}/value"
+            other = wanted.get(text) or wanted.get(boxed) or path
+            path = path if other in there else other
+        found.append(path)
+    return found

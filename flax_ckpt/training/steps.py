@@ -12,7 +12,6 @@ fc.training.Checkpointer(root, step_name_format=both)  # reads `23` too, writes 
 import contextlib
 import dataclasses
 import datetime
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +22,9 @@ from etils import epath
 from flax_ckpt.errors import CheckpointNotFoundError, InvalidLayoutError, StepNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, files, kinds
-from flax_ckpt.storage.files import PathLike
+from flax_ckpt.training import progress
 from flax_ckpt.training.metadata import CheckpointMetadata, listed
 
-logger = logging.getLogger("flax_ckpt")
 M_co = TypeVar("M_co", covariant=True, bound=CheckpointMetadata[Any])
 
 
@@ -38,11 +36,11 @@ class NameFormat(Protocol[M_co]):
         """The name of a step's directory."""
         ...
 
-    def find_all(self, base_path: PathLike) -> Iterator[M_co]:
+    def find_all(self, base_path: files.PathLike) -> Iterator[M_co]:
         """The committed steps under a root, in any order."""
         ...
 
-    def find_step(self, base_path: PathLike, step: int) -> M_co:
+    def find_step(self, base_path: files.PathLike, step: int) -> M_co:
         """A committed step under a root.
 
         Raises:
@@ -68,7 +66,7 @@ class StandardNameFormat:
         """The name of a step's directory."""
         return (self.prefix and f"{self.prefix}_") + f"{step:0{self.width}}"
 
-    def find_all(self, base_path: PathLike) -> Iterator[CheckpointMetadata[None]]:
+    def find_all(self, base_path: files.PathLike) -> Iterator[CheckpointMetadata[None]]:
         """The committed steps under a root, in any order."""
         root = epath.Path(base_path)
         for name in _entries(base_path):
@@ -76,7 +74,7 @@ class StandardNameFormat:
             if found and self.build_name(found[1]) == name and is_checkpoint(f"{root}/{name}"):
                 yield listed(found[1], root / name)
 
-    def find_step(self, base_path: PathLike, step: int) -> CheckpointMetadata[None]:
+    def find_step(self, base_path: files.PathLike, step: int) -> CheckpointMetadata[None]:
         """A committed step under a root."""
         path = epath.Path(base_path) / self.build_name(step)
         if not is_checkpoint(os.fspath(path)):
@@ -92,11 +90,11 @@ class _CompositeNameFormat:
     def build_name(self, step: int) -> str:
         return self.write_name_format.build_name(step)
 
-    def find_all(self, base_path: PathLike) -> Iterator[CheckpointMetadata[None]]:
+    def find_all(self, base_path: files.PathLike) -> Iterator[CheckpointMetadata[None]]:
         formats = reversed(self.read_name_formats)  # the first of them has the last word
         yield from {m.step: m for each in formats for m in each.find_all(base_path)}.values()
 
-    def find_step(self, base_path: PathLike, step: int) -> CheckpointMetadata[None]:
+    def find_step(self, base_path: files.PathLike, step: int) -> CheckpointMetadata[None]:
         for name_format in self.read_name_formats[:-1]:
             with contextlib.suppress(ValueError):  # perhaps it is called as the next format says
                 return name_format.find_step(base_path, step)
@@ -205,7 +203,7 @@ def path_of(root: str, step: int) -> str:
     return os.path.join(root, naming(root).build_name(step))
 
 
-def _entries(path: PathLike) -> list[str]:
+def _entries(path: files.PathLike) -> list[str]:
     """The names in a directory; none if it is not there."""
     try:
         return os.listdir(path)
@@ -229,8 +227,11 @@ def require_steps(root: str) -> list[int]:
         CheckpointNotFoundError: there are none; says what is there.
     """
     kinds.require_directory(root)
-    if found := committed(root):
-        return found
+    before = None
+    while (now := _entries(root)) != before:  # those listed may go while a later one comes
+        if found := committed(root):
+            return found
+        before = now
     named = kinds.checkpoints_in(root)
     hint = f"; restore one of these by its path: {os.path.join(root, named[-1])}" if named else ""
     there = kinds.contents(root)
@@ -252,9 +253,8 @@ def supersede(root: str, after: int) -> None:
         files.rename(os.path.join(root, way.build_name(step)), os.path.join(aside, f"{step}-{now}"))
     files.sync_path(aside)
     files.sync_path(root)
-    logger.warning(
-        "this run goes on from step %d: the later steps %s were moved to %s", after, later, aside
-    )
+    text = "this run goes on from step %d: the later steps %s were moved to %s"
+    progress.logger.warning(text, after, later, aside)
 
 
 def clean(root: str, build_name: Callable[[int], str]) -> None:

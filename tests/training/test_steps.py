@@ -1,10 +1,12 @@
 """Which directories under a root are steps, whoever named them, and how the next one is called."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+import flax_ckpt as fc
 from flax_ckpt.errors import InvalidLayoutError
 from flax_ckpt.training import steps
 
@@ -88,3 +90,18 @@ def test_cleaning_takes_what_a_killed_save_left_of_this_run(tmp_path):
     root = make(tmp_path, "ckpt_04", *left, *others)
     steps.clean(root, steps.naming(root).build_name)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["ckpt_04", *others])
+
+
+def test_a_step_that_goes_while_it_is_looked_at_gives_way_to_the_next(tmp_path, monkeypatch):
+    fc.save(tmp_path / "1", {"w": 1})
+    looks, look = [], steps.is_checkpoint
+
+    def beside_a_trainer(path: str) -> bool:
+        looks.append(path)
+        if len(looks) == 2:  # once to see how steps are called, then to list them
+            fc.save(tmp_path / "2", {"w": 2})
+            shutil.rmtree(tmp_path / "1")
+        return look(path)
+
+    monkeypatch.setattr(steps, "is_checkpoint", beside_a_trainer)
+    assert steps.require_steps(str(tmp_path)) == [2]
