@@ -79,7 +79,7 @@ def load(
     def read() -> Any:
         layout = Layout.of(path)
         name = layout.tree_name(checkpointable_name)
-        return _async.run(_load_items(layout, {name: abstract}, on_damage))[name]
+        return _async.run(_load(layout, {name: abstract}, on_damage))[name]
 
     return steadily(path, read)
 
@@ -128,9 +128,8 @@ def _in_background(read: Callable[..., T], *args: Any, **named: Any) -> AsyncRes
     given["path"] = here = local_path(given["path"])
     # A copy of the containers: the caller may change his tree.
     wanted = _jax.tree.map(lambda leaf: leaf, {name: _unwrapped(v) for name, v in given.items()})
-    return AsyncResponse(
-        _async.with_settings(lambda: read(**wanted)), f"load of {here}", reported=False
-    )
+    work = _async.with_settings(lambda: read(**wanted))
+    return AsyncResponse(work, f"load of {here}", reported=False)
 
 
 def metadata(
@@ -214,16 +213,15 @@ def load_layout(
     """As :func:`load_checkpointables`, of a layout and in a context given explicitly."""
     wanted = _unwrapped(abstract)
     if layout.is_flat:
-        raise errors.InvalidLayoutError(
-            f"{layout.path} is one PyTree without checkpointables: use flax_ckpt.load"
-        )
+        what = f"{layout.path} is one PyTree without checkpointables"
+        raise errors.InvalidLayoutError(f"{what}: use flax_ckpt.load")
     if wanted is None:
         if layout.deleting:
             text = "%s: the checkpointable %r is left out, as its deletion was not finished"
             logger.warning(text, layout.path, layout.deleting)
         wanted = {name: None for name in layout.items if name != names.METRICS}
     with applied(context):
-        return _async.run(_load_items(layout, wanted, on_damage))
+        return _async.run(_load(layout, wanted, on_damage))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,11 +282,10 @@ class Layout:
         """The checkpointable that holds the tree to load."""
         if wanted is None or self.is_flat:
             if not (self.is_flat and wanted in (None, names.AUTO)):
-                raise errors.InvalidLayoutError(
-                    f"{self.path} {'is' if self.is_flat else 'is not'} itself a PyTree, but"
-                    f" checkpointable_name={wanted!r} was asked for;"
-                    f" it has: {', '.join(self.items) or 'nothing'}"
-                )
+                what = f"{self.path} {'is' if self.is_flat else 'is not'} itself a PyTree, but"
+                what += f" checkpointable_name={wanted!r} was asked for; it has"
+                there = ", ".join(self.items) or "nothing"
+                raise errors.InvalidLayoutError(f"{what}: {there}")
             return ""
         if wanted != names.AUTO:
             return wanted
@@ -296,11 +293,10 @@ class Layout:
         for name in [*names.LEGACY_STATES, *(trees if len(trees) == 1 else [])]:
             if name in trees:
                 return name
-        raise errors.InvalidLayoutError(
-            f"{self.path} has {'several PyTrees' if trees else 'no PyTree'}:"
-            f" {', '.join(trees or self.items) or 'it is empty'}. Name one with"
-            " checkpointable_name=, or use flax_ckpt.load_checkpointables"
-        )
+        what = f"{self.path} has {'several PyTrees' if trees else 'no PyTree'}"
+        hint = "Name one with checkpointable_name=, or use flax_ckpt.load_checkpointables"
+        there = ", ".join(trees or self.items) or "it is empty"
+        raise errors.InvalidLayoutError(f"{what}: {there}. {hint}")
 
     def item(self, name: str) -> epath.Path:
         """The directory of a checkpointable.
@@ -311,9 +307,8 @@ class Layout:
         """
         _refuse_deleted(self.path, name, self.deleting)
         if name not in self.items:
-            raise errors.CheckpointNotFoundError(
-                f"{self.path} has no checkpointable {name!r}; it has: {', '.join(self.items)}"
-            )
+            what = f"{self.path} has no checkpointable {name!r}"
+            raise errors.CheckpointNotFoundError(f"{what}; it has: {', '.join(self.items)}")
         return epath.Path(self.items[name])
 
     def wrap(self, found: Any) -> CheckpointMetadata[Any]:
@@ -330,10 +325,9 @@ def _being_deleted(path: str) -> str | None:
 
 def _refuse_deleted(path: str, name: str, deleting: str | None) -> None:
     if name == deleting:
-        raise errors.DeletionInProgressError(
-            f"the checkpointable {name!r} of {path} is being deleted: its deletion has begun and"
-            f" not ended. flax_ckpt.delete({path!r}, checkpointable_name={name!r}) finishes it"
-        )
+        what = f"the checkpointable {name!r} of {path} is being deleted: its deletion has begun"
+        call = f"flax_ckpt.delete({path!r}, checkpointable_name={name!r})"
+        raise errors.DeletionInProgressError(f"{what} and not ended. {call} finishes it")
 
 
 def _unwrapped(abstract: Any) -> Any:
@@ -350,9 +344,7 @@ def _handler(layout: Layout, name: str, abstract: Any) -> Any:
     return handler_registry.for_load(registry, name, abstract, recorded, is_tree)
 
 
-async def _load_items(
-    layout: Layout, wanted: Mapping[str, Any], on_damage: OnDamage
-) -> dict[str, Any]:
+async def _load(layout: Layout, wanted: Mapping[str, Any], on_damage: OnDamage) -> dict[str, Any]:
     damage = notes(on_damage)
     handlers = {name: _handler(layout, name, abstract) for name, abstract in wanted.items()}
     for name, handler in handlers.items():

@@ -296,11 +296,8 @@ def write_root(root: str, metadata: checkpoint.RootMetadata, target: str) -> Non
     files.write(os.path.join(root, names.INDICATOR), b"")
     files.write(os.path.join(root, names.CHECKPOINT_METADATA), metadata.to_bytes())
     files.write(os.path.join(root, names.COMMIT_SUCCESS), committed)
-    crcs = {
-        path: checkpoint.file_crc(files.read(os.path.join(root, path)))
-        for path in files.walk(root)
-        if not _is_array_data(root, path) and path != names.OWNER
-    }
+    paths = [p for p in files.walk(root) if p != names.OWNER and not _is_array_data(root, p)]
+    crcs = {path: checkpoint.file_crc(files.read(os.path.join(root, path))) for path in paths}
     writers = {package: version(package) for package in ("flax-ckpt", "jax", "numpy")}
     files.write(os.path.join(root, names.INTEGRITY), checkpoint.Integrity(crcs, writers).to_bytes())
 
