@@ -126,8 +126,9 @@ def load_checkpointables_async(*args: Any, **named: Any) -> AsyncResponse[dict[s
 def _in_background(read: Callable[..., T], *args: Any, **named: Any) -> AsyncResponse[T]:
     given = inspect.signature(read).bind(*args, **named).arguments
     given["path"] = here = local_path(given["path"])
-    # A copy of the containers: the caller may change his tree.
-    wanted = _jax.tree.map(lambda leaf: leaf, {name: _unwrapped(v) for name, v in given.items()})
+    # Its containers anew: the caller may change his tree.
+    leaves, treedef = _jax.tree.flatten({name: _unwrapped(v) for name, v in given.items()})
+    wanted = treedef.unflatten(leaves)
     work = _async.with_settings(lambda: read(**wanted))
     return AsyncResponse(work, f"load of {here}", reported=False)
 

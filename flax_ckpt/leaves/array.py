@@ -139,7 +139,7 @@ class KeyLeaf:
     def write(self, value: Any, *, copy: bool) -> LeafWrite:
         """See :class:`LeafHandler`."""
         written = self._arrays.write(jax.random.key_data(value), copy=copy)
-        return msgspec.structs.replace(written, key_impl=str(jax.random.key_impl(value)))
+        return written.replace(key_impl=str(jax.random.key_impl(value)))
 
     def describe(self, saved: SavedLeaf) -> Any:
         """A `ShapeDtypeStruct` of the key dtype and the logical shape."""

@@ -8,7 +8,7 @@ and the value built from them.
 import dataclasses
 from collections.abc import Sequence
 from types import EllipsisType
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, Self, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -22,11 +22,15 @@ from flax_ckpt.storage.store import Region, Shard
 PLACEHOLDER: Final[EllipsisType] = ...
 
 
-# Of the structs below there is one for each leaf: cheap to make, and out of the garbage
-# collector's sight.
+class _Value(msgspec.Struct, frozen=True, gc=False):
+    """There is one for each leaf: cheap to make, and out of the garbage collector's sight."""
+
+    def replace(self, **changes: Any) -> Self:
+        """The same with other values for some attributes."""
+        return msgspec.structs.replace(self, **changes)
 
 
-class LeafWrite(msgspec.Struct, frozen=True, gc=False):
+class LeafWrite(_Value, frozen=True, gc=False):
     """A leaf, ready to be written: plain memory and strings, no device, no reference to change.
 
     Attributes:
@@ -52,7 +56,7 @@ class LeafWrite(msgspec.Struct, frozen=True, gc=False):
     spread: bool = False
 
 
-class SavedLeaf(msgspec.Struct, frozen=True, gc=False):
+class SavedLeaf(_Value, frozen=True, gc=False):
     """What a checkpoint says of a leaf before its data is read.
 
     Attributes:
@@ -108,7 +112,7 @@ def show(abstract: Any) -> str:
     return f"a {type(abstract).__name__}"
 
 
-class Target(msgspec.Struct, frozen=True, gc=False):
+class Target(_Value, frozen=True, gc=False):
     """What a leaf shall become, resolved from the saved leaf and the caller's wish.
 
     Attributes:
