@@ -1,17 +1,7 @@
 """Checkpointing for Flax and Optax training: save, resume, evaluate, anywhere."""
 
-from flax_ckpt import (
-    arrays,
-    errors,
-    handlers,
-    leaves,
-    multihost,
-    options,
-    partial,
-    path,
-    training,
-    tree,
-)
+import flax_ckpt.path as path
+from flax_ckpt import arrays, errors, handlers, leaves, multihost, options, partial, training, tree
 from flax_ckpt._async import AsyncResponse
 from flax_ckpt._delete import delete, delete_async
 from flax_ckpt._load import (

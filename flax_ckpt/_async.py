@@ -40,6 +40,7 @@ class AsyncResponse(Generic[T]):
         verb: what it does to it, for messages at the end of the process.
         reported: whether a failure that nobody asks for fails the process at its end.
         then: called after success, in the same thread, before what `on_complete` is given.
+        begun: set when nothing keeps the work from being done any more, not even an interrupt.
 
     Attributes:
         completed: whether the work itself has ended well, whatever becomes of what follows it.
@@ -55,6 +56,7 @@ class AsyncResponse(Generic[T]):
         verb: str = "saved",
         reported: bool = True,
         then: Callable[[], None] | None = None,
+        begun: threading.Event | None = None,
     ) -> None:
         self.what = what
         self.verb = verb
@@ -66,7 +68,7 @@ class AsyncResponse(Generic[T]):
         # The thread starts now, not on demand: once the main thread has ended, none can start.
         # Its work begins when `start` has returned: else the caller would wait up to 5 ms for the
         # GIL, and one that was interrupted there would not know that the work goes on.
-        self._decided, self._begun = threading.Event(), False
+        self._decided, self._begun = threading.Event(), begun or threading.Event()
         name, within = f"flax_ckpt {what}", contextvars.copy_context().run
         thread = threading.Thread(target=within, args=(self._run, work), name=name)
         try:
@@ -74,16 +76,16 @@ class AsyncResponse(Generic[T]):
                 with _lock:
                     _unsurfaced.add(self)
             thread.start()
-            self._begun = True
+            self._begun.set()
         finally:
-            if not self._begun:
+            if not self._begun.is_set():
                 with _lock:
                     _unsurfaced.discard(self)
             self._decided.set()
 
     def _run(self, work: Callable[[], T]) -> None:
         self._decided.wait()
-        if not self._begun:
+        if not self._begun.is_set():
             return
         try:
             self._value = work()

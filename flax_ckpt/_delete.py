@@ -111,32 +111,24 @@ def _record(target: str, name: str) -> DeletionRecord:
         if pending.checkpointable_name == name and pending.destination is None:
             return pending
         how = "with Orbax" if pending.destination else "with the same call"
-        raise DeletionRecoveryError(
-            f"the deletion of the checkpointable {pending.checkpointable_name!r} of {target} was"
-            f" interrupted: finish it first, {how}"
-        )
+        what = f"the deletion of the checkpointable {pending.checkpointable_name!r} of {target}"
+        raise DeletionRecoveryError(f"{what} was interrupted: finish it first, {how}")
     metadata = _metadata(target)
     items = _items(target, metadata)
     if name not in items or os.path.islink(os.path.join(target, name)):
-        raise InvalidLayoutError(
-            f"{os.path.join(target, name)} is no checkpointable of {target}, which has:"
-            f" {', '.join(items) or 'none, being one PyTree'}. Nothing was deleted"
-        )
+        what = f"{os.path.join(target, name)} is no checkpointable of {target}, which has"
+        there = ", ".join(items) or "none, being one PyTree"
+        raise InvalidLayoutError(f"{what}: {there}. Nothing was deleted")
     if items == [name]:
-        raise ValueError(
-            f"{name!r} is the only checkpointable of {target}; delete the whole checkpoint:"
-            f" flax_ckpt.delete({target!r})"
-        )
+        what = f"{name!r} is the only checkpointable of {target}; delete the whole checkpoint"
+        raise ValueError(f"{what}: flax_ckpt.delete({target!r})")
     return DeletionRecord.of(metadata, name)
 
 
 def _metadata(target: str) -> dict[str, Any]:
     data = deletion.read_metadata(Record(target))
-    return (
-        {}
-        if data is None
-        else jsons.parse_object(data, os.path.join(target, names.CHECKPOINT_METADATA))
-    )
+    where = os.path.join(target, names.CHECKPOINT_METADATA)
+    return {} if data is None else jsons.parse_object(data, where)
 
 
 def _items(target: str, metadata: dict[str, Any]) -> list[str]:

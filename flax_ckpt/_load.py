@@ -8,6 +8,7 @@ fc.metadata("/ckpt/params").metadata["w"].shape
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -16,16 +17,10 @@ from typing import Any, TypeVar, cast
 import jax
 from etils import epath
 
-from flax_ckpt import _async
-from flax_ckpt._async import AsyncResponse
+from flax_ckpt import _async, errors
+from flax_ckpt._async import AsyncResponse, parameters_of
 from flax_ckpt._metadata import CheckpointMetadata
 from flax_ckpt.context import Context, applied, resolve
-from flax_ckpt.errors import (
-    CheckpointNotFoundError,
-    DeletionInProgressError,
-    FormatError,
-    InvalidLayoutError,
-)
 from flax_ckpt.format import checkpoint, names
 from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.pytree import PyTreeHandler
@@ -84,21 +79,15 @@ def load(
     def read() -> Any:
         layout = Layout.of(path)
         name = layout.tree_name(checkpointable_name)
-        return _async.run(_load_items(layout, {name: abstract}, on_damage))[name]
+        return _async.run(_load(layout, {name: abstract}, on_damage))[name]
 
     return steadily(path, read)
 
 
-def load_async(
-    path: PathLike,
-    abstract_state: Any = None,
-    *,
-    checkpointable_name: str | None = names.AUTO,
-    on_damage: OnDamage = "raise",
-) -> AsyncResponse[Any]:
+@parameters_of(load)
+def load_async(*args: Any, **named: Any) -> AsyncResponse[Any]:
     """Loads one PyTree in the background; see :func:`load`."""
-    named = {"checkpointable_name": checkpointable_name, "on_damage": on_damage}
-    return _in_background(load, path, abstract_state, **named)
+    return _in_background(load, *args, **named)
 
 
 def load_checkpointables(
@@ -128,23 +117,19 @@ def load_checkpointables(
     return steadily(path, lambda: load_layout(Layout.of(path), wanted, context, on_damage))
 
 
-def load_checkpointables_async(
-    path: PathLike,
-    abstract_checkpointables: Mapping[str, Any] | CheckpointMetadata[Any] | None = None,
-    *,
-    on_damage: OnDamage = "raise",
-) -> AsyncResponse[dict[str, Any]]:
+@parameters_of(load_checkpointables)
+def load_checkpointables_async(*args: Any, **named: Any) -> AsyncResponse[dict[str, Any]]:
     """Loads several checkpointables in the background; see :func:`load_checkpointables`."""
-    wanted = abstract_checkpointables
-    return _in_background(load_checkpointables, path, wanted, on_damage=on_damage)
+    return _in_background(load_checkpointables, *args, **named)
 
 
-def _in_background(
-    read: Callable[..., T], path: PathLike, abstract: Any, **named: Any
-) -> AsyncResponse[T]:
-    leaves, treedef = _jax.tree.flatten(_unwrapped(abstract))  # the caller may change his tree
-    here, wanted = local_path(path), treedef.unflatten(leaves)
-    work = _async.with_settings(lambda: read(here, wanted, **named))
+def _in_background(read: Callable[..., T], *args: Any, **named: Any) -> AsyncResponse[T]:
+    given = inspect.signature(read).bind(*args, **named).arguments
+    given["path"] = here = local_path(given["path"])
+    # Its containers anew: the caller may change his tree.
+    leaves, treedef = _jax.tree.flatten({name: _unwrapped(v) for name, v in given.items()})
+    wanted = treedef.unflatten(leaves)
+    work = _async.with_settings(lambda: read(**wanted))
     return AsyncResponse(work, f"load of {here}", reported=False)
 
 
@@ -209,7 +194,7 @@ def steadily(path: PathLike, read: Callable[[], T]) -> T:
         before = identity(path)
         try:
             return read()
-        except (FormatError, FileNotFoundError):
+        except (errors.FormatError, FileNotFoundError):
             if identity(path) == before:
                 raise
 
@@ -229,16 +214,15 @@ def load_layout(
     """As :func:`load_checkpointables`, of a layout and in a context given explicitly."""
     wanted = _unwrapped(abstract)
     if layout.is_flat:
-        raise InvalidLayoutError(
-            f"{layout.path} is one PyTree without checkpointables: use flax_ckpt.load"
-        )
+        what = f"{layout.path} is one PyTree without checkpointables"
+        raise errors.InvalidLayoutError(f"{what}: use flax_ckpt.load")
     if wanted is None:
         if layout.deleting:
             text = "%s: the checkpointable %r is left out, as its deletion was not finished"
             logger.warning(text, layout.path, layout.deleting)
         wanted = {name: None for name in layout.items if name != names.METRICS}
     with applied(context):
-        return _async.run(_load_items(layout, wanted, on_damage))
+        return _async.run(_load(layout, wanted, on_damage))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +252,7 @@ class Layout:
         here = local_path(path)
         kinds.require_directory(here)
         if kinds.unfinished(here):
-            raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
+            raise errors.InvalidLayoutError(f"{here} {kinds.describe(here)}")
         record = Record(here)
         data = deletion.read_metadata(record)
         root = checkpoint.RootMetadata.from_bytes(data or b"", names.CHECKPOINT_METADATA)
@@ -278,7 +262,7 @@ class Layout:
             return cls(here, {"": here}, root)
         found = {entry.name: entry.path for entry in os.scandir(here) if kinds.is_item(entry)}
         if data is None and not any(map(kinds.is_item_tree, found.values())):
-            raise InvalidLayoutError(f"{here} {kinds.describe(here)}")
+            raise errors.InvalidLayoutError(f"{here} {kinds.describe(here)}")
         saved = {n: os.path.join(here, n) for n in root.item_handlers if record.listed(f"{n}/")}
         items = saved | found
         deleting = _being_deleted(here)
@@ -299,11 +283,10 @@ class Layout:
         """The checkpointable that holds the tree to load."""
         if wanted is None or self.is_flat:
             if not (self.is_flat and wanted in (None, names.AUTO)):
-                raise InvalidLayoutError(
-                    f"{self.path} {'is' if self.is_flat else 'is not'} itself a PyTree, but"
-                    f" checkpointable_name={wanted!r} was asked for;"
-                    f" it has: {', '.join(self.items) or 'nothing'}"
-                )
+                what = f"{self.path} {'is' if self.is_flat else 'is not'} itself a PyTree, but"
+                what += f" checkpointable_name={wanted!r} was asked for; it has"
+                there = ", ".join(self.items) or "nothing"
+                raise errors.InvalidLayoutError(f"{what}: {there}")
             return ""
         if wanted != names.AUTO:
             return wanted
@@ -311,11 +294,10 @@ class Layout:
         for name in [*names.LEGACY_STATES, *(trees if len(trees) == 1 else [])]:
             if name in trees:
                 return name
-        raise InvalidLayoutError(
-            f"{self.path} has {'several PyTrees' if trees else 'no PyTree'}:"
-            f" {', '.join(trees or self.items) or 'it is empty'}. Name one with"
-            " checkpointable_name=, or use flax_ckpt.load_checkpointables"
-        )
+        what = f"{self.path} has {'several PyTrees' if trees else 'no PyTree'}"
+        hint = "Name one with checkpointable_name=, or use flax_ckpt.load_checkpointables"
+        there = ", ".join(trees or self.items) or "it is empty"
+        raise errors.InvalidLayoutError(f"{what}: {there}. {hint}")
 
     def item(self, name: str) -> epath.Path:
         """The directory of a checkpointable.
@@ -326,9 +308,8 @@ class Layout:
         """
         _refuse_deleted(self.path, name, self.deleting)
         if name not in self.items:
-            raise CheckpointNotFoundError(
-                f"{self.path} has no checkpointable {name!r}; it has: {', '.join(self.items)}"
-            )
+            what = f"{self.path} has no checkpointable {name!r}"
+            raise errors.CheckpointNotFoundError(f"{what}; it has: {', '.join(self.items)}")
         return epath.Path(self.items[name])
 
     def wrap(self, found: Any) -> CheckpointMetadata[Any]:
@@ -345,10 +326,9 @@ def _being_deleted(path: str) -> str | None:
 
 def _refuse_deleted(path: str, name: str, deleting: str | None) -> None:
     if name == deleting:
-        raise DeletionInProgressError(
-            f"the checkpointable {name!r} of {path} is being deleted: its deletion has begun and"
-            f" not ended. flax_ckpt.delete({path!r}, checkpointable_name={name!r}) finishes it"
-        )
+        what = f"the checkpointable {name!r} of {path} is being deleted: its deletion has begun"
+        call = f"flax_ckpt.delete({path!r}, checkpointable_name={name!r})"
+        raise errors.DeletionInProgressError(f"{what} and not ended. {call} finishes it")
 
 
 def _unwrapped(abstract: Any) -> Any:
@@ -365,9 +345,7 @@ def _handler(layout: Layout, name: str, abstract: Any) -> Any:
     return handler_registry.for_load(registry, name, abstract, recorded, is_tree)
 
 
-async def _load_items(
-    layout: Layout, wanted: Mapping[str, Any], on_damage: OnDamage
-) -> dict[str, Any]:
+async def _load(layout: Layout, wanted: Mapping[str, Any], on_damage: OnDamage) -> dict[str, Any]:
     damage = notes(on_damage)
     handlers = {name: _handler(layout, name, abstract) for name, abstract in wanted.items()}
     for name, handler in handlers.items():

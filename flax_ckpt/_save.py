@@ -40,16 +40,17 @@ from flax_ckpt.storage.commit import DeferredPath, Staging
 class _Turn:
     """The place of a save among those to one path, which come one after another."""
 
-    def __init__(self, before: _Turn | None) -> None:
-        self.ended = Event()
-        self._before = before
+    before: _Turn | None = None
+
+    def __init__(self) -> None:
+        self.begun, self.ended = Event(), Event()
 
     def wait(self) -> None:
         """Waits for those before. One that was refused has ended, but not those before it."""
-        before, self._before = self._before, None
+        before, self.before = self.before, None
         while before is not None:
             before.ended.wait()
-            before = before._before
+            before = before.before
 
 
 # Two saves to one path must not share a staging directory: the later waits for the earlier.
@@ -166,36 +167,38 @@ def start(
         raise ValueError("there is nothing to save: `checkpointables` is empty")
     custom = jsons.checked_metadata(custom_metadata) if custom_metadata else {}
     started = time.time_ns()
-    place = os.path.realpath(target)
-    with _lock:
-        before = _in_flight.get(place)
-        if before is not None and not before.ended.is_set() and not (overwrite or session):
-            raise CheckpointExistsError(f"{target} is being saved right now; save to another path")
-        turn = _in_flight[place] = _Turn(before)
+    place, turn, writing = os.path.realpath(target), _Turn(), list[Awaitable[None]]()
     after = None if session else context.asynchronous.post_finalization_callback
     try:
+        with _lock:
+            before = turn.before = _in_flight.get(place)
+            if before is not None and not before.ended.is_set() and not (overwrite or session):
+                text = f"{target} is being saved right now; save to another path"
+                raise CheckpointExistsError(text)
+            _in_flight[place] = turn
         with applied(context):
             mode = context.file.path_permission_mode
             staging = session or Staging(target, overwrite=overwrite, mode=mode)
             together = hosts.current(context.multiprocessing, context.asynchronous, target)
             registry = context.checkpointables.registry or handler_registry.global_registry()
+            part = PyTreeHandler(partial_save_mode=True) if session else None
             handlers = {
-                name: PyTreeHandler(partial_save_mode=True)
-                if session
-                else handler_registry.for_save(registry, name, value, tree=name in trees)
+                name: part or handler_registry.for_save(registry, name, value, tree=name in trees)
                 for name, value in checkpointables.items()
             }
             types = {name: handler_registry.typestr(type(h)) for name, h in handlers.items()}
             root = checkpoint.RootMetadata(types, started, custom_metadata=custom)
-            work = _Save(target, staging, together, root)
+            work = _Save(target, staging, together, root, writing)
             _async.run(work.take(handlers, checkpointables))
-            what = f"checkpoint {target}"
-            return AsyncResponse(lambda: work.finish(turn, permit) or result, what, then=after)
+            run, what = lambda: work.finish(turn, permit) or result, f"checkpoint {target}"
+            return AsyncResponse(run, what, then=after, begun=turn.begun)
     except BaseException:
-        with _lock:
-            if before is not None and _in_flight.get(place) is turn:
-                _in_flight[place] = before
-        turn.ended.set()
+        if not turn.begun.is_set():  # else an interrupt came while the thread goes on
+            with _lock:
+                if turn.before is not None and _in_flight.get(place) is turn:
+                    _in_flight[place] = turn.before
+            turn.ended.set()
+            _close(writing)
         raise
 
 
@@ -218,23 +221,17 @@ class _Save:
     staging: Staging
     together: hosts.Hosts
     root: checkpoint.RootMetadata
+    writing: list[Awaitable[None]]
     created: Future[None] = dataclasses.field(default_factory=Future[None])
-    writing: list[Awaitable[None]] = dataclasses.field(default_factory=list[Awaitable[None]])
 
     async def take(self, handlers: Mapping[str, Handler], values: Mapping[str, Any]) -> None:
         root = DeferredPath(epath.Path(self.staging.path), self.created)
-        try:
-            for name, handler in handlers.items():
-                rest = await handler.save(root / name, values[name])
-                if not inspect.isawaitable(rest):
-                    raise NotHandleableError(
-                        f"checkpointable {name!r}: {type(handler).__name__}.save returned"
-                        f" {rest!r}, not an awaitable that writes it"
-                    )
-                self.writing.append(rest)
-        except BaseException:
-            self._close()
-            raise
+        for name, handler in handlers.items():
+            rest = await handler.save(root / name, values[name])
+            if not inspect.isawaitable(rest):
+                what = f"checkpointable {name!r}: {type(handler).__name__}.save returned {rest!r}"
+                raise NotHandleableError(f"{what}, not an awaitable that writes it")
+            self.writing.append(rest)
 
     def finish(self, turn: _Turn, permit: Callable[[], None] | None) -> None:
         """Writes, syncs and commits; on failure the target is what it was.
@@ -272,7 +269,7 @@ class _Save:
             self.together.barrier("created")
         except BaseException as error:
             self.created.set_exception(error)
-            self._close()
+            _close(self.writing)
             raise
         self.created.set_result(None)
         results = await asyncio.gather(*self.writing, return_exceptions=True)
@@ -280,10 +277,11 @@ class _Save:
             if isinstance(result, BaseException):
                 raise result
 
-    def _close(self) -> None:
-        for rest in self.writing:
-            if isinstance(rest, Coroutine):
-                rest.close()
+
+def _close(writing: list[Awaitable[None]]) -> None:
+    for rest in writing:
+        if isinstance(rest, Coroutine):
+            rest.close()
 
 
 def write_root(root: str, metadata: checkpoint.RootMetadata, target: str) -> None:
@@ -298,11 +296,8 @@ def write_root(root: str, metadata: checkpoint.RootMetadata, target: str) -> Non
     files.write(os.path.join(root, names.INDICATOR), b"")
     files.write(os.path.join(root, names.CHECKPOINT_METADATA), metadata.to_bytes())
     files.write(os.path.join(root, names.COMMIT_SUCCESS), committed)
-    crcs = {
-        path: checkpoint.file_crc(b"", files.blocks(os.path.join(root, path)))
-        for path in files.walk(root)
-        if not _is_array_data(root, path) and path != names.OWNER
-    }
+    paths = [p for p in files.walk(root) if p != names.OWNER and not _is_array_data(root, p)]
+    crcs = {p: checkpoint.file_crc(b"", files.blocks(os.path.join(root, p))) for p in paths}
     writers = {package: version(package) for package in ("flax-ckpt", "jax", "numpy")}
     files.write(os.path.join(root, names.INTEGRITY), checkpoint.Integrity(crcs, writers).to_bytes())
 

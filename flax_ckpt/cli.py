@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             code = 2
             continue
-        if not found.ok:
-            code = max(code, 1)
+        code = max(code, 0 if found.ok else 1)
         results.append(dataclasses.asdict(found) | {"ok": found.ok})
         if not options.json:
             print(found, flush=True)

@@ -35,10 +35,9 @@ class _Options:
         if name not in known:
             raise AttributeError(f"{group} has no option {name!r}; it has: {', '.join(known)}")
         if self._active:
-            raise ContextFrozenError(
-                f"cannot set {group}.{name}: the Context that holds it is active."
-                " Set options before `with ctx:`, or derive a new one: `Context(ctx)`."
-            )
+            what = f"cannot set {group}.{name}: the Context that holds it is active."
+            how = "Set options before `with ctx:`, or derive a new one: `Context(ctx)`."
+            raise ContextFrozenError(f"{what} {how}")
         object.__setattr__(self, name, value)
 
 

@@ -107,11 +107,9 @@ def finalize(path: PathLike) -> None:
     session.check()
     parts = session.parts()
     if not parts:
-        raise CheckpointNotFoundError(
-            f"{target} has no partial save to finalize: {session.directory} "
-            + ("has no finished part" if os.path.isdir(session.directory) else "does not exist")
-            + "; call flax_ckpt.partial.save first"
-        )
+        why = "has no finished part" if os.path.isdir(session.directory) else "does not exist"
+        what = f"{target} has no partial save to finalize: {session.directory} {why}"
+        raise CheckpointNotFoundError(f"{what}; call flax_ckpt.partial.save first")
     together.barrier("looked")
     if together.is_primary:
         session.finalize(lambda root: _put_together(root, parts, target))

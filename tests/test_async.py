@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import sys
 import threading
 from collections.abc import Awaitable
 from pathlib import Path
@@ -12,9 +14,13 @@ import numpy as np
 import pytest
 
 import flax_ckpt as fc
-from flax_ckpt.errors import CheckpointNotFoundError
+from flax_ckpt import _save
+from flax_ckpt.errors import CheckpointExistsError, CheckpointNotFoundError
 
 TREE = {"w": np.arange(5.0), "n": 3}
+
+
+waiting = threading.Event()  # set by a save at its gate
 
 
 class GateHandler:
@@ -25,6 +31,7 @@ class GateHandler:
 
     async def _wait(self, directory: Any, gate: threading.Event) -> None:
         await directory.await_creation()
+        waiting.set()
         assert gate.wait(60)
 
     async def load(self, directory: Any, abstract: Any = None) -> Awaitable[Any]:
@@ -40,12 +47,12 @@ class GateHandler:
         return None
 
 
-def held(path: Path) -> tuple[Any, threading.Event]:
+def held(path: Path, gate: threading.Event | None = None) -> tuple[Any, threading.Event]:
     context = fc.Context()
     context.checkpointables.registry = fc.handlers.local_registry().add(
         GateHandler, checkpointable_name="gate"
     )
-    gate = threading.Event()
+    gate = gate or threading.Event()
     with context:
         return fc.save_checkpointables_async(path, {"gate": gate, "state": TREE}), gate
 
@@ -221,3 +228,55 @@ def test_tasks_that_save_side_by_side(tmp_path: Path) -> None:
 
     asyncio.run(cell())
     assert [fc.load(tmp_path / str(n)) for n in range(6)] == [{"n": n} for n in range(6)]
+
+
+# Ctrl-C.
+
+
+def is_interrupted(path: Path, at: int, gate: threading.Event) -> bool:
+    """Whether Ctrl-C came, at that line of `start`, or when its thread had just begun."""
+    events = {_save.start.__code__: "line", fc.AsyncResponse.__init__.__code__: "return"}
+    lines, before = itertools.count(1), sys.gettrace()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code not in events:
+            return None
+        if _save._lock.locked():  # a signal never comes between the body of `with` and its end
+            return trace
+        if event == events[frame.f_code] and next(lines) == at:
+            raise KeyboardInterrupt
+        return trace
+
+    try:
+        sys.settrace(trace)
+        held(path, gate)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_a_save_that_goes_on_after_an_interrupt_keeps_its_place(tmp_path: Path) -> None:
+    fates: set[bool] = set()
+    for at in itertools.count(1):
+        path, gate = tmp_path / str(at), threading.Event()
+        waiting.clear()
+        interrupted = is_interrupted(path, at, gate)
+        threads = [t for t in threading.enumerate() if t.name == f"flax_ckpt checkpoint {path}"]
+        while any(thread.is_alive() for thread in threads) and not waiting.wait(0.01):
+            pass
+        goes_on = waiting.is_set()
+        if goes_on:
+            with pytest.raises(CheckpointExistsError, match="is being saved right now"):
+                fc.save(path, TREE)
+            gate.set()
+            threads[0].join(60)
+        else:
+            fc.save_async(path, TREE).result(60)
+        check(fc.load(path))
+        fates.add(goes_on)
+        if not interrupted:
+            break
+    assert fates == {True, False}
+    assert at > 20

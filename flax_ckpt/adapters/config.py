@@ -186,12 +186,11 @@ def _read_items(items: Iterable[Entry], path: str, new: _New, *, inside: bool = 
         read = new(sort_keys=False, allow_dotted_keys=any("." in item.key for item in items))
     for item in items:
         key = item.int_key if item.WhichOneof("name") == "int_key" else item.key
+        value = _read(item, _join(path, key), new, inside)
         try:
             if key in read:
                 raise KeyError("it is there twice")
-            read[key] = _read(item, _join(path, key), new, inside)
-        except ConfigError:
-            raise
+            read[key] = value
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{_join(path, key)}: cannot be read back: {error}") from error
     return read

@@ -181,11 +181,9 @@ def _refuse_hidden(state: Any, found: _Opened) -> None:
     path: Path
     for path, leaf in _nnx().iter_graph(state):
         if id(leaf) not in known and isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
-            raise StateError(
-                f"{'/'.join(map(str, path))} of the abstract state is an array that NNX does not"
-                " tell from a static attribute any more: in the module, make it a variable, or"
-                " nnx.data(array); or pass a concrete module"
-            )
+            what = f"{'/'.join(map(str, path))} of the abstract state is an array that NNX does"
+            what += " not tell from a static attribute any more: in the module, make it a variable,"
+            raise StateError(f"{what} or nnx.data(array); or pass a concrete module")
 
 
 def _value(leaf: Any) -> Any:
@@ -262,10 +260,9 @@ def _insert(fields: dict[str, Any], name: Path, value: Any) -> None:
             break
         node = cast("dict[str, Any]", node).setdefault(key, {})
     if not isinstance(node, dict) or name[-1] in node:
-        raise StateError(
-            f"two values of this state would both be saved as {'/'.join(map(str, name))}: give the"
-            " type of variable, or the place in the state, another name"
-        )
+        what = f"two values of this state would both be saved as {'/'.join(map(str, name))}"
+        hint = "give the type of variable, or the place in the state, another name"
+        raise StateError(f"{what}: {hint}")
     node[name[-1]] = value
 
 

@@ -19,8 +19,8 @@ import numpy as np
 from flax_ckpt.adapters import nnx
 
 _tree_util: Any = jax.tree_util  # jaxlib says nothing about the types of its trees
-PARAMS: Final = "params"
-OPT_STATE: Final = "opt_state"
+PARAMS: Final = nnx.PARAMS
+OPT_STATE: Final = nnx.OPT_STATE
 TRAIN_STATE: Final = "train_state"
 WHOLE: Final = "state"
 
@@ -88,11 +88,9 @@ def _own_fields(state: Any) -> Mapping[str, Any]:
     pairs = _tree_util.tree_flatten_with_path(state, is_leaf=nnx.other_than(state))[0]
     if all(path and isinstance(path[0], jax.tree_util.GetAttrKey) for path, _ in pairs):
         return {path[0].name: value for path, value in pairs}  # JAX knows which are static
-    return {
-        field.name: getattr(state, field.name)
-        for field in dataclasses.fields(state)
-        if field.metadata.get("pytree_node", True)  # flax.struct marks static fields so
-    }
+    # flax.struct marks static fields so.
+    own = [f.name for f in dataclasses.fields(state) if f.metadata.get("pytree_node", True)]
+    return {name: getattr(state, name) for name in own}
 
 
 def step_of(state: Any) -> Any:

@@ -56,15 +56,12 @@ class Session(commit.Staging):
             InvalidLayoutError: Orbax has begun it.
         """
         if os.path.lexists(self.checkpoint):
-            raise errors.CheckpointExistsError(
-                f"{self.checkpoint} already exists, and finished checkpoints are not added to; save"
-                " to another path, or delete it first"
-            )
+            what = f"{self.checkpoint} already exists, and finished checkpoints are not added to"
+            raise errors.CheckpointExistsError(f"{what}; save to another path, or delete it first")
         if os.path.lexists(other := self.checkpoint + names.PARTIAL_SUFFIX):
-            raise errors.InvalidLayoutError(
-                f"{other} is a partial save that Orbax has begun: finish it there, with"
-                " orbax.checkpoint.v1.partial.finalize; what it makes loads here"
-            )
+            how = "with orbax.checkpoint.v1.partial.finalize; what it makes loads here"
+            what = f"{other} is a partial save that Orbax has begun: finish it there"
+            raise errors.InvalidLayoutError(f"{what}, {how}")
 
     def recover(self) -> None:
         """Removes the session if its checkpoint was committed and only a crash left it there."""
@@ -173,10 +170,9 @@ def _unite(parts: Sequence[_Files], what: str) -> tuple[tree.TreeMetadata, _File
     entries = _unite_entries([entry for m in metadatas for entry in m.entries], what)
     stored = {(m.use_ocdbt, m.use_zarr3) for m in metadatas}
     if len(stored) > 1 or not all(use_ocdbt for use_ocdbt, _ in stored):
-        raise errors.FormatError(
-            f"{what}: parts with (use_ocdbt, use_zarr3) = {sorted(map(str, stored))}; all parts"
-            " of one tree must be saved with the same options, and with use_ocdbt"
-        )
+        text = f"{what}: parts with (use_ocdbt, use_zarr3) = {sorted(map(str, stored))}; all parts"
+        text += " of one tree must be saved with the same options, and with use_ocdbt"
+        raise errors.FormatError(text)
     shardings: dict[str, str] = {}
     strings: dict[str, str] = {}
     arrays_of: dict[str, list[tree.ArrayMetadata]] = {}
@@ -216,11 +212,9 @@ def _unite_entries(entries: Iterable[tree.Entry], what: str) -> list[tree.Entry]
         elif entry:
             clashes.append(f"  {tree.show(path)} is one leaf in one part, and has some in another")
     if clashes:
-        raise errors.DuplicateNameError(
-            f"{what}: what was saved stays as it is, nothing was added to it:\n"
-            + "\n".join(clashes)
-            + "\nParts of one tree must be disjoint; a leaf cannot be replaced: leave it out"
-        )
+        first = f"{what}: what was saved stays as it is, nothing was added to it:"
+        last = "Parts of one tree must be disjoint; a leaf cannot be replaced: leave it out"
+        raise errors.DuplicateNameError("\n".join([first, *clashes, last]))
     leaves = [path for path, entry in found.items() if entry.kind not in tree.EMPTY]
     tree.unique_names(leaves, [arrays.prefix(tree.name_of(path)) for path in leaves])
     return [found[path] for path in sorted(found, key=_order)]

@@ -44,11 +44,9 @@ class ArrayMetadataValidator:
             found = {array.name: array for array in array_metadatas[process]}
             wrong = [n for n in sorted(expected | found) if expected.get(n) != found.get(n)]
             if wrong:
-                raise TreeMismatchError(
-                    f"processes {first} and {process} disagree about the arrays"
-                    f" {', '.join(wrong)}: {expected.get(wrong[0])} and {found.get(wrong[0])}."
-                    " All processes must save the same tree"
-                )
+                what = f"processes {first} and {process} disagree about the arrays"
+                what += f" {', '.join(wrong)}: {expected.get(wrong[0])} and {found.get(wrong[0])}"
+                raise TreeMismatchError(f"{what}. All processes must save the same tree")
 
 
 class PyTreeHandler:
@@ -164,7 +162,7 @@ class PyTreeHandler:
             if saved.processes > 1 or self._validator is not None:
                 self._validate(read_array_metadatas(saved.record))
             partial = self._context.pytree.loading.partial_load
-            result = saved.prepare(abstract, rules, partial=partial)()
+            result = saved.prepare(abstract, rules, partial)()
         log_fallbacks(directory, rules)
         return result
 
@@ -190,9 +188,6 @@ def _one_of_each_type(value: Any) -> dict[Any, Any]:
 def log_fallbacks(directory: epath.Path, rules: LoadRules) -> None:
     """Says once which arrays came to one device because the saved ones are not here."""
     if rules.fallbacks:
-        logger.info(
-            "%s: the devices that %d arrays were saved on are not here; they were loaded to one"
-            " device. Give shardings to place them",
-            directory,
-            len(rules.fallbacks),
-        )
+        text = "%s: the devices that %d arrays were saved on are not here; they were loaded to one"
+        text += " device. Give shardings to place them"
+        logger.info(text, directory, len(rules.fallbacks))

@@ -15,7 +15,7 @@ imported because a checkpoint names it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from flax_ckpt.errors import AlreadyExistsError, NoEntryError, NotHandleableError
 from flax_ckpt.format import names
@@ -54,18 +54,15 @@ class CheckpointableHandlerRegistry:
             TypeError: not a class.
         """
         if not isinstance(handler_type, type):  # type: ignore[redundant-expr]
-            raise TypeError(
-                f"a registry takes handler classes, not instances; got {handler_type!r}."
-                " To give a handler arguments, subclass or wrap it in a class without any"
-            )
-        if checkpointable_name and self.has(checkpointable_name):
-            bound = self.get(checkpointable_name).__name__
-            raise AlreadyExistsError(
-                f"the name {checkpointable_name!r} is bound to {bound} already"
-            )
-        if not checkpointable_name and (handler_type, None) in self._entries:
+            what = f"a registry takes handler classes, not instances; got {handler_type!r}"
+            how = "To give a handler arguments, subclass or wrap it in a class without any"
+            raise TypeError(f"{what}. {how}")
+        if (name := checkpointable_name) and self.has(name):
+            bound = self.get(name).__name__
+            raise AlreadyExistsError(f"the name {name!r} is bound to {bound} already")
+        if not name and (handler_type, None) in self._entries:
             raise AlreadyExistsError(f"{handler_type.__name__} is registered already")
-        self._entries.append((handler_type, checkpointable_name or None))
+        self._entries.append((handler_type, name or None))
         if secondary_typestrs is not None:
             self._typestrs[handler_type] = tuple(secondary_typestrs)
         return self
@@ -76,11 +73,11 @@ class CheckpointableHandlerRegistry:
         Raises:
             NoEntryError: none is.
         """
-        for handler_type, name in self._entries:
-            if name == checkpointable_name:
-                return handler_type
-        bound = f"bound names: {sorted(name for _, name in self._entries if name)}"
-        raise NoEntryError(f"no handler is bound to the name {checkpointable_name!r}; {bound}")
+        bound = {name: handler_type for handler_type, name in self._entries if name}
+        if checkpointable_name not in bound:
+            what = f"no handler is bound to the name {checkpointable_name!r}"
+            raise NoEntryError(f"{what}; bound names: {sorted(bound)}")
+        return bound[checkpointable_name]
 
     def has(self, checkpointable_name: str) -> bool:
         """Whether a handler is bound to the name."""
@@ -98,6 +95,7 @@ class CheckpointableHandlerRegistry:
         return f"CheckpointableHandlerRegistry({_shown(self)})"
 
 
+Registry: TypeAlias = CheckpointableHandlerRegistry
 _global = CheckpointableHandlerRegistry()
 
 
@@ -143,9 +141,7 @@ def typestr(handler_type: HandlerType) -> str:
     return getattr(handler_type, "TYPESTR", by_class)
 
 
-def for_save(
-    registry: CheckpointableHandlerRegistry, name: str, value: Any, *, tree: bool = False
-) -> Handler:
+def for_save(registry: Registry, name: str, value: Any, *, tree: bool = False) -> Handler:
     """The handler to save `value` as `name` with.
 
     A tree with leaves that cannot be saved goes to the PyTree handler, which names them. So does
@@ -162,18 +158,13 @@ def for_save(
     for handler_type in _unbound(registry):
         if typestr(handler_type) == names.TYPE_PYTREE:
             return _build(handler_type)
-    raise NoEntryError(
-        f"checkpointable {name!r}: no handler accepts a {type(value).__name__}; registered:"
-        f" {_shown(registry)}. Register one with flax_ckpt.handlers.register_handler"
-    )
+    what = f"checkpointable {name!r}: no handler accepts a {type(value).__name__}; registered"
+    how = "Register one with flax_ckpt.handlers.register_handler"
+    raise NoEntryError(f"{what}: {_shown(registry)}. {how}")
 
 
 def for_load(
-    registry: CheckpointableHandlerRegistry,
-    name: str,
-    abstract: Any,
-    recorded: str | None,
-    is_pytree: bool,
+    registry: Registry, name: str, abstract: Any, recorded: str | None, is_pytree: bool
 ) -> Handler:
     """The handler to load the checkpointable `name` with.
 
@@ -205,19 +196,17 @@ def for_load(
     for handler in () if abstract is None else map(_build, entries):
         if handler.is_abstract_handleable(abstract):
             return handler
-    raise NoEntryError(
-        f"checkpointable {name!r} was saved by {recorded or 'an unnamed handler'}, which is not"
-        f" registered here; registered: {_shown(registry)}. Import and register its handler, or"
-        " name only the checkpointables that you want"
-    )
+    what = f"checkpointable {name!r} was saved by {recorded or 'an unnamed handler'}, which is not"
+    what += f" registered here; registered: {_shown(registry)}. Import and register its handler,"
+    raise NoEntryError(f"{what} or name only the checkpointables that you want")
 
 
-def _unbound(registry: CheckpointableHandlerRegistry) -> list[HandlerType]:
+def _unbound(registry: Registry) -> list[HandlerType]:
     """The handlers that are bound to no name, the last registered first."""
     return [h for h, bound in reversed(registry.get_all_entries()) if bound is None]
 
 
-def _aliases(registry: CheckpointableHandlerRegistry, handler_type: HandlerType) -> list[str]:
+def _aliases(registry: Registry, handler_type: HandlerType) -> list[str]:
     own = getattr(handler_type, "ALIASES", ())
     return [typestr(handler_type), *own, *registry.get_secondary_typestrs(handler_type)]
 
@@ -230,6 +219,6 @@ def _build(handler_type: HandlerType) -> Handler:
         raise TypeError(f"{handler_type.__name__} {why}") from error
 
 
-def _shown(registry: CheckpointableHandlerRegistry) -> str:
+def _shown(registry: Registry) -> str:
     entries = [(h.__name__, name) for h, name in registry.get_all_entries()]
     return ", ".join(h + (f" for {name!r}" if name else "") for h, name in entries) or "none"

@@ -135,16 +135,14 @@ class SavedTree(contextlib.ExitStack):
 
     def abstract(self) -> Any:
         """The tree in dicts and lists, each leaf in the abstract form that loads it as saved."""
-        empty = tree.EMPTY
-        described = [
-            empty[e.value_type]() if e.value_type in empty else self._handler(e, None).describe(e)
-            for e in self.leaves.values()
-        ]
-        return self._build(described)
 
-    def prepare(
-        self, abstract: Any, rules: LoadRules, *, partial: bool = False
-    ) -> Callable[[], Any]:
+        def describe(leaf: SavedLeaf) -> Any:
+            empty = tree.EMPTY.get(leaf.value_type)
+            return empty() if empty else self._handler(leaf, None).describe(leaf)
+
+        return self._build([describe(leaf) for leaf in self.leaves.values()])
+
+    def prepare(self, abstract: Any, rules: LoadRules, partial: bool = False) -> Callable[[], Any]:
         """Compares the whole tree with a wish; what is returned then reads and builds it.
 
         Args:
@@ -265,8 +263,7 @@ class SavedTree(contextlib.ExitStack):
             return [[]]
         with contextlib.suppress(FormatError, OSError):
             return read(reads)
-        half = len(reads) // 2
-        parts = reads[:half], reads[half:]
+        parts = reads[: len(reads) // 2], reads[len(reads) // 2 :]
         return [array for part in parts for array in self._arrays(part, resize=resize)]
 
 
@@ -309,6 +306,5 @@ def mismatch(where: str, differences: Sequence[Difference]) -> TreeMismatchError
     if len(differences) > _SHOWN:
         lines.append(f"  … and {len(differences) - _SHOWN} more, in `.differences`")
     count = f"{len(differences)} difference" + ("s" if len(differences) > 1 else "")
-    return TreeMismatchError(
-        f"{where} does not fit the wanted tree, {count}:\n" + "\n".join(lines), differences
-    )
+    text = "\n".join([f"{where} does not fit the wanted tree, {count}:", *lines])
+    return TreeMismatchError(text, differences)

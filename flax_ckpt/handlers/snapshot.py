@@ -187,22 +187,18 @@ def _dtype(path: tree.KeyPath, write: LeafWrite, general: Any, own: Any) -> np.d
         return write.dtype
     castable = dtypes.matches(write.dtype, wanted, (), strict=False)
     if not arrays.is_storable(wanted) or not castable:
-        what = f"{tree.show(path)}: {show_array(write.shape or (), write.dtype)}"
-        raise UnsupportedLeafError(
-            f"{what} cannot be stored as {wanted.name}; set another storage_options.dtype for it"
-        )
+        what = f"{tree.show(path)}: {show_array(write.shape or (), write.dtype)} cannot be stored"
+        how = f"as {wanted.name}; set another storage_options.dtype for it"
+        raise UnsupportedLeafError(f"{what} {how}")
     return wanted
 
 
 def _cannot_be_saved(name: str, refused: Sequence[str], count: int) -> UnsupportedLeafError:
-    return UnsupportedLeafError(
-        f"checkpointable {name!r}: {len(refused)} of {count} leaves cannot be saved:\n"
-        + "\n".join(refused)
-        + "\nLeaves may be JAX and NumPy arrays of the dtypes that zarr has, typed PRNG"
-        " keys, int from -2**63 to 2**64 - 1, float, bool, str and None. Convert these"
-        " leaves, take them out of the tree, or register a leaf handler, as flax_ckpt.leaves"
-        " says"
-    )
+    first = f"checkpointable {name!r}: {len(refused)} of {count} leaves cannot be saved:"
+    last = "Leaves may be JAX and NumPy arrays of the dtypes that zarr has, typed PRNG keys, int"
+    last += " from -2**63 to 2**64 - 1, float, bool, str and None. Convert these leaves, take them"
+    last += " out of the tree, or register a leaf handler, as flax_ckpt.leaves says"
+    return UnsupportedLeafError("\n".join([first, *refused, last]))
 
 
 def _start_transfers(leaves: Iterable[Any]) -> None:

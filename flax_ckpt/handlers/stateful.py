@@ -70,10 +70,9 @@ class StatefulHandler:
         """
         target = abstract_checkpointable
         if target is None:
-            raise NotHandleableError(
-                f"checkpointable {directory.name!r} loads its state into an object: give one, e.g."
-                f" load_checkpointables(path, {{{directory.name!r}: iterator}})"
-            )
+            name = directory.name
+            what = f"checkpointable {name!r} loads its state into an object: give one, e.g."
+            raise NotHandleableError(f"{what} load_checkpointables(path, {{{name!r}: iterator}})")
         _require_processes(os.fspath(directory))
         saves_itself = isinstance(target, StatefulCheckpointable)
         rest = await target.load(directory) if saves_itself else _read(os.fspath(directory), target)
@@ -110,8 +109,7 @@ def _require_processes(directory: str) -> None:
     count = hosts.process_count()
     saved = {n for n in map(names.process_count_of, os.listdir(directory)) if n}
     if saved and count not in saved:
-        raise StateError(
-            f"{directory} has the positions of {max(saved)} process(es), and this run has {count}:"
-            " each of them has read a part of the data of its own, so that these do not fit. Resume"
-            " with as many, or begin the data anew: restore_or_init(..., restart_data=True)"
-        )
+        what = f"{directory} has the positions of {max(saved)} process(es), and this run has"
+        what += f" {count}: each of them has read a part of the data of its own, so that these do"
+        how = "Resume with as many, or begin the data anew: restore_or_init(..., restart_data=True)"
+        raise StateError(f"{what} not fit. {how}")

@@ -81,11 +81,9 @@ class ArrayLeaf:
         placed: Sharding = array.sharding
         if type(placed) is SingleDeviceSharding or placed.num_devices == 1:
             return Held(np.asarray(array), placed)
-        shards = [
-            Shard(tuple([s.start or 0 for s in shard.index]), np.asarray(shard.data))
-            for shard in array.addressable_shards
-            if shard.replica_id == 0
-        ]
+        firsts = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+        origins = [tuple([s.start or 0 for s in shard.index]) for shard in firsts]
+        shards = [Shard(o, np.asarray(s.data)) for o, s in zip(origins, firsts, strict=True)]
         shape, dtype, spread = array.shape, np.dtype(array.dtype), not array.is_fully_addressable
         part = placed.shard_shape(shape)
         return LeafWrite(tree.ARRAY, shape, dtype, part, shards, placed, spread=spread)
@@ -115,15 +113,12 @@ class ArrayLeaf:
 
     def build(self, targets: Sequence[Target], data: Sequence[Sequence[NDArray[Any]]]) -> list[Any]:
         """See :class:`LeafHandler`. Aligned memory is adopted by JAX on CPU without a copy."""
-        pairs = [
-            (target, [dtypes.convert(part, target.abstract.dtype, target) for part in each])
-            for target, each in zip(targets, data, strict=True)
-        ]
+        pairs = list(zip(targets, data, strict=True))
+        pairs = [(t, [dtypes.convert(p, t.abstract.dtype, t) for p in each]) for t, each in pairs]
         unplaced = iter(to_device([p[0] for t, p in pairs if t.abstract.sharding is None]))
         found = [_assemble(t, p) if t.abstract.sharding else next(unplaced) for t, p in pairs]
-        return [
-            _weak(a) if t.abstract.weak_type else a for t, a in zip(targets, found, strict=True)
-        ]
+        both = zip(targets, found, strict=True)
+        return [_weak(array) if t.abstract.weak_type else array for t, array in both]
 
 
 class KeyLeaf:

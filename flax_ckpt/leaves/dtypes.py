@@ -4,7 +4,7 @@ Rank-0 numbers wander between Python, NumPy and JAX kinds: `TrainState.step` sta
 int and becomes an int32 array. They match if the value fits; arrays do not convert unasked.
 """
 
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from flax_ckpt.errors import Difference, TreeMismatchError
 from flax_ckpt.format import tree
 from flax_ckpt.leaves.base import Target
 
+DType: TypeAlias = np.dtype[Any]
 _dtypes: Any = jax.dtypes
 is_kind = _dtypes.issubdtype  # knows the dtypes that NumPy does not
 
@@ -26,9 +27,7 @@ def kind(dtype: Any) -> str:
     return next((name for name, parent in _KINDS.items() if is_kind(dtype, parent)), "other")
 
 
-def matches(
-    saved: np.dtype[Any], wanted: np.dtype[Any], shape: tuple[int, ...], *, strict: bool
-) -> bool:
+def matches(saved: DType, wanted: DType, shape: tuple[int, ...], *, strict: bool) -> bool:
     """Whether an array saved in one dtype may come back in the other.
 
     A cast that the caller names is done, except complex to real. In a strict load only rank-0
@@ -47,12 +46,12 @@ def matches(
     return shape == () and (a == b or (a in numbers and b in numbers))
 
 
-def canonical(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def canonical(dtype: DType) -> DType:
     """The dtype that JAX takes for this one: of 64 bits only with `jax_enable_x64`."""
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype)) if dtype in _WIDE else dtype
 
 
-def convert(array: NDArray[Any], wanted: np.dtype[Any], target: Target) -> NDArray[Any]:
+def convert(array: NDArray[Any], wanted: DType, target: Target) -> NDArray[Any]:
     """The array in another dtype; in a strict load a rank-0 number has to fit.
 
     Integers must be in range, and exact when they come from or become floats; 64-bit floats,

@@ -59,10 +59,8 @@ class LeafRegistry:
         lines = [f"  {tree.show(leaf.path)}: kind {leaf.value_type!r}" for leaf in unknown[:10]]
         if len(unknown) > len(lines):
             lines.append(f"  … and {len(unknown) - len(lines)} more")
-        return FormatError(
-            f"{where}: no leaf handler is registered for {len(unknown)} of its leaves:\n"
-            + "\n".join(lines)
-            + "\nLoad it with PyTreeHandler(leaf_handler_registry=LeafRegistry(handler)), where"
-            " `handler` is the leaf handler that they were saved with; or name the other leaves"
-            " alone, with partial_load; or ask for their arrays with numpy.ndarray"
-        )
+        first = f"{where}: no leaf handler is registered for {len(unknown)} of its leaves:"
+        last = "Load it with PyTreeHandler(leaf_handler_registry=LeafRegistry(handler)), where"
+        last += " `handler` is the leaf handler that they were saved with; or name the other leaves"
+        last += " alone, with partial_load; or ask for their arrays with numpy.ndarray"
+        return FormatError("\n".join([first, *lines, last]))
