@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from flax_ckpt.format.arrays import ArraySpec, Encoding, StoredArray
 
 Region = tuple[tuple[int, int], ...]
-Arrays = list[list[NDArray[Any]]]  # for each read the regions that it wants
+Parts = list[NDArray[Any]]  # the regions that a read wants
+Arrays = list[Parts]  # for each read
 
 
 class Shard(msgspec.Struct, frozen=True, gc=False):
