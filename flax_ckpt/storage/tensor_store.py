@@ -25,12 +25,11 @@ class TensorStoreStore:
 
     def __init__(self, directory: str, *, ocdbt: bool, zarr3: bool, fill_missing: bool) -> None:
         self._directory = directory
-        self._spec = {
-            "driver": "zarr3" if zarr3 else "zarr",
-            "fill_missing_data_reads": fill_missing,
-        }
-        plain: dict[str, Any] = {"driver": "file", "path": f"{directory}/"}
-        self._kvstore = {"driver": "ocdbt", "base": plain, "path": ""} if ocdbt else plain
+        driver = "zarr3" if zarr3 else "zarr"
+        self._spec = {"driver": driver, "fill_missing_data_reads": fill_missing}
+        self._kvstore: dict[str, Any] = {"driver": "file", "path": f"{directory}/"}
+        if ocdbt:
+            self._kvstore = {"driver": "ocdbt", "base": self._kvstore, "path": ""}
         # No cache: every chunk is read once, and a reader must never see an old one.
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
