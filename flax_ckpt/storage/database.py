@@ -101,8 +101,7 @@ class DataFileReader(io.FileIO):
         try:
             super().__init__(path, opener=files.open_regular)
         except FileNotFoundError as error:
-            why = error.strerror
-            raise DamagedCheckpointError(f"{path}: the data file is missing: {why}") from error
+            raise DamagedCheckpointError(f"{path}: the data file is missing") from error
 
     def read_into(self, offset: int, *buffers: Bytes) -> None:
         """Fills the buffers, one after another, with the bytes from `offset` on.
@@ -168,14 +167,11 @@ class Database(contextlib.ExitStack):
                 table = record.read(names.CHUNK_TABLE)
                 crcs = ocdbt.decode_table(table, list(self.values), what=path)
                 self.crcs = dict(zip(self.values, crcs.tolist(), strict=True))
-        except FormatError as error:
+        except BaseException as error:
             self.close()
-            if self.directory in str(error):
+            if not isinstance(error, FormatError) or self.directory in str(error):
                 raise
             raise type(error)(f"{self.directory}: {error}") from error
-        except BaseException:
-            self.close()
-            raise
 
     def _fetch(self, file: str, offset: int, length: int) -> memoryview:
         self.reader(file).check(offset, length)
@@ -206,9 +202,8 @@ class Database(contextlib.ExitStack):
         """
         value = self.values.get(key)
         if value is None:
-            raise DamagedCheckpointError(
-                f"{self.directory}: the database has no {key.decode(errors='replace')!r}"
-            )
+            missing = key.decode(errors="replace")
+            raise DamagedCheckpointError(f"{self.directory}: the database has no {missing!r}")
         if isinstance(value, bytes):
             return value
         if value.length > most:

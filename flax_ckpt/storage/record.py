@@ -89,10 +89,7 @@ class Record:
         wire.check_path(name, self.directory)
         *folders, path = itertools.accumulate(name.split("/"), os.path.join, initial=self.directory)
         for folder in folders[0 if self._is_item else 1 :]:
-            if os.path.islink(folder):
-                raise DamagedCheckpointError(
-                    f"{folder} is a link that leads to {os.readlink(folder)}"
-                )
+            files.refuse_link(folder)
         return path
 
     def size(self, name: str) -> int | None:
@@ -118,19 +115,16 @@ class Record:
         path = self._inside(name)
         try:
             data = files.read(path, most)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise DamagedCheckpointError(
-                f"{path}: the file is missing; restore another step"
-            ) from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            why = "the file is missing; restore another step"
+            raise DamagedCheckpointError(f"{path}: {why}") from error
         if not self.native:
             return data
-        if (expected := self.crcs.get(name)) is None:
-            raise DamagedCheckpointError(
-                f"{path}: not among the files that {names.INTEGRITY} lists: it was added later"
-            )
-        if (found := file_crc(data)) != expected:
-            raise DamagedCheckpointError(
-                f"{path}: CRC-32C {found:08x}, saved with {expected:08x}: the file was changed"
-                " after it was saved; restore another step"
-            )
+        expected, found = self.crcs.get(name), file_crc(data)
+        if expected is None:
+            why = f"not among the files that {names.INTEGRITY} lists: it was added later"
+            raise DamagedCheckpointError(f"{path}: {why}")
+        if found != expected:
+            why = f"CRC-32C {found:08x}, saved with {expected:08x}: the file was changed after it"
+            raise DamagedCheckpointError(f"{path}: {why} was saved; restore another step")
         return data
