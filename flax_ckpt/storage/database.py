@@ -126,10 +126,8 @@ class DataFileReader(io.FileIO):
             DamagedCheckpointError: the file ends before.
         """
         if offset + length > (size := os.stat(self.fileno()).st_size):
-            raise DamagedCheckpointError(
-                f"{self.name}: ends at byte {size}, but bytes from {offset} on were saved,"
-                f" {length} more: the file was cut off"
-            )
+            why = f"ends at byte {size}, but bytes from {offset} on were saved, {length} more"
+            raise DamagedCheckpointError(f"{self.name}: {why}: the file was cut off")
 
 
 class Database(contextlib.ExitStack):
@@ -158,7 +156,7 @@ class Database(contextlib.ExitStack):
             manifest = ocdbt.decode_manifest(record.read(names.MANIFEST), what=path)
         except ocdbt.NumberedManifestError:
             numbered = max(filter(_NUMBERED.fullmatch, os.listdir(self.directory)), default="")
-            manifest = ocdbt.decode_manifest(record.read(numbered), what=path, numbered=True)
+            manifest = ocdbt.decode_manifest(record.read(numbered), what=path, is_last=True)
         try:
             self.values = ocdbt.read_tree(manifest, self._fetch)
             self.crcs: dict[bytes, int] = {}

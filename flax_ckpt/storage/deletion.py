@@ -30,9 +30,7 @@ def read(root: str) -> DeletionRecord | None:
     try:
         current = rewritten(jsons.parse_object(data, described))
         if current not in map(rewritten, (record.original_metadata, record.updated_metadata)):
-            raise FormatError(
-                f"{names.CHECKPOINT_METADATA} is what it was neither before nor after"
-            )
+            raise FormatError(f"{names.CHECKPOINT_METADATA} is neither the old nor the new one")
     except (FormatError, RecursionError) as error:
         why = f"the record of an unfinished deletion is not of this checkpoint: {error}"
         raise DeletionRecoveryError(f"{path}: {why}") from error

@@ -98,9 +98,8 @@ class Hosts:
             return call(key, int(self.timeout_secs * 1000), *arguments)
         except Exception as error:  # the client raises one type for all: XlaRuntimeError
             raise BarrierTimeoutError(
-                f"process {self.index} waited {what} {key!r}, in vain for {self.timeout_secs:g} s."
-                " Another process has failed or makes another sequence of calls. The coordinator:"
-                f" {error}"
+                f"process {self.index} waited {what} {key!r}, in vain for {self.timeout_secs:g} s:"
+                f" another has failed or makes another sequence of calls. The coordinator: {error}"
             ) from error
 
     def forget(self, points: str) -> None:

@@ -35,9 +35,8 @@ class TensorStoreStore:
 
     def _open(self, name: str) -> ts.Future[ts.TensorStore]:
         kvstore = self._kvstore | {"path": self._kvstore["path"] + prefix(name)}
-        return ts.open(
-            ts.Spec({**self._spec, "kvstore": kvstore}), open=True, context=self._context
-        )
+        spec = ts.Spec({**self._spec, "kvstore": kvstore})
+        return ts.open(spec, open=True, context=self._context)
 
     def _opened(self, names: Sequence[str]) -> Iterator[ts.TensorStore]:
         """The arrays in order, opened a batch at a time."""
@@ -50,9 +49,8 @@ class TensorStoreStore:
         try:
             return future.result()
         except ValueError as error:  # TensorStore's one type for whatever is wrong with the data
-            raise DamagedCheckpointError(
-                f"{leaf}: cannot be read from {self._directory}: {error}"
-            ) from error
+            why = f"cannot be read from {self._directory}: {error}"
+            raise DamagedCheckpointError(f"{leaf}: {why}") from error
 
     def read_arrays(self, reads: Sequence[ArrayRead]) -> Arrays:
         """See :class:`ArrayStore`."""
