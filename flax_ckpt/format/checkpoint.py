@@ -154,8 +154,7 @@ class Integrity:
     def to_bytes(self) -> bytes:
         """The file: one line of JSON, and one with that line's CRC-32C."""
         crcs = {path: f"{crc:08x}" for path, crc in sorted(self.crc32c.items())}
-        raw = {"format_version": FORMAT_VERSION, "writers": self.writers, "crc32c": crcs}
-        body = msgspec.json.encode(raw)
+        body = msgspec.json.encode(_Integrity(FORMAT_VERSION, self.writers, crcs))
         return body + b"\n" + f'"{crc32c.crc32c(body):08x}"\n'.encode()
 
     @classmethod

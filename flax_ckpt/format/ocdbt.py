@@ -69,7 +69,6 @@ class ValueRef(msgspec.Struct, frozen=True, order=True, gc=False):
 Value: TypeAlias = bytes | ValueRef
 Entry: TypeAlias = tuple[bytes, Value]
 _Files: TypeAlias = list[tuple[str, str]]
-_Marks: TypeAlias = NDArray[np.uint64]
 
 
 class NodeRef(NamedTuple):
@@ -294,7 +293,9 @@ def _check_apart(refs: list[ValueRef]) -> None:
         raise FormatError("B+tree: found values that overlap, expected each in bytes of its own")
 
 
-def _open_node(data: wire.Buffer, ref: NodeRef) -> tuple[wire.Reader, _Files, list[bytes], _Marks]:
+def _open_node(
+    data: wire.Buffer, ref: NodeRef
+) -> tuple[wire.Reader, _Files, list[bytes], wire.Column]:
     """A node's file table, its keys, and what marks are in them; the reader goes on from there."""
     reader = wire.open_frame(data, NODE_MAGIC, str(ref))
     if (height := reader.take(1, "height")[0]) != ref.height:
@@ -303,7 +304,7 @@ def _open_node(data: wire.Buffer, ref: NodeRef) -> tuple[wire.Reader, _Files, li
 
 
 def _children(
-    reader: wire.Reader, files: _Files, keys: list[bytes], marks: _Marks, height: int
+    reader: wire.Reader, files: _Files, keys: list[bytes], marks: wire.Column, height: int
 ) -> list[NodeRef]:
     """What an interior node refers to."""
     places = reader.pick(files, len(keys))
@@ -350,9 +351,7 @@ def encode_table(keys: Sequence[bytes], crcs: Sequence[int]) -> bytes:
     return wire.with_crc(_table_head(keys) + np.array(crcs, "<u4").tobytes())
 
 
-def decode_table(
-    data: bytes, keys: Sequence[bytes], *, what: str = "checksum table"
-) -> NDArray[np.uint32]:
+def decode_table(data: bytes, keys: Sequence[bytes], *, what: str = "table") -> NDArray[np.uint32]:
     """The CRC-32C of each key's value.
 
     Args:

@@ -73,8 +73,6 @@ class DataFileWriter(contextlib.ExitStack):
 
     def append(self, data: bytes | memoryview) -> None:
         """Appends bytes as they are; they must not change until they are flushed."""
-        if not data:
-            return
         self._queue.append(memoryview(data))
         self._queued += len(data)
         self.offset += len(data)
@@ -148,7 +146,7 @@ class Database(contextlib.ExitStack):
 
     def __init__(self, record: Record, *, checked: bool) -> None:
         super().__init__()
-        self.directory = record.directory
+        self.directory, self._record = record.directory, record
         self._readers: dict[str, DataFileReader] = {}
         self._lock = threading.Lock()
         path = os.path.join(self.directory, names.MANIFEST)
@@ -181,10 +179,7 @@ class Database(contextlib.ExitStack):
         """The data file, by its path relative to the directory."""
         with self._lock:
             if file not in self._readers:
-                path = os.path.realpath(os.path.join(self.directory, file))
-                if path != os.path.join(os.path.realpath(self.directory), file):
-                    raise FormatError(f"{self.directory}: {file} is a link that leads to {path}")
-                self._readers[file] = self.enter_context(DataFileReader(path))
+                self._readers[file] = self.enter_context(DataFileReader(self._record.inside(file)))
             return self._readers[file]
 
     def check_files(self) -> None:

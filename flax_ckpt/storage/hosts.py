@@ -133,10 +133,8 @@ def current(options: MultiprocessingOptions, waiting: AsyncOptions, what: str) -
     """
     everyone = tuple(options.active_processes or range(jax.process_count()))
     if options.primary_host not in everyone:
-        raise ValueError(
-            f"multiprocessing.primary_host is {options.primary_host}, which is not among the"
-            f" active processes {list(everyone)}; set primary_host to one of them"
-        )
+        why = f"{options.primary_host}, which is not among the active processes {list(everyone)}"
+        raise ValueError(f"multiprocessing.primary_host is {why}; set it to one of them")
     _operations[what] += len(everyone) > 1
     operation = f"{options.barrier_sync_key_prefix or ''}flax_ckpt/{what}/{_operations[what]}"
     active, primary = tuple(sorted(everyone)), options.primary_host

@@ -84,7 +84,7 @@ class Record:
         """Whether the file is there, or should be."""
         return name in self.crcs or os.path.isfile(os.path.join(self.directory, name))
 
-    def _inside(self, name: str) -> str:
+    def inside(self, name: str) -> str:
         """The path of a file, to which no link leads within the directory."""
         wire.check_path(name, self.directory)
         *folders, path = itertools.accumulate(name.split("/"), os.path.join, initial=self.directory)
@@ -112,7 +112,7 @@ class Record:
         Raises:
             DamagedCheckpointError: missing, or not the bytes that were saved.
         """
-        path = self._inside(name)
+        path = self.inside(name)
         try:
             data = files.read(path, most)
         except (FileNotFoundError, NotADirectoryError) as error:
