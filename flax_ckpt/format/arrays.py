@@ -152,8 +152,7 @@ class Encoding(NamedTuple):
 
     def metadata(self, spec: ArraySpec) -> bytes:
         """The description of an array."""
-        describe = _zarr3_json if self.zarr3 else _zarr2_json
-        return describe(spec, self.compressed)
+        return (_zarr3_json if self.zarr3 else _zarr2_json)(spec, self.compressed)
 
     def sizes(self, nbytes: int) -> tuple[int, int]:
         """The least and the most bytes that a chunk of `nbytes` bytes is stored in."""
@@ -354,10 +353,8 @@ def choose_chunks(shard_shape: Shape, itemsize: int, *, single_shard: bool, limi
     divisors = _divisors(extent)
     fit = max(d for d in divisors if d <= most)
     if fit * row * 8 < limit:
-        if single_shard:
-            fit = -(-extent // -(-extent // most))
-        else:
-            fit = min((d for d in divisors if d > most), default=extent)
+        larger = min((d for d in divisors if d > most), default=extent)
+        fit = -(-extent // -(-extent // most)) if single_shard else larger
     return (1,) * axis + (fit,) + shape[axis + 1 :]
 
 
