@@ -26,6 +26,7 @@ from flax_ckpt.errors import DamagedCheckpointError, FormatError
 from flax_ckpt.format import jsons
 
 Bytes = NDArray[np.uint8]
+Shape = tuple[int, ...]
 
 DEFAULT_CHUNK_BYTES: Final = 64 << 20
 _MAX_RANK: Final = 32  # of NumPy 1 and of TensorStore
@@ -151,8 +152,7 @@ class Encoding(NamedTuple):
 
     def metadata(self, spec: ArraySpec) -> bytes:
         """The description of an array."""
-        describe = _zarr3_json if self.zarr3 else _zarr2_json
-        return describe(spec, self.compressed)
+        return (_zarr3_json if self.zarr3 else _zarr2_json)(spec, self.compressed)
 
     def sizes(self, nbytes: int) -> tuple[int, int]:
         """The least and the most bytes that a chunk of `nbytes` bytes is stored in."""
@@ -264,7 +264,6 @@ def _parse_zarr3(document: dict[str, Any]) -> StoredArray:
     shape = _ints(document.get("shape"), "shape")
     dtype, dtype_config = _named(document.get("data_type"), "data_type")
     chunk_shape = _ints(grid_config.get("chunk_shape"), "chunk_shape")
-    check_chunk(shape, chunk_shape, numpy_dtype(dtype).itemsize)
     keys, keys_config = _named(document.get("chunk_key_encoding"), "chunk_key_encoding")
     if not jsons.is_list(listed := document.get("codecs")):
         raise _error("codecs", listed, "a list")
@@ -274,14 +273,11 @@ def _parse_zarr3(document: dict[str, Any]) -> StoredArray:
     compressed = len(codecs) > 1 and codecs[1][0] == "zstd"
     if compressed:
         del codecs[1]
-    usual = (
-        not dtype_config
-        and (keys, keys_config.get("separator", "/")) == ("default", "/")
-        and not document.get("storage_transformers")
-        and codecs in (_CODECS[:1], _CODECS)
-    )
+    place = (keys, keys_config.get("separator", "/"))
+    odd = dtype_config or document.get("storage_transformers") or place != ("default", "/")
+    usual = not odd and codecs in (_CODECS[:1], _CODECS)
     encoding = Encoding(True, compressed, codecs == _CODECS) if usual else None
-    return StoredArray(shape, numpy_dtype(dtype), chunk_shape, encoding)
+    return _stored(shape, dtype, chunk_shape, encoding)
 
 
 def _parse_zarr2(document: dict[str, Any]) -> StoredArray:
@@ -294,9 +290,7 @@ def _parse_zarr2(document: dict[str, Any]) -> StoredArray:
     compressed = jsons.is_object(compressor) and compressor.get("id") == "zstd"
     usual = all(document.get(key, value) == value for key, value in _ZARR2.items())
     usual = usual and (compressed or compressor is None)
-    encoding = Encoding(False, compressed) if usual else None
-    check_chunk(shape, chunk_shape, numpy_dtype(dtype).itemsize)
-    return StoredArray(shape, numpy_dtype(dtype), chunk_shape, encoding)
+    return _stored(shape, dtype, chunk_shape, Encoding(False, compressed) if usual else None)
 
 
 def _named(value: Any, what: str) -> tuple[str, dict[str, Any]]:
@@ -315,16 +309,14 @@ def _ints(value: Any, what: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def check_chunk(shape: tuple[int, ...], chunk_shape: tuple[int, ...], itemsize: int) -> None:
-    """Checks the shapes, and that no chunk takes much more memory than the whole array.
-
-    Raises:
-        FormatError: it does.
-    """
-    _check_shapes(shape, chunk_shape)
-    array, chunk = (math.prod(each) * itemsize for each in (shape, chunk_shape))
-    if math.prod(shape) and chunk > max(array, _MAX_EXCESS):
-        raise _error("chunk shape", chunk_shape, f"no chunk larger than the array, of {shape}")
+def _stored(shape: Shape, dtype: str, chunk: Shape, encoding: Encoding | None) -> StoredArray:
+    """Checks the shapes, and that no chunk takes much more memory than the whole array."""
+    _check_shapes(shape, chunk)
+    found = StoredArray(shape, numpy_dtype(dtype), chunk, encoding)
+    most = max(math.prod(shape) * found.dtype.itemsize, _MAX_EXCESS)
+    if math.prod(shape) and math.prod(chunk) * found.dtype.itemsize > most:
+        raise _error("chunk shape", chunk, f"no chunk larger than the array, of {shape}")
+    return found
 
 
 def _check_shapes(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> None:
@@ -337,9 +329,7 @@ def _check_shapes(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> None:
             raise _error(what, extents, f"{least} to 2**59 elements")
 
 
-def choose_chunks(
-    shard_shape: tuple[int, ...], itemsize: int, *, single_shard: bool, limit: int
-) -> tuple[int, ...]:
+def choose_chunks(shard_shape: Shape, itemsize: int, *, single_shard: bool, limit: int) -> Shape:
     """A chunk shape such that each chunk is contiguous in a C-order shard.
 
     Leading axes become 1 until what is left of one row fits `limit`; that axis is split.
@@ -363,16 +353,12 @@ def choose_chunks(
     divisors = _divisors(extent)
     fit = max(d for d in divisors if d <= most)
     if fit * row * 8 < limit:
-        if single_shard:
-            fit = -(-extent // -(-extent // most))
-        else:
-            fit = min((d for d in divisors if d > most), default=extent)
+        larger = min((d for d in divisors if d > most), default=extent)
+        fit = -(-extent // -(-extent // most)) if single_shard else larger
     return (1,) * axis + (fit,) + shape[axis + 1 :]
 
 
-def cut_chunks(
-    shard_shape: tuple[int, ...], itemsize: int, *, axes: tuple[int, ...], limit: int
-) -> tuple[int, ...]:
+def cut_chunks(shard_shape: Shape, itemsize: int, *, axes: tuple[int, ...], limit: int) -> Shape:
     """A chunk shape where the user says how to cut; it divides the shard.
 
     cut_chunks((8, 6), 4, axes=(1,), limit=64) == (8, 2)
@@ -392,7 +378,7 @@ def cut_chunks(
     axes = tuple(axis for axis in axes if axis < len(chunk))
     for axis in axes:
         chunk[axis] //= _divisors(chunk[axis])[:2][-1]
-    while math.prod(chunk) * itemsize > limit and max(chunk, default=1) > 1:
+    while chunk and math.prod(chunk) * itemsize > limit and max(chunk) > 1:
         above_1 = [axis for axis, extent in enumerate(chunk) if extent > 1]
         # Without a wish the first axis: what is left then lies together in the shard.
         wanted = [axis for axis in axes if axis in above_1] or above_1[:1]

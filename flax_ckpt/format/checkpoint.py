@@ -59,12 +59,9 @@ class RootMetadata:
         elif not isinstance(handlers, str):
             handlers = {}
         custom: Any = raw.get("custom_metadata")
-        return cls(
-            handlers,
-            _int_or_none(raw.get("init_timestamp_nsecs")),
-            _int_or_none(raw.get("commit_timestamp_nsecs")),
-            custom if jsons.is_object(custom) else {},
-        )
+        times = (raw.get(f"{when}_timestamp_nsecs") for when in ("init", "commit"))
+        init, commit = map(_int_or_none, times)
+        return cls(handlers, init, commit, custom if jsons.is_object(custom) else {})
 
 
 def rewritten(metadata: dict[str, Any]) -> bytes:
@@ -110,9 +107,8 @@ class DeletionRecord(msgspec.Struct, frozen=True):
             record = msgspec.convert(jsons.parse_object(data, what), cls)
             name, original = record.checkpointable_name, record.original_metadata
             updated = cls.of(original, name).updated_metadata
-            if name not in original["item_handlers"] or rewritten(updated) != rewritten(
-                record.updated_metadata
-            ):
+            same = rewritten(updated) == rewritten(record.updated_metadata)
+            if not same or name not in original["item_handlers"]:
                 raise ValueError(f"its metadata do not differ by {name!r} alone")
             wire.check_path(name, what)
             if "/" in name or name == ".":
@@ -166,8 +162,7 @@ class Integrity:
     def to_bytes(self) -> bytes:
         """The file: one line of JSON, and one with that line's CRC-32C."""
         crcs = {path: f"{crc:08x}" for path, crc in sorted(self.crc32c.items())}
-        raw = {"format_version": FORMAT_VERSION, "writers": self.writers, "crc32c": crcs}
-        body = msgspec.json.encode(raw)
+        body = msgspec.json.encode(_Integrity(FORMAT_VERSION, self.writers, crcs))
         return body + b"\n" + f'"{crc32c.crc32c(body):08x}"\n'.encode()
 
     @classmethod
@@ -180,16 +175,12 @@ class Integrity:
         body, _, tail = data.partition(b"\n")
         expected = f'"{crc32c.crc32c(body):08x}"\n'.encode()
         if tail != expected:
-            raise DamagedCheckpointError(
-                f"{what}: its checksum line is {tail[:20]!r}, expected {expected!r}: the file is"
-                " damaged; restore another step"
-            )
+            found = f"its checksum line is {tail[:20]!r}, expected {expected!r}"
+            raise DamagedCheckpointError(f"{what}: {found}: damaged; restore another step")
         raw = jsons.decode(body, _Integrity, what)
         if (version := raw.format_version) != FORMAT_VERSION:
-            raise FormatError(
-                f"{what}: format version {version!r}; this release reads {FORMAT_VERSION}:"
-                " use a newer flax_ckpt"
-            )
+            found = f"format version {version!r}; this release reads {FORMAT_VERSION}"
+            raise FormatError(f"{what}: {found}: use a newer flax_ckpt")
         try:
             crcs = {path: int(crc, 16) for path, crc in raw.crc32c.items()}
             for path in crcs:

@@ -69,7 +69,6 @@ class ValueRef(msgspec.Struct, frozen=True, order=True, gc=False):
 Value: TypeAlias = bytes | ValueRef
 Entry: TypeAlias = tuple[bytes, Value]
 _Files: TypeAlias = list[tuple[str, str]]
-_Marks: TypeAlias = NDArray[np.uint64]
 
 
 class NodeRef(NamedTuple):
@@ -206,15 +205,13 @@ def encode_manifest(root: NodeRef, *, uuid: bytes, commit_time_ns: int) -> bytes
     )
 
 
-def decode_manifest(
-    data: bytes, *, what: str = "manifest.ocdbt", numbered: bool = False
-) -> NodeRef:
+def decode_manifest(data: bytes, *, what: str = "manifest.ocdbt", is_last: bool = False) -> NodeRef:
     """The root of the newest version that a manifest records; `EMPTY_ROOT` if it has no keys.
 
     Args:
         data: the whole file.
         what: names it in errors.
-        numbered: whether it is one of `manifest.<16 hex digits>`, of which the last counts.
+        is_last: whether it is the last of several `manifest.<16 hex digits>`, which counts.
 
     Raises:
         DamagedCheckpointError: not the bytes that were written.
@@ -223,11 +220,9 @@ def decode_manifest(
     """
     reader = wire.open_frame(data, MANIFEST_MAGIC, what)
     reader.take(16, "uuid")
-    if reader.varint("manifest kind", 1) and not numbered:
-        raise NumberedManifestError(
-            f"{what}: manifest kind: found 1 (numbered), expected 0 (single): "
-            "the versions are in other files"
-        )
+    if reader.varint("manifest kind", 1) and not is_last:
+        found = "found 1 (numbered), expected 0 (single): the versions are in other files"
+        raise NumberedManifestError(f"{what}: manifest kind: {found}")
     reader.varints(3, "configuration")
     if reader.varint("compression method", 1):
         reader.take(4, "zstd level")
@@ -295,12 +290,12 @@ def _check_apart(refs: list[ValueRef]) -> None:
     rows = [(ids[ref.file], ref.offset, ref.offset + ref.length) for ref in refs if ref.length]
     file, start, end = np.array(sorted(rows), np.int64).reshape(-1, 3).T
     if np.any((file[1:] == file[:-1]) & (start[1:] < end[:-1])):
-        raise FormatError(
-            "B+tree: found values that overlap, expected none in the bytes of another"
-        )
+        raise FormatError("B+tree: found values that overlap, expected each in bytes of its own")
 
 
-def _open_node(data: wire.Buffer, ref: NodeRef) -> tuple[wire.Reader, _Files, list[bytes], _Marks]:
+def _open_node(
+    data: wire.Buffer, ref: NodeRef
+) -> tuple[wire.Reader, _Files, list[bytes], wire.Column]:
     """A node's file table, its keys, and what marks are in them; the reader goes on from there."""
     reader = wire.open_frame(data, NODE_MAGIC, str(ref))
     if (height := reader.take(1, "height")[0]) != ref.height:
@@ -309,7 +304,7 @@ def _open_node(data: wire.Buffer, ref: NodeRef) -> tuple[wire.Reader, _Files, li
 
 
 def _children(
-    reader: wire.Reader, files: _Files, keys: list[bytes], marks: _Marks, height: int
+    reader: wire.Reader, files: _Files, keys: list[bytes], marks: wire.Column, height: int
 ) -> list[NodeRef]:
     """What an interior node refers to."""
     places = reader.pick(files, len(keys))
@@ -356,9 +351,7 @@ def encode_table(keys: Sequence[bytes], crcs: Sequence[int]) -> bytes:
     return wire.with_crc(_table_head(keys) + np.array(crcs, "<u4").tobytes())
 
 
-def decode_table(
-    data: bytes, keys: Sequence[bytes], *, what: str = "checksum table"
-) -> NDArray[np.uint32]:
+def decode_table(data: bytes, keys: Sequence[bytes], *, what: str = "table") -> NDArray[np.uint32]:
     """The CRC-32C of each key's value.
 
     Args:

@@ -16,9 +16,6 @@ import numpy as np
 from flax_ckpt.errors import FormatError, NotHandleableError
 from flax_ckpt.format import jsons
 
-_BYTES: Final = "$bytes"
-_TUPLE: Final = "$tuple"
-_ARRAY: Final = "$array"
 _NUMBERS: Final = re.compile("[<>|=][biufc][0-9]{1,2}")
 
 
@@ -56,13 +53,13 @@ def decode(data: bytes, what: str) -> Any:
 
 def _to_json(value: Any, where: str) -> Any:
     if _is_numbers(value):
-        return {_ARRAY: [value.dtype.str, value.shape, _text(value.tobytes())]}
+        return {"$array": [value.dtype.str, value.shape, _text(value.tobytes())]}
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, bytes):
-        return {_BYTES: _text(value)}
+        return {"$bytes": _text(value)}
     if isinstance(value, tuple):
-        return {_TUPLE: _to_json(list(cast("Any", value)), where)}
+        return {"$tuple": _to_json(list(cast("Any", value)), where)}
     if jsons.is_list(value):
         return [_to_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if jsons.is_object(value) and not any(map(_is_odd, value)):

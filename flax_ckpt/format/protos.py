@@ -73,10 +73,9 @@ def _registered(name: str | None) -> type[Message]:
     try:
         descriptor = descriptor_pool.Default().FindMessageTypeByName(name or "")
     except (KeyError, TypeError):  # TypeError: not even a string that UTF-8 can hold
-        raise FormatError(
-            f"the first line names no message that this process knows ({name!r}): import the "
-            "module that defines it first, or pass the message's class"
-        ) from None
+        why = f"the first line names no message that this process knows ({name!r})"
+        what_to_do = "import the module that defines it first, or pass the message's class"
+        raise FormatError(f"{why}: {what_to_do}") from None
     return message_factory.GetMessageClass(descriptor)
 
 

@@ -182,12 +182,9 @@ def unique_names(paths: Sequence[KeyPath], names: Sequence[Hashable]) -> None:
     """
     if len(set(names)) == len(names):
         return
-    seen: dict[Hashable, KeyPath] = {}
-    clashes: list[str] = []
-    for path, name in zip(paths, names, strict=True):
-        other = seen.setdefault(name, path)
-        if other is not path:
-            clashes.append(f"  {_quoted(other)} and {_quoted(path)}")
+    first = dict(zip(reversed(names), reversed(paths), strict=True))
+    pairs = [(first[n], path) for path, n in zip(paths, names, strict=True) if first[n] is not path]
+    clashes = [f"  {_quoted(one)} and {_quoted(other)}" for one, other in pairs]
     raise DuplicateNameError(
         "these leaves would be stored under one name, and one of each pair would be lost:\n"
         + "\n".join(clashes)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from flax_ckpt.errors import DamagedCheckpointError, FormatError
 
 Buffer: TypeAlias = bytes | memoryview
+Column: TypeAlias = NDArray[np.uint64]
 
 MAX_KEY: Final = 65_535
 MAX_OFFSET: Final = 2**63 - 1
@@ -143,7 +144,7 @@ class Reader:
         """The next number, at most `most`."""
         return int(self.varints(1, name, most)[0])
 
-    def varints(self, count: int, name: str, most: int = MAX_OFFSET) -> NDArray[np.uint64]:
+    def varints(self, count: int, name: str, most: int = MAX_OFFSET) -> Column:
         """The next `count` numbers, each at most `most`."""
         if not count:
             return np.zeros(0, np.uint64)
@@ -166,9 +167,7 @@ class Reader:
         self._pos += int(ends[-1])
         return values
 
-    def strings(
-        self, name: str, prefix: bytes, *, marked: bool
-    ) -> tuple[list[bytes], NDArray[np.uint64]]:
+    def strings(self, name: str, prefix: bytes, *, marked: bool) -> tuple[list[bytes], Column]:
         """Prefix-coded strings: `prefix` before each, and a marked place in each (or its start)."""
         count = self.varint(f"{name} count", _MAX_ROWS)
         shared = np.zeros(count, np.uint64)  # bytes taken from the string before

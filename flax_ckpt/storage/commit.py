@@ -39,19 +39,14 @@ class Staging:
         target: absolute path that the checkpoint will have.
         overwrite: whether a checkpoint at `target` is replaced, in one step, at commit.
         mode: permission bits of the directories made; None: the umask's.
-        path: where to put it together; None: beside the target.
+        path: where to put it together; empty: beside the target.
 
     Raises:
         CheckpointExistsError: there is something at `target` and `overwrite` is false.
     """
 
     def __init__(
-        self,
-        target: str,
-        *,
-        overwrite: bool = False,
-        mode: int | None = None,
-        path: str | None = None,
+        self, target: str, *, overwrite: bool = False, mode: int | None = None, path: str = ""
     ) -> None:
         self.target = target
         self.path = path or target + names.TMP_SUFFIX

@@ -73,8 +73,6 @@ class DataFileWriter(contextlib.ExitStack):
 
     def append(self, data: bytes | memoryview) -> None:
         """Appends bytes as they are; they must not change until they are flushed."""
-        if not data:
-            return
         self._queue.append(memoryview(data))
         self._queued += len(data)
         self.offset += len(data)
@@ -101,8 +99,7 @@ class DataFileReader(io.FileIO):
         try:
             super().__init__(path, opener=files.open_regular)
         except FileNotFoundError as error:
-            why = error.strerror
-            raise DamagedCheckpointError(f"{path}: the data file is missing: {why}") from error
+            raise DamagedCheckpointError(f"{path}: the data file is missing") from error
 
     def read_into(self, offset: int, *buffers: Bytes) -> None:
         """Fills the buffers, one after another, with the bytes from `offset` on.
@@ -127,10 +124,8 @@ class DataFileReader(io.FileIO):
             DamagedCheckpointError: the file ends before.
         """
         if offset + length > (size := os.stat(self.fileno()).st_size):
-            raise DamagedCheckpointError(
-                f"{self.name}: ends at byte {size}, but bytes from {offset} on were saved,"
-                f" {length} more: the file was cut off"
-            )
+            why = f"ends at byte {size}, but bytes from {offset} on were saved, {length} more"
+            raise DamagedCheckpointError(f"{self.name}: {why}: the file was cut off")
 
 
 class Database(contextlib.ExitStack):
@@ -151,7 +146,7 @@ class Database(contextlib.ExitStack):
 
     def __init__(self, record: Record, *, checked: bool) -> None:
         super().__init__()
-        self.directory = record.directory
+        self.directory, self._record = record.directory, record
         self._readers: dict[str, DataFileReader] = {}
         self._lock = threading.Lock()
         path = os.path.join(self.directory, names.MANIFEST)
@@ -159,7 +154,7 @@ class Database(contextlib.ExitStack):
             manifest = ocdbt.decode_manifest(record.read(names.MANIFEST), what=path)
         except ocdbt.NumberedManifestError:
             numbered = max(filter(_NUMBERED.fullmatch, os.listdir(self.directory)), default="")
-            manifest = ocdbt.decode_manifest(record.read(numbered), what=path, numbered=True)
+            manifest = ocdbt.decode_manifest(record.read(numbered), what=path, is_last=True)
         try:
             self.values = ocdbt.read_tree(manifest, self._fetch)
             self.crcs: dict[bytes, int] = {}
@@ -168,14 +163,11 @@ class Database(contextlib.ExitStack):
                 table = record.read(names.CHUNK_TABLE, files.MAX_TREE_BYTES)
                 crcs = ocdbt.decode_table(table, list(self.values), what=path)
                 self.crcs = dict(zip(self.values, crcs.tolist(), strict=True))
-        except FormatError as error:
+        except BaseException as error:
             self.close()
-            if self.directory in str(error):
+            if not isinstance(error, FormatError) or self.directory in str(error):
                 raise
             raise type(error)(f"{self.directory}: {error}") from error
-        except BaseException:
-            self.close()
-            raise
 
     def _fetch(self, file: str, offset: int, length: int) -> memoryview:
         self.reader(file).check(offset, length)
@@ -187,10 +179,7 @@ class Database(contextlib.ExitStack):
         """The data file, by its path relative to the directory."""
         with self._lock:
             if file not in self._readers:
-                path = os.path.realpath(os.path.join(self.directory, file))
-                if path != os.path.join(os.path.realpath(self.directory), file):
-                    raise FormatError(f"{self.directory}: {file} is a link that leads to {path}")
-                self._readers[file] = self.enter_context(DataFileReader(path))
+                self._readers[file] = self.enter_context(DataFileReader(self._record.inside(file)))
             return self._readers[file]
 
     def check_files(self) -> None:
@@ -206,9 +195,8 @@ class Database(contextlib.ExitStack):
         """
         value = self.values.get(key)
         if value is None:
-            raise DamagedCheckpointError(
-                f"{self.directory}: the database has no {key.decode(errors='replace')!r}"
-            )
+            missing = key.decode(errors="replace")
+            raise DamagedCheckpointError(f"{self.directory}: the database has no {missing!r}")
         if isinstance(value, bytes):
             return value
         if value.length > most:

@@ -29,14 +29,11 @@ def read(root: str) -> DeletionRecord | None:
     data = files.read(described) if os.path.isfile(described) else b"{}"
     try:
         current = rewritten(jsons.parse_object(data, described))
-        known = [rewritten(m) for m in (record.original_metadata, record.updated_metadata)]
+        if current not in map(rewritten, (record.original_metadata, record.updated_metadata)):
+            raise FormatError(f"{names.CHECKPOINT_METADATA} is neither the old nor the new one")
     except (FormatError, RecursionError) as error:
-        raise DeletionRecoveryError(f"{path}: {error}") from error
-    if current not in known:
-        raise DeletionRecoveryError(
-            f"{path}: the record of an unfinished deletion is not of this checkpoint:"
-            f" {names.CHECKPOINT_METADATA} is neither what it was before nor after it"
-        )
+        why = f"the record of an unfinished deletion is not of this checkpoint: {error}"
+        raise DeletionRecoveryError(f"{path}: {why}") from error
     return record
 
 

@@ -15,12 +15,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
-from flax_ckpt.errors import (
-    CheckpointExistsError,
-    DamagedCheckpointError,
-    FormatError,
-    InvalidLayoutError,
-)
+from flax_ckpt.errors import CheckpointExistsError, DamagedCheckpointError, InvalidLayoutError
 from flax_ckpt.format import names
 from flax_ckpt.storage import failpoints
 
@@ -196,15 +191,11 @@ def exchange(source: str, target: str) -> None:
     # Three renames, and back if one of them fails.
     aside = f"{target}.replaced{names.TMP_SUFFIX}"
     clear(aside)
-    undo: list[tuple[str, str]] = []
-    try:
+    with contextlib.ExitStack() as undo:
         for old, new in ((target, aside), (source, target), (aside, source)):
             rename(old, new)
-            undo.insert(0, (new, old))
-    except OSError:
-        for new, old in undo:
-            rename(new, old)
-        raise
+            undo.callback(rename, new, old)
+        undo.pop_all()
 
 
 def sync_tree(root: str) -> None:
@@ -224,9 +215,8 @@ def make_directory(path: str) -> None:
     if os.path.isdir(path):
         return
     if os.path.lexists(path):
-        raise CheckpointExistsError(
-            f"{path} is a file, or leads nowhere; there must be a directory"
-        )
+        why = "is a file, or leads nowhere; there must be a directory"
+        raise CheckpointExistsError(f"{path} {why}")
     make_directory(os.path.dirname(path))
     mkdirs(path)  # another process may have been faster
     try:
@@ -307,24 +297,27 @@ def open_regular(path: str, flags: int) -> int:
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG):
             raise
-        why = (
-            f"a link that leads to {os.readlink(path)}" if os.path.islink(path) else error.strerror
-        )
-        raise DamagedCheckpointError(f"{path:.300} is {why}") from error
+        refuse_link(path)
+        raise DamagedCheckpointError(f"{path:.300} is {error.strerror}") from error
     if stat.S_ISREG(os.fstat(fd).st_mode):
         return fd
     os.close(fd)
     raise DamagedCheckpointError(f"{path} is no regular file")
 
 
+def refuse_link(path: str) -> None:
+    """Raises `DamagedCheckpointError` if a path is that of a link."""
+    if os.path.islink(path):
+        raise DamagedCheckpointError(f"{path} is a link that leads to {os.readlink(path)}")
+
+
 def refuse_links(root: str) -> int:
-    """Raises `FormatError` if there is a link, a pipe or a device under `root`; counts the rest."""
+    """Counts what is under `root`; a link, a pipe or a device is a `DamagedCheckpointError`."""
     count = 0
     for count, path in enumerate(_entries(root), 1):  # noqa: B007
-        if os.path.islink(path):
-            raise FormatError(f"{path} is a link that leads to {os.readlink(path)}")
+        refuse_link(path)
         if not (os.path.isfile(path) or os.path.isdir(path)):
-            raise FormatError(f"{path} is neither a file nor a directory")
+            raise DamagedCheckpointError(f"{path} is neither a file nor a directory")
     return count
 
 

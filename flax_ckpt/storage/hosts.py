@@ -5,11 +5,10 @@ not queue behind the train step, and runs in a thread of its own.
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -57,11 +56,10 @@ class Hosts:
         Raises:
             BarrierTimeoutError: one of them is not there in time, or is gone.
         """
-        if not self.several:
-            return
-        key, milliseconds = f"{self.operation}/{point}", int(self.timeout_secs * 1000)
-        with self._waiting(f"at {key!r} for processes {list(self.active)}; not all were there"):
-            _state.client.wait_at_barrier(key, milliseconds, list(self.active))
+        if self.several:
+            everyone = list(self.active)
+            what = f"for processes {everyone} to be at"
+            self._wait(_state.client.wait_at_barrier, point, what, everyone)
 
     def broadcast(self, point: str, value: Any) -> Any:
         """The primary's value in every process.
@@ -75,35 +73,33 @@ class Hosts:
         """
         if not self.several:
             return value
-        key, milliseconds = f"{self.operation}/{point}", int(self.timeout_secs * 1000)
         if self.is_primary:
-            _state.client.key_value_set(key, json.dumps(value))
+            self._say(point, value)
             return value
-        with self._waiting(f"for process {self.primary} to say {key!r}; it did not"):
-            text = _state.client.blocking_key_value_get(key, milliseconds)
-        return json.loads(text)
+        return self._hear(point, self.primary)
 
     def gather(self, point: str, value: Any) -> list[Any]:
         """The values of all processes, in their order; as :meth:`broadcast`."""
         if not self.several:
             return [value]
-        key, milliseconds = f"{self.operation}/{point}", int(self.timeout_secs * 1000)
-        _state.client.key_value_set(f"{key}/{self.index}", json.dumps(value))
-        with self._waiting(f"for processes {list(self.active)} to say {key!r}; not all did"):
-            texts = [
-                _state.client.blocking_key_value_get(f"{key}/{other}", milliseconds)
-                for other in self.active
-            ]
-        return [json.loads(text) for text in texts]
+        self._say(f"{point}/{self.index}", value)
+        return [self._hear(f"{point}/{other}", other) for other in self.active]
 
-    @contextlib.contextmanager
-    def _waiting(self, what: str) -> Generator[None]:
+    def _say(self, point: str, value: Any) -> None:
+        _state.client.key_value_set(f"{self.operation}/{point}", json.dumps(value))
+
+    def _hear(self, point: str, other: int) -> Any:
+        what = f"for process {other} to say"
+        return json.loads(self._wait(_state.client.blocking_key_value_get, point, what))
+
+    def _wait(self, call: Callable[..., Any], point: str, what: str, *arguments: Any) -> Any:
+        key = f"{self.operation}/{point}"
         try:
-            yield
+            return call(key, int(self.timeout_secs * 1000), *arguments)
         except Exception as error:  # the client raises one type for all: XlaRuntimeError
             raise BarrierTimeoutError(
-                f"process {self.index} waited {what} within {self.timeout_secs:g} s. Another"
-                f" process has failed or makes another sequence of calls. The coordinator: {error}"
+                f"process {self.index} waited {what} {key!r}, in vain for {self.timeout_secs:g} s:"
+                f" another has failed or makes another sequence of calls. The coordinator: {error}"
             ) from error
 
     def forget(self, points: str) -> None:
@@ -137,16 +133,12 @@ def current(options: MultiprocessingOptions, waiting: AsyncOptions, what: str) -
     """
     everyone = tuple(options.active_processes or range(jax.process_count()))
     if options.primary_host not in everyone:
-        raise ValueError(
-            f"multiprocessing.primary_host is {options.primary_host}, which is not among the"
-            f" active processes {list(everyone)}; set primary_host to one of them"
-        )
+        why = f"{options.primary_host}, which is not among the active processes {list(everyone)}"
+        raise ValueError(f"multiprocessing.primary_host is {why}; set it to one of them")
     _operations[what] += len(everyone) > 1
     operation = f"{options.barrier_sync_key_prefix or ''}flax_ckpt/{what}/{_operations[what]}"
-    index = jax.process_index()
-    return Hosts(
-        index, tuple(sorted(everyone)), options.primary_host, operation, waiting.timeout_secs
-    )
+    active, primary = tuple(sorted(everyone)), options.primary_host
+    return Hosts(jax.process_index(), active, primary, operation, waiting.timeout_secs)
 
 
 def process_count() -> int:
@@ -188,9 +180,7 @@ async def sync_global_processes(
     if timeout is not None and timeout <= 0:
         raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
     if index not in everyone:
-        raise ValueError(
-            f"process {index} waits at {key!r} for the processes {list(everyone)},"
-            " of which it is none"
-        )
+        others = f"the processes {list(everyone)}, of which it is none"
+        raise ValueError(f"process {index} waits at {key!r} for {others}")
     hosts = Hosts(index, everyone, everyone[0], operation_id, timeout or 300)
     await asyncio.to_thread(hosts.barrier, key)

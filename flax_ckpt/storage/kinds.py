@@ -73,13 +73,8 @@ def unfinished(path: str) -> str | None:
 
 def checkpoints_in(path: str) -> list[str]:
     """Names of the checkpoints in a directory, by their last number."""
-    found = [
-        entry.name
-        for entry in os.scandir(path)
-        if os.path.isdir(entry.path)
-        and names.TMP_SUFFIX not in entry.name
-        and _has(entry.path, _ROOT_MARKS)
-    ]
+    there = [entry for entry in os.scandir(path) if names.TMP_SUFFIX not in entry.name]
+    found = [entry.name for entry in there if _has(entry.path, _ROOT_MARKS)]
     return sorted(found, key=lambda name: (int((re.findall(r"\d+", name) or ["-1"])[-1]), name))
 
 

@@ -27,6 +27,7 @@ logger = logging.getLogger("flax_ckpt")
 
 BEAT_SECS: Final = 3.0
 STALE_SECS: Final = 15.0
+_ABSENT: Final = ("", 0)
 
 _held: dict[str, RunLock] = {}
 _lock = threading.Lock()
@@ -79,10 +80,10 @@ class RunLock:
                 was forked, and the lock is its parent's.
         """
         own = self._pid == os.getpid()
-        while (found := self._look()) is None and own:
+        while (found := self._look()) == _ABSENT and own:
             files.make_directory(self._directory)
             self._create()
-        if found is not None and (found[0] != self._text or not own):
+        if found != _ABSENT and (found[0] != self._text or not own):
             raise self._in_use(found[0])
 
     def release(self) -> None:
@@ -95,48 +96,39 @@ class RunLock:
 
     def _end(self) -> None:
         self._released.set()
-        if self._pid != os.getpid():  # a forked process does not hold it
-            return
-        found = self._look()
-        if found is not None and found[0] == self._text:
+        # A forked process does not hold it.
+        if self._pid == os.getpid() and self._look()[0] == self._text:
             with contextlib.suppress(FileNotFoundError):
                 files.unlink(self._path)
 
     def _create(self) -> bool:
-        try:
+        with contextlib.suppress(FileExistsError):
             files.write(self._path, self._text.encode())
-        except FileExistsError:
-            return False
-        return True
+            return True
+        return False
 
-    def _look(self, path: str | None = None) -> tuple[str, int] | None:
-        """Content and time of the file; None if there is none."""
+    def _look(self, path: str | None = None) -> tuple[str, int]:
+        """Content and time of the file; empty and 0 if there is none."""
         try:
-            with open(
-                path or self._path, errors="replace"
-            ) as file:  # asks a file server, unlike `stat`
+            # Opening it asks a file server, unlike `stat`.
+            with open(path or self._path, errors="replace") as file:
                 return file.read(), os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
-            return None
+            return _ABSENT
 
     def _clear_stale(self) -> None:
         """Removes the file of a process that has ended; raises if it lives."""
-        found = self._look()
-        if found is None:
-            return
-        text, _ = found
-        holder = commit.running(text.partition("\n")[0])
-        is_own = holder is not None and holder[1] == os.getpid()  # before it was replaced by `exec`
-        if holder is not None and commit.is_here(holder[0]) and not is_own:
+        text = (found := self._look())[0]
+        host, pid = commit.running(text.partition("\n")[0]) or ("", 0)
+        here = commit.is_here(host)
+        if here and pid != os.getpid():  # its own: before it was replaced by `exec`
             raise self._in_use(text)
-        if (
-            holder is not None and not is_own
-        ) or not text:  # it has another host, or is being written
+        if found != _ABSENT and (not text or (host and not here)):  # being written, or elsewhere
             self._watch(text)
         aside = f"{self._path}-{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
             files.rename(self._path, aside)
-            if (self._look(aside) or ("",))[0] != text:  # it has taken the lock since: give it back
+            if self._look(aside)[0] != text:  # it has taken the lock since: give it back
                 with contextlib.suppress(FileExistsError):
                     files.link(aside, self._path)
             files.unlink(aside)
@@ -145,9 +137,7 @@ class RunLock:
         """Returns if nobody touches the file of another host's process for a while."""
         logger.info("waiting up to %g s for the holder of %s", STALE_SECS, self._path)
         first, deadline = self._look(), time.monotonic() + STALE_SECS
-        while time.monotonic() < deadline:
-            if (found := self._look()) is None:
-                return
+        while time.monotonic() < deadline and (found := self._look()) != _ABSENT:
             if found != first:
                 raise self._in_use(found[0] or text)
             self._released.wait(BEAT_SECS / 10)
@@ -164,11 +154,11 @@ class RunLock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECS):
             try:
-                found = self._look()
-                if found is not None and found[0] != self._text:
+                if (found := self._look()) == _ABSENT:
+                    continue
+                if found[0] != self._text:
                     return  # `check` tells
-                if found is not None:
-                    files.touch(self._path)
+                files.touch(self._path)
             except OSError as error:
                 logger.warning("%s could not be touched: %s", self._path, error)
 

@@ -8,6 +8,7 @@ old block with its own valid checksum is noticed too. Only the chunks that a reg
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import itertools
 import math
 import operator
@@ -28,7 +29,7 @@ from flax_ckpt.format.ocdbt import Value, ValueRef
 from flax_ckpt.storage import files
 from flax_ckpt.storage.database import ALIGNMENT, Database, aligned_empty
 from flax_ckpt.storage.record import Record
-from flax_ckpt.storage.store import ArrayRead, ArrayStore, Region
+from flax_ckpt.storage.store import ArrayRead, Arrays, ArrayStore, Parts, Region
 from flax_ckpt.storage.tensor_store import TensorStoreStore
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         leaf, key, ref: whose it is, and where; a file of its own has no `ref`.
-        trailer: bytes of the CRC-32C that follows it, 0 or 4.
+        encoding: how it is stored.
         parts: takes the array at `position`, if the chunk is all of one, described by `stored`.
         place: else, what puts the bytes where they belong.
         into: memory that they can be read into, so that there is nothing left to put.
@@ -57,8 +58,8 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
     leaf: str
     key: bytes
     ref: Value | None
-    trailer: int
-    parts: list[NDArray[Any]]
+    encoding: Encoding
+    parts: Parts
     position: int
     stored: StoredArray
     place: Callable[[Bytes], None] | None = None
@@ -71,10 +72,11 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
         return self.ref
 
 
+@dataclasses.dataclass
 class NativeStore:
     """Arrays of one directory; implements :class:`ArrayStore`.
 
-    Args:
+    Attributes:
         source: an opened database, whose owner closes it, or the checked files of a directory.
         other: reads the arrays in other encodings; None: there must be none.
         most: how many chunks there can be.
@@ -82,30 +84,23 @@ class NativeStore:
         direct: whether arrays in our encodings are read here although there is another reader.
     """
 
-    def __init__(
-        self,
-        source: Database | Record,
-        other: TensorStoreStore | None = None,
-        *,
-        most: int,
-        zarr3: bool = True,
-        direct: bool = False,
-    ) -> None:
-        self._directory = source.directory
-        self._database = source if isinstance(source, Database) else None
-        self._crcs = source.crcs if isinstance(source, Database) else {}
-        self._source = source
-        self._other = other
-        self._most = most
-        self._direct = direct or other is None
-        self._encoding = Encoding(zarr3)
+    source: Database | Record
+    other: TensorStoreStore | None
+    most: int
+    zarr3: bool
+    direct: bool = False
+
+    def __post_init__(self) -> None:
+        self._directory = self.source.directory
+        self._database = self.source if isinstance(self.source, Database) else None
+        self._crcs = self._database.crcs if self._database else dict[bytes, int]()
         self._stored: dict[str, StoredArray] = {}
         self._known: dict[bytes, tuple[int, StoredArray]] = {}  # most descriptions are alike
 
     def describe(self, names: Sequence[str]) -> dict[str, StoredArray]:
         """See :class:`ArrayStore`."""
         found: dict[str, StoredArray] = {}
-        known, key_of, crcs = self._known, self._encoding.metadata_key, self._crcs
+        known, key_of, crcs = self._known, Encoding(self.zarr3).metadata_key, self._crcs
         for name in names:
             key = key_of(name)
             data = self._value(key)
@@ -113,66 +108,55 @@ class NativeStore:
                 known[data] = crc32c.crc32c(data), self._parse(name, data)
             crc, found[name] = known[data]
             if crc != crcs.get(key, crc):
-                raise DamagedCheckpointError(
-                    f"{self._directory}: the description of the array {name!r} is not the one that"
-                    " was saved; restore another step"
-                )
+                why = f"the description of the array {name!r} is not the one that was saved"
+                raise _damaged(self._directory, why)
         self._stored |= found
         return found
 
     def _value(self, key: bytes, most: int = files.MAX_BYTES) -> bytes:
-        if isinstance(self._source, Database):
-            return self._source.read(key, most)
-        return self._source.read(key.decode(), most)
-
-    def _described(self, name: str) -> StoredArray:
-        return self._stored.get(name) or self.describe([name])[name]
+        if isinstance(self.source, Database):
+            return self.source.read(key, most)
+        return self.source.read(key.decode(), most)
 
     def _parse(self, name: str, data: bytes) -> StoredArray:
         try:
-            stored = parse(data, zarr3=self._encoding.zarr3)
+            stored = parse(data, zarr3=self.zarr3)
         except FormatError as error:
             raise FormatError(f"{self._directory}: the array {name!r}: {error}") from error
-        if stored.encoding is None and self._other is None:
-            key = self._encoding.metadata_key(name)
+        if stored.encoding is None and self.other is None:
+            key = Encoding(self.zarr3).metadata_key(name)
             raise FormatError(f"{self._named(key)}: these codecs are not those we write")
         return stored
 
-    def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
+    def read_arrays(self, reads: Sequence[ArrayRead]) -> Arrays:
         """See :class:`ArrayStore`."""
-        results: list[list[NDArray[Any]]] = [[] for _ in reads]
+        results: Arrays = [[] for _ in reads]
         chunks: list[_Chunk] = []
         foreign: list[int] = []
         for number, read in enumerate(reads):
-            stored = self._described(read.name)
+            stored = self._stored.get(read.name) or self.describe([read.name])[read.name]
             encoding = stored.encoding
-            if encoding is None or not self._direct or (encoding.compressed and self._other):
+            if encoding is None or (self.other and (encoding.compressed or not self.direct)):
                 self._check_count(read.leaf, stored.shape, stored.chunk_shape)
                 foreign.append(number)
                 continue
             for region in read.regions:
                 chunks += self._plan(read, stored, encoding, region, results[number])
         self._read_chunks(chunks)
-        if foreign and self._other:
+        if foreign and self.other:
             if self._database:
                 self._database.check_files()
-            others = self._other.read_arrays([reads[number] for number in foreign])
+            others = self.other.read_arrays([reads[number] for number in foreign])
             for number, parts in zip(foreign, others, strict=True):
                 results[number] = parts
         return results
 
     def _plan(
-        self,
-        read: ArrayRead,
-        stored: StoredArray,
-        encoding: Encoding,
-        region: Region,
-        parts: list[NDArray[Any]],
+        self, read: ArrayRead, stored: StoredArray, encoding: Encoding, region: Region, parts: Parts
     ) -> Iterator[_Chunk]:
         """The chunks that a region needs; the region's array is added to `parts`."""
         shape, dtype, chunk_shape, _ = stored
         wanted = tuple([stop - start for start, stop in region])
-        trailer = encoding.trailer
         nbytes = math.prod(chunk_shape) * dtype.itemsize
         plain = self._database is not None and not encoding.compressed
         position = len(parts)
@@ -180,7 +164,7 @@ class NativeStore:
             parts.append(_PENDING)
             key = encoding.chunk_key(read.name, origin(len(shape)))
             ref = self._find(read.leaf, key, *encoding.sizes(nbytes))
-            yield _Chunk(read.leaf, key, ref, trailer, parts, position, stored)
+            yield _Chunk(read.leaf, key, ref, encoding, parts, position, stored)
             return
         self._check_count(read.leaf, wanted, chunk_shape)
         grid = [
@@ -195,10 +179,8 @@ class NativeStore:
         parts.append(array)
         for index, key, ref in found:
             copy, into = _destination(array, region, chunk_shape, index)
-            if not plain:
-                what = f"{read.leaf}: {self._named(key)}"
-                copy, into = _decoded(copy, encoding, nbytes, what), None
-            yield _Chunk(read.leaf, key, ref, trailer, parts, position, stored, copy, into)
+            into = into if plain else None
+            yield _Chunk(read.leaf, key, ref, encoding, parts, position, stored, copy, into)
 
     def _named(self, key: bytes) -> str:
         return f"{key.decode()!r} in {self._directory}"
@@ -206,10 +188,9 @@ class NativeStore:
     def _check_count(self, leaf: str, shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> None:
         """Checks that there are as many values as the array has chunks, before they are listed."""
         count = math.prod(-(-n // step) for n, step in zip(shape, chunk_shape, strict=True))
-        if count > self._most:
-            raise DamagedCheckpointError(
-                f"{leaf}: some of its {count} chunks are missing in {self._directory}"
-            )
+        if count > self.most:
+            why = f"some of its {count} chunks are missing in {self._directory}"
+            raise DamagedCheckpointError(f"{leaf}: {why}")
 
     def _find(self, leaf: str, key: bytes, least: int, most: int) -> Value | None:
         """Where a chunk is; checks that it has as many bytes as expected, and that they are there.
@@ -217,19 +198,17 @@ class NativeStore:
         One in a file of its own has no `Value`.
         """
         ref: Value | None = None
-        if isinstance(self._source, Record):
-            length = self._source.size(key.decode())
+        if isinstance(self.source, Record):
+            length = self.source.size(key.decode())
         else:
-            ref = self._source.values.get(key)
+            ref = self.source.values.get(key)
             length = ref.length if isinstance(ref, ValueRef) else None if ref is None else len(ref)
         if length is None or not least <= length <= most:
             size = least if least == most else f"{least} to {most}"
             found = "is missing" if length is None else f"has {length} bytes, expected {size}"
-            raise DamagedCheckpointError(
-                f"{leaf}: its chunk {self._named(key)} {found}; restore another step"
-            )
-        if length > _SMALL and isinstance(ref, ValueRef) and isinstance(self._source, Database):
-            self._source.reader(ref.file).check(ref.offset, length)
+            raise _damaged(leaf, f"its chunk {self._named(key)} {found}")
+        if length > _SMALL and isinstance(ref, ValueRef) and self._database:
+            self._database.reader(ref.file).check(ref.offset, length)
         return ref
 
     def _read_chunks(self, chunks: list[_Chunk]) -> None:
@@ -268,24 +247,24 @@ class NativeStore:
 
     def _deliver(self, chunk: _Chunk, value: Bytes) -> None:
         """Checks a whole value and gives it to the array it belongs to."""
-        split = len(value) - chunk.trailer
+        split = len(value) - chunk.encoding.trailer
         data = value[:split]
         self._check(chunk, data, value[split:])
         if split <= _TINY:  # a step counter that is kept must not keep what was read with it
             data = data.copy()
-        if chunk.place is not None:
-            chunk.place(data)
-        else:
-            stored = chunk.stored
+        stored = chunk.stored
+        if chunk.place is None:
             chunk.parts[chunk.position] = data.view(stored.dtype).reshape(stored.shape)
+        else:
+            what = f"{chunk.leaf}: {self._named(chunk.key)}"
+            nbytes = math.prod(stored.chunk_shape) * stored.dtype.itemsize
+            chunk.place(chunk.encoding.decode(data, nbytes, what))
 
     def _check(self, chunk: _Chunk, data: Bytes, rest: Bytes) -> None:
         """Compares a chunk with its checksums; `rest` is padding, if any, and the trailer."""
-        padding = len(rest) - chunk.trailer
-        crc = crc32c.crc32c(data.data)
-        if padding:
-            crc = crc32c.crc32c(rest[:padding].data, crc)
-        own = int.from_bytes(rest[padding:].tobytes(), "little") if chunk.trailer else crc
+        padding = len(rest) - chunk.encoding.trailer
+        crc = crc32c.crc32c(rest[:padding].data, crc32c.crc32c(data.data))
+        own = int.from_bytes(rest[padding:].tobytes(), "little") if len(rest) > padding else crc
         table = self._crcs.get(chunk.key, own)
         if crc == own == table:
             return
@@ -294,17 +273,12 @@ class NativeStore:
             path = os.path.join(self._directory, ref.file)
             where = f"bytes {ref.offset} to {ref.offset + ref.length} of {path}"
         expected = f"{table:08x}" if table == own else f"{table:08x} (its own trailer: {own:08x})"
-        raise DamagedCheckpointError(
-            f"{chunk.leaf}: damaged: {where} have CRC-32C {crc:08x}, saved with {expected};"
-            " restore another step"
-        )
+        why = f"damaged: {where} have CRC-32C {crc:08x}, saved with {expected}"
+        raise _damaged(chunk.leaf, why)
 
 
-def _decoded(
-    place: Callable[[Bytes], None], encoding: Encoding, nbytes: int, what: str
-) -> Callable[[Bytes], None]:
-    """What decodes a chunk and then puts it into its place."""
-    return lambda data: place(encoding.decode(data, nbytes, what))
+def _damaged(what: str, why: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{what}: {why}; restore another step")
 
 
 def _destination(
@@ -344,24 +318,20 @@ def _in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
             work(item)
 
 
-def _groups(chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
+def _groups(chunks: list[_Chunk]) -> list[list[_Chunk]]:
     """Sorted chunks that are read in one call: alone if large or placed, else with neighbours."""
-    group: list[_Chunk] = []
+    groups: list[list[_Chunk]] = []
+    file, end, most = "", 0, 0  # of the last group: where it ends, and may end
     for chunk in chunks:
         ref = chunk.span
         alone = chunk.into is not None or ref.length > _SMALL
-        if group:
-            first, last = group[0].span, group[-1].span
-            near = ref.file == first.file and ref.offset - (last.offset + last.length) <= _GAP
-            if alone or not near or ref.offset + ref.length - first.offset > _GROUP:
-                yield group
-                group = []
-        if alone:
-            yield [chunk]
-        else:
-            group.append(chunk)
-    if group:
-        yield group
+        beyond = ref.offset > end + _GAP or ref.offset + ref.length > most
+        if alone or beyond or ref.file != file:
+            groups.append([])
+            file, most = ref.file, -1 if alone else ref.offset + _GROUP
+        groups[-1].append(chunk)
+        end = ref.offset + ref.length
+    return groups
 
 
 @contextlib.contextmanager
@@ -382,14 +352,13 @@ def open_store(
     if ocdbt is None:
         ocdbt = os.path.isfile(os.path.join(record.directory, names.MANIFEST))
     where = record.directory
-    general = TensorStoreStore(where, ocdbt=ocdbt, zarr3=zarr3, fill_missing=fill_missing)
+    other = TensorStoreStore(where, ocdbt=ocdbt, zarr3=zarr3, fill_missing=fill_missing)
     if not ocdbt:
-        count = files.refuse_links(where)
-        yield NativeStore(record, None if record.native else general, zarr3=zarr3, most=count)
+        most = files.refuse_links(where)
+        yield NativeStore(record, None if record.native else other, most, zarr3)
         return
     checked = record.native and record.lists(names.CHUNK_TABLE)
     with Database(record, checked=checked) as database:
         most = 1 << 32 if fill_missing and not checked else len(database.values)
         direct = zarr3 and not fill_missing
-        other = None if checked else general
-        yield NativeStore(database, other, zarr3=zarr3, most=most, direct=direct)
+        yield NativeStore(database, None if checked else other, most, zarr3, direct)

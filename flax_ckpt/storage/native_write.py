@@ -143,10 +143,8 @@ def _encoded(
             yield encoding.metadata_key(array.name), text, b"", crc32c.crc32c(text)
         for index, data, padding in _chunks(array) if primary or array.spread else ():
             head, padding = encoding.encode(data, padding)
-            crc = crc32c.crc32c(head.data)
-            zeros = bytes(padding)
-            crc = crc32c.crc32c(zeros, crc) if padding else crc
-            tail = zeros + crc.to_bytes(4, "little")[: encoding.trailer]
+            crc = crc32c.crc32c(bytes(padding), crc32c.crc32c(head.data))
+            tail = bytes(padding) + crc.to_bytes(4, "little")[: encoding.trailer]
             yield encoding.chunk_key(array.name, index), head.data, tail, crc
 
 

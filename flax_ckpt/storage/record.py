@@ -84,15 +84,12 @@ class Record:
         """Whether the file is there, or should be."""
         return name in self.crcs or os.path.isfile(os.path.join(self.directory, name))
 
-    def _inside(self, name: str) -> str:
+    def inside(self, name: str) -> str:
         """The path of a file, to which no link leads within the directory."""
         wire.check_path(name, self.directory)
         *folders, path = itertools.accumulate(name.split("/"), os.path.join, initial=self.directory)
         for folder in folders[0 if self._is_item else 1 :]:
-            if os.path.islink(folder):
-                raise DamagedCheckpointError(
-                    f"{folder} is a link that leads to {os.readlink(folder)}"
-                )
+            files.refuse_link(folder)
         return path
 
     def size(self, name: str) -> int | None:
@@ -107,7 +104,7 @@ class Record:
 
     def check(self, name: str) -> int:
         """Checks a file of any size, and returns the size."""
-        path = self._inside(name)
+        path = self.inside(name)
         with _missing(path):
             self._compare(name, path, file_crc(b"", files.blocks(path)))
             return os.path.getsize(path)
@@ -122,7 +119,7 @@ class Record:
         Raises:
             DamagedCheckpointError: missing, or not the bytes that were saved.
         """
-        path = self._inside(name)
+        path = self.inside(name)
         with _missing(path):
             data = files.read(path, most)
         if self.native:
@@ -130,22 +127,19 @@ class Record:
         return data
 
     def _compare(self, name: str, path: str, found: int) -> None:
-        if (expected := self.crcs.get(name)) is None:
-            raise DamagedCheckpointError(
-                f"{path}: not among the files that {names.INTEGRITY} lists: it was added later"
-            )
+        expected = self.crcs.get(name)
+        if expected is None:
+            why = f"not among the files that {names.INTEGRITY} lists: it was added later"
+            raise DamagedCheckpointError(f"{path}: {why}")
         if found != expected:
-            raise DamagedCheckpointError(
-                f"{path}: CRC-32C {found:08x}, saved with {expected:08x}: the file was changed"
-                " after it was saved; restore another step"
-            )
+            why = f"CRC-32C {found:08x}, saved with {expected:08x}: the file was changed after it"
+            raise DamagedCheckpointError(f"{path}: {why} was saved; restore another step")
 
 
 @contextlib.contextmanager
 def _missing(path: str) -> Generator[None]:
     try:
         yield
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise DamagedCheckpointError(
-            f"{path}: the file is missing; restore another step"
-        ) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        why = "the file is missing; restore another step"
+        raise DamagedCheckpointError(f"{path}: {why}") from error

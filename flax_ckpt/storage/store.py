@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from flax_ckpt.format.arrays import ArraySpec, Encoding, StoredArray
 
 Region = tuple[tuple[int, int], ...]
-Arrays = list[list[NDArray[Any]]]  # for each read the regions that it wants
+Parts = list[NDArray[Any]]  # the regions that a read wants
+Arrays = list[Parts]  # for each read
 
 
 class Shard(msgspec.Struct, frozen=True, gc=False):
@@ -97,16 +98,16 @@ def read_resized(store: ArrayStore, reads: Sequence[ArrayRead]) -> Arrays:
     stored = store.describe([read.name for read in reads])
     inside: list[ArrayRead] = []
     for read in reads:
-        limits = stored[read.name].shape
-        clipped = [
-            tuple((min(a, n), min(b, n)) for (a, b), n in zip(region, limits, strict=True))
-            for region in read.regions
-        ]
-        inside.append(ArrayRead(read.name, tuple(clipped), read.leaf))
+        regions = tuple([_clipped(region, stored[read.name].shape) for region in read.regions])
+        inside.append(ArrayRead(read.name, regions, read.leaf))
     return [
         [_filled(part, region) for part, region in zip(parts, read.regions, strict=True)]
         for parts, read in zip(store.read_arrays(inside), reads, strict=True)
     ]
+
+
+def _clipped(region: Region, shape: tuple[int, ...]) -> Region:
+    return tuple((min(a, n), min(b, n)) for (a, b), n in zip(region, shape, strict=True))
 
 
 def _filled(part: NDArray[Any], region: Region) -> NDArray[Any]:

@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from numpy.typing import NDArray
 
 from flax_ckpt.errors import DamagedCheckpointError
 from flax_ckpt.format.arrays import prefix
-from flax_ckpt.storage.store import ArrayRead
+from flax_ckpt.storage.store import ArrayRead, Arrays
 
 _BATCH = 256  # arrays that are being opened at one time
 
@@ -24,25 +23,20 @@ class TensorStoreStore:
         fill_missing: whether a chunk that is missing is zeros, else an error.
     """
 
-    def __init__(
-        self, directory: str, *, ocdbt: bool, zarr3: bool, fill_missing: bool = False
-    ) -> None:
+    def __init__(self, directory: str, *, ocdbt: bool, zarr3: bool, fill_missing: bool) -> None:
         self._directory = directory
-        self._ocdbt = ocdbt
-        self._fill = fill_missing
-        self._driver = "zarr3" if zarr3 else "zarr"
+        driver = "zarr3" if zarr3 else "zarr"
+        self._spec = {"driver": driver, "fill_missing_data_reads": fill_missing}
+        self._kvstore: dict[str, Any] = {"driver": "file", "path": f"{directory}/"}
+        if ocdbt:
+            self._kvstore = {"driver": "ocdbt", "base": self._kvstore, "path": ""}
         # No cache: every chunk is read once, and a reader must never see an old one.
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
     def _open(self, name: str) -> ts.Future[ts.TensorStore]:
-        place = prefix(name)
-        if self._ocdbt:
-            base = {"driver": "file", "path": self._directory + "/"}
-            kvstore: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": place}
-        else:
-            kvstore = {"driver": "file", "path": f"{self._directory}/{place}"}
-        spec = {"driver": self._driver, "kvstore": kvstore, "fill_missing_data_reads": self._fill}
-        return ts.open(ts.Spec(spec), open=True, context=self._context)
+        kvstore = self._kvstore | {"path": self._kvstore["path"] + prefix(name)}
+        spec = ts.Spec({**self._spec, "kvstore": kvstore})
+        return ts.open(spec, open=True, context=self._context)
 
     def _opened(self, names: Sequence[str]) -> Iterator[ts.TensorStore]:
         """The arrays in order, opened a batch at a time."""
@@ -55,11 +49,10 @@ class TensorStoreStore:
         try:
             return future.result()
         except ValueError as error:  # TensorStore's one type for whatever is wrong with the data
-            raise DamagedCheckpointError(
-                f"{leaf}: cannot be read from {self._directory}: {error}"
-            ) from error
+            why = f"cannot be read from {self._directory}: {error}"
+            raise DamagedCheckpointError(f"{leaf}: {why}") from error
 
-    def read_arrays(self, reads: Sequence[ArrayRead]) -> list[list[NDArray[Any]]]:
+    def read_arrays(self, reads: Sequence[ArrayRead]) -> Arrays:
         """See :class:`ArrayStore`."""
         arrays = self._opened([read.name for read in reads])
         pending = [

@@ -81,17 +81,20 @@ def test_the_lock_of_a_killed_process_of_this_machine_is_no_obstacle(tmp_path: P
         assert str(os.getpid()) in (tmp_path / LOCK).read_text()
 
 
-def of_another_host(root: Path, host: str = "tpu-7") -> Path:
+def of_another_host(root: Path, host: str = "tpu-7", pid: int = 1234) -> Path:
     path = root / LOCK
-    path.write_text(f"{host} 1234 99\n2026-01-02T03:04:05+00:00\n")
+    path.write_text(f"{host} {pid} 99\n2026-01-02T03:04:05+00:00\n")
     return path
 
 
 @pytest.mark.parametrize(
     "host", ["tpu-7", f"{socket.gethostname()}:77"], ids=["elsewhere", "another container"]
 )
-def test_another_hosts_lock_holds_as_long_as_its_heart_beats(tmp_path: Path, host: str) -> None:
-    path, ended = of_another_host(tmp_path, host), threading.Event()
+@pytest.mark.parametrize("pid", [1234, os.getpid()], ids=["another number", "the same number"])
+def test_another_hosts_lock_holds_as_long_as_its_heart_beats(
+    tmp_path: Path, host: str, pid: int
+) -> None:
+    path, ended = of_another_host(tmp_path, host, pid), threading.Event()
 
     def beat() -> None:
         while not ended.wait(0.05):
@@ -106,7 +109,7 @@ def test_another_hosts_lock_holds_as_long_as_its_heart_beats(tmp_path: Path, hos
         ended.set()
         heart.join()
     assert str(caught.value) == (
-        f"{tmp_path} is in use: process 1234 on {host.partition(':')[0]} saves there since"
+        f"{tmp_path} is in use: process {pid} on {host.partition(':')[0]} saves there since"
         " 2026-01-02T03:04:05+00:00. Give this run another directory, or end that process. If it"
         f" is gone, remove {path}"
     )
