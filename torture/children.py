@@ -11,7 +11,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
-from flax_ckpt.storage import failpoints
+from flax_ckpt.storage import failpoints, lock
 from torture.scenarios import SCENARIOS
 
 
@@ -96,6 +96,7 @@ def _run(
 
     failpoints.reach = reach
     logging.getLogger("flax_ckpt").addHandler(logging.NullHandler())
+    lock.STALE_SECS = 0.3  # a lock file without a word in it is waited for as long
     say("stage", "start")
     try:
         SCENARIOS[scenario](root, seed, say)
