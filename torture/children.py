@@ -73,10 +73,10 @@ class Child:
 def _run(
     pipe: Connection, scenario: str, root: str, seed: int, failpoint: str, points: bool
 ) -> None:
-    lock = threading.Lock()
+    speaking = threading.Lock()
 
     def say(*what: Any) -> None:
-        with lock:
+        with speaking:
             os.write(pipe.fileno(), json.dumps(what).encode() + b"\n")
 
     held, _, rest = failpoint.partition("=hold")

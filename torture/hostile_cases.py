@@ -753,9 +753,9 @@ def _arrays(place: Path) -> Iterator[Case]:
 
         return change
 
-    def zeros(size: int, **said: int) -> bytes:
+    def zeros(nbytes: int, **said: int) -> bytes:
         packer = zstandard.ZstdCompressor(level=3).compressobj(**said)
-        parts = [packer.compress(bytes(1 << 20)) for _ in range(size >> 20)]
+        parts = [packer.compress(bytes(1 << 20)) for _ in range(nbytes >> 20)]
         return b"".join([*parts, packer.flush()])
 
     zstd = zstandard.ZstdCompressor(level=3).compress
