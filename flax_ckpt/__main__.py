@@ -2,7 +2,7 @@
 
 import sys
 
-from flax_ckpt.cli import main
+from flax_ckpt.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -5,8 +5,10 @@ python -m flax_ckpt verify /runs/7/checkpoints --json
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = verify(path)
         except (InvalidLayoutError, OSError) as error:
             print(error, file=sys.stderr)
+            results.append({"path": path, "ok": False, "error": str(error)})
             code = 2
             continue
         code = max(code, 0 if found.ok else 1)
@@ -48,3 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(results, indent=2))
     return code
+
+
+def run() -> int:
+    """Runs the command of this process; who closes the pipe that it prints to has seen enough."""
+    try:
+        return main()
+    except BrokenPipeError:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.close()
+        return 128 + signal.SIGPIPE

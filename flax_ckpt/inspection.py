@@ -9,17 +9,17 @@ import contextlib
 import dataclasses
 import itertools
 import os
+from collections.abc import Collection
 from typing import Final
 
 from flax_ckpt._load import identity
 from flax_ckpt.errors import CheckpointNotFoundError, FlaxCkptError, InvalidLayoutError
 from flax_ckpt.format import jsons, names
-from flax_ckpt.format.checkpoint import file_crc
+from flax_ckpt.format.checkpoint import RootMetadata, file_crc
 from flax_ckpt.handlers.saved_tree import SavedTree
 from flax_ckpt.storage import deletion, files, kinds
 from flax_ckpt.storage.record import Record, noting
-from flax_ckpt.training import progress
-from flax_ckpt.training.steps import SUPERSEDED
+from flax_ckpt.training import progress, steps
 
 _BATCH: Final = 256 << 20  # bytes of arrays in memory at a time
 
@@ -112,16 +112,17 @@ def verify(path: files.PathLike) -> Verification:
     inside = [here]
     if not kinds.is_checkpoint(here):
         inside = [os.path.join(here, n) for n in sorted(os.listdir(here), key=kinds.by_number)]
+    cut = {} if inside == [here] else _incomplete(here)
     found: list[Checked] = []
     unchecked: list[str] = []
     for place in filter(os.path.isdir, inside):
         if why := kinds.unfinished(place):
             unchecked.append(f"{place} is {why}")
-        elif os.path.basename(place) == SUPERSEDED and place != here:
+        elif os.path.basename(place) == steps.SUPERSEDED and place != here:
             unchecked.append(f"{place} has steps that were moved aside: verify it by its path")
-        elif one := _found_at(place):
+        elif one := cut.get(place) or _found_at(place):
             found.append(one)
-    if not found:
+    if found == [*cut.values()]:
         raise CheckpointNotFoundError(f"{here} has no checkpoint; it has: {kinds.contents(here)}")
     return Verification(here, tuple(found), tuple(unchecked))
 
@@ -136,6 +137,18 @@ def _found_at(path: str) -> Checked | None:
                 return found
     except OSError as error:  # nobody may look
         return Checked(path, (), ((path, str(error)),), (), 0, 0)
+
+
+def _incomplete(root: str) -> dict[str, Checked]:
+    """The steps of a run that were copied, and not to the end, by their path."""
+    try:
+        found = {steps.path_of(root, n): why for n, why in steps.incomplete(root).items()}
+    except (InvalidLayoutError, OSError):  # no run; or nobody may look, which is told of the step
+        return {}
+    return {
+        path: Checked(path, (), ((path, why.removeprefix(f"{path} ")),), (), 0, 0)
+        for path, why in found.items()
+    }
 
 
 class _Check:
@@ -163,8 +176,10 @@ class _Check:
             for name, where in items.items():
                 if (inner := Record(where)).lists(names.TREE_METADATA):
                     self._tree(name, inner)
+                elif not record.native and name != names.METRICS:
+                    self.unchecked.append(f"{name!r}, which is no PyTree: its files were not read")
             if not record.native:
-                self._foreign(record)
+                self._foreign(record, items)
             done = self.covered | self._deleted(record) | {hidden}
             for name in record.crcs:
                 if done.isdisjoint(itertools.accumulate(name.split("/"), os.path.join)):
@@ -202,8 +217,17 @@ class _Check:
                 return {names.CHECKPOINT_METADATA, *filter(lambda n: record.listed(f"{n}/"), gone)}
         return set()
 
-    def _foreign(self, record: Record) -> None:
-        """Parses what can be parsed, and says what that leaves unchecked."""
+    def _foreign(self, record: Record, items: Collection[str]) -> None:
+        """Parses what can be parsed, and says what is missing, or that leaves unchecked."""
+        with noting(self.files, path := os.path.join(self.path, names.CHECKPOINT_METADATA)):
+            root = RootMetadata.from_bytes(deletion.read_metadata(record) or b"", path)
+            saved: set[str] = (
+                set() if isinstance(root.item_handlers, str) else {*root.item_handlers}
+            )
+            for name in saved.difference(items):
+                self.files[os.path.join(self.path, name)] = "the checkpointable is missing"
+        if not (items or self.files):
+            self.files[self.path] = "there is no checkpointable in it"
         for name in (names.CHECKPOINT_METADATA, f"{names.METRICS}/{names.METRICS_FILE}"):
             if record.lists(name):
                 with noting(self.files, path := os.path.join(self.path, name)):

@@ -400,6 +400,40 @@ def test_files_of_a_users_handler(tmp_path: Path) -> None:
     assert found == {"blob": fc.PLACEHOLDER, "state": {"n": 1}}
 
 
+@pytest.mark.parametrize("kept", ["_CHECKPOINT_METADATA", "params", ""])
+def test_a_step_that_was_not_copied_to_the_end_is_not_whole(root: Path, kept: str) -> None:
+    for entry in (root / "10").iterdir():
+        if entry.name != kept:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    found = fc.verify(root)
+    assert [one.ok for one in found.checkpoints] == [True, True, False], str(found)
+
+
+def test_a_part_that_is_missing_from_what_orbax_wrote_is_named(tmp_path: Path) -> None:
+    path = orbax_save(tmp_path / "ckpt")
+    shutil.rmtree(path / "state")
+    assert only(fc.verify(path)).files == ((f"{path}/state", "the checkpointable is missing"),)
+
+
+def test_of_other_parts_that_orbax_wrote_it_says_that_it_does_not_read_them(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with v0.CheckpointManager(tmp_path) as manager:
+            arguments = v0.args.Composite(
+                state=v0.args.StandardSave({"w": np.ones(3)}), cfg=v0.args.JsonSave({"a": 1})
+            )
+            manager.save(1, args=arguments)
+    found = only(fc.verify(tmp_path / "1"))
+    assert "'cfg', which is no PyTree: its files were not read" in found.unchecked
+
+
+def test_a_link_is_named_with_what_to_do(ckpt: Path) -> None:
+    (ckpt / "flax_ckpt.json").rename(ckpt.parent / "blob")
+    (ckpt / "flax_ckpt.json").symlink_to("../blob")
+    ((_, why),) = only(fc.verify(ckpt)).files
+    assert why.endswith("is followed; copy it with what they lead to, as cp -RL does")
+
+
 # The command.
 
 
@@ -429,6 +463,15 @@ def test_the_command_where_there_is_no_checkpoint(
             cli.main(wrong)
         assert left.value.code == 2
     capsys.readouterr()
+
+
+def test_the_command_stops_when_nobody_reads_on(root: Path) -> None:
+    program = [sys.executable, "-m", "flax_ckpt", "verify", *[str(root)] * 3]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        assert command.stdout is not None
+        command.stdout.close()
+        _, said = command.communicate(timeout=120)
+    assert (command.returncode, said) == (141, b"")
 
 
 def test_the_command_asks_for_no_device(root: Path) -> None:

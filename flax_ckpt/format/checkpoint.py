@@ -48,7 +48,12 @@ class RootMetadata:
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str) -> RootMetadata:
-        """Parses the file, leniently: Orbax's readers take an empty or odd one as empty."""
+        """Parses the file, leniently: Orbax's readers take an empty or odd one as empty.
+
+        Raises:
+            FormatError: it is too large.
+        """
+        jsons.limited(data, what)
         try:
             raw = jsons.parse_object(data, what)
         except FormatError:

@@ -12,6 +12,7 @@ import errno
 import functools
 import inspect
 import os
+import re
 import signal
 from collections.abc import Callable
 from typing import Final, ParamSpec, TypeVar
@@ -20,6 +21,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 VARIABLE: Final = "FLAX_CKPT_FAILPOINT"
+
+_SYNTAX: Final = r"(\w+\.\w+:(before|after)=(kill|raise)(@[1-9]\d*)?)?"
+
+if not re.fullmatch(_SYNTAX, chosen := os.environ.get(VARIABLE, "")):
+    raise ValueError(f"{VARIABLE} is like 'commit.rename:before=kill@2', got {chosen!r}")
 
 _seen: collections.Counter[str] = collections.Counter()
 

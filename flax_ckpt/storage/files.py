@@ -308,7 +308,8 @@ def open_regular(path: str, flags: int) -> int:
 def refuse_link(path: str) -> None:
     """Raises `DamagedCheckpointError` if a path is that of a link."""
     if os.path.islink(path):
-        raise DamagedCheckpointError(f"{path} is a link that leads to {os.readlink(path)}")
+        why = "no link in a checkpoint is followed; copy it with what they lead to, as cp -RL does"
+        raise DamagedCheckpointError(f"{path} is a link that leads to {os.readlink(path)}: {why}")
 
 
 def refuse_links(root: str) -> int:

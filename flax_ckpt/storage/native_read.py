@@ -116,7 +116,8 @@ class NativeStore:
     def _value(self, key: bytes, most: int = files.MAX_BYTES) -> bytes:
         if isinstance(self.source, Database):
             return self.source.read(key, most)
-        return self.source.read(key.decode(), most)
+        name = key.decode() if self.source.native else key.decode().replace("\\", "/")  # as Orbax
+        return self.source.read(name, most)
 
     def _parse(self, name: str, data: bytes) -> StoredArray:
         try:

@@ -221,7 +221,8 @@ def fill(
 def _report(wish: _Wish, moved: Sequence[Moved], damage: Mapping[str, str]) -> Report:
     read = sorted(itertools.chain(*wish.read.values()))
     there = {wish.paths[i] for i in read}
-    left = [(old, leaf) for old, new, leaf in moved if new not in there and not leaf.is_empty]
+    rest = [(old, new, leaf) for old, new, leaf in moved if new not in there and not leaf.is_empty]
+    left = [(old, leaf) for old, new, leaf in rest if tree.show(new) not in damage]
     ignored = tuple([tree.show(path) for path, _ in left]), sum(_size(leaf) for _, leaf in left)
     taken = [(tree.show(old), tree.show(new)) for old, new, _ in moved if new in there]
     renamed = tuple([(old, new) for old, new in taken if old != new])

@@ -86,3 +86,13 @@ def test_the_variable(
         assert "OSError: [Errno 5] failpoint commit.rename:before: '/" in done.stderr
     assert [path.name for path in sorted(tmp_path.iterdir())][:1] == ["0"]
     assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", ["commit.rename=kill", "commit.rename:before=explode", "commit.rename:after=kill@x"]
+)
+def test_a_failpoint_that_makes_no_sense_is_refused(run_child: Any, monkeypatch: Any, wrong: str):
+    monkeypatch.setenv("FLAX_CKPT_FAILPOINT", wrong)
+    done = run_child("import flax_ckpt", check=False)
+    said = f"FLAX_CKPT_FAILPOINT is like 'commit.rename:before=kill@2', got {wrong!r}"
+    assert said in done.stderr

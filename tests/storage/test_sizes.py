@@ -122,3 +122,9 @@ def test_strings_of_a_tree_have_a_limit(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(FlaxCkptError, match=r"_strings.json: found \d+ values in 10\d\d bytes"):
         fc.save(tmp_path / "ckpt", {"text": "x" * 1000})
     assert os.listdir(tmp_path) == []
+
+
+def test_punctuation_within_a_string_is_no_value(tmp_path: Path) -> None:
+    text = ',:[{"\\' * (MIB // 2)
+    fc.save(tmp_path / "ckpt", {"text": text})
+    assert fc.load(tmp_path / "ckpt") == {"text": text}
