@@ -196,22 +196,20 @@ def forget_in_child(lock: Any, forget: Callable[[], object]) -> None:
 
 
 class _ExitCode:
-    """Ends the process with a code when the interpreter lets go of it, after all exit handlers.
+    """Ends the process with code 1 when the interpreter lets go of it, after all exit handlers.
 
     The interpreter ignores failures of threads and of exit handlers, and an `os._exit` in one of
-    the latter would keep those registered before it from running.
+    the latter would keep those registered before it from running. Only `sys` holds it, which is
+    always cleared: a daemon thread that the end has caught in a call keeps other modules alive.
     """
 
+    NAME = "_flax_ckpt_exit_code"
+
     def __init__(self) -> None:
-        self.code = 0
         self._exit = os._exit
 
     def __del__(self) -> None:
-        if self.code:
-            self._exit(self.code)
-
-
-_exit_code = _ExitCode()
+        self._exit(1)
 
 
 def _finish_pending() -> None:
@@ -227,7 +225,8 @@ def _finish_pending() -> None:
             response.result()
         except BaseException as error:
             logger.debug("at exit", exc_info=error)
-            _exit_code.code = 1
+            if _ExitCode.NAME not in vars(sys):
+                setattr(sys, _ExitCode.NAME, _ExitCode())
             reason = f"{type(error).__name__}: {error}"
             fate = f"was {'' if response.completed else 'NOT '}{response.verb}"
             fate += ", but what follows failed" if response.completed else ""

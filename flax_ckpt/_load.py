@@ -189,14 +189,22 @@ def is_orbax_checkpoint(path: PathLike) -> bool:
 
 
 def steadily(path: PathLike, read: Callable[[], T]) -> T:
-    """What `read` returns, tried again as long as the checkpoint is replaced under its hands."""
-    while True:
+    """What `read` returns, tried again as long as the checkpoint is replaced under its hands.
+
+    Also if it finds nothing wrong: of a checkpoint that is being deleted it may see but a part. Not
+    for ever: there are file systems that give a file another number each time.
+    """
+    for is_last in (*[False] * 99, True):
         before = identity(path)
         try:
-            return read()
-        except (errors.FormatError, FileNotFoundError):
-            if identity(path) == before:
+            found = read()
+        except (errors.FlaxCkptError, FileNotFoundError):
+            if is_last or identity(path) == before:
                 raise
+        else:
+            if is_last or identity(path) == before:
+                return found
+    raise AssertionError("one is the last")
 
 
 def identity(path: PathLike) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import flax_ckpt as fc
+from flax_ckpt import _load
 from flax_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, InvalidLayoutError
 from flax_ckpt.training import steps
 from tests.storage.test_processes import run_two
@@ -330,3 +331,22 @@ def test_processes_that_see_different_damage_agree_on_a_step(tmp_path: Path) -> 
     said = ["2 2.0", "2 [4, 3]"]
     assert second.out.splitlines()[-2:] == said, second.err[-3000:]
     assert first.out.splitlines()[-3:] == [*said, "2"], first.err[-3000:]
+
+
+def test_a_step_that_is_deleted_while_it_is_looked_at_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fc.CheckpointCallback(tmp_path, every_n_steps=1, keep_last=None) as ckpt:
+        for step in (1, 2):
+            ckpt.on_step_end(step, {"params": {"w": np.full(3, step)}})
+    trees = _load.Layout.trees
+
+    def deleted(layout: _load.Layout) -> list[str]:
+        if os.path.basename(layout.path) == "2":
+            fc.delete(layout.path)
+        return trees.fget(layout)
+
+    monkeypatch.setattr(_load.Layout, "trees", property(deleted))
+    out = fc.restore(tmp_path)
+    assert out.step == 1
+    np.testing.assert_array_equal(out.state["params"]["w"], np.full(3, 1))
