@@ -131,7 +131,7 @@ def campaign(scale: float, seed: int) -> list[Outcome]:
         where = [name for name in scenarios if rarest in found.points.get(name, ())]
         again = found.random.choice(where) if where and number % 2 else None
         found.root(again or scenarios[number // 2 % len(scenarios)], _PER_ROOT)
-        if found.killed >= RUNS * scale and found.hits[rarest] >= EACH_PHASE * scale:
+        if found.killed >= RUNS * scale and min(found.hits.values()) >= EACH_PHASE * scale:
             break
     last = Outcome("phases of the commit that were hit", len(found.hits))
     last.notes = dict(sorted(found.hits.items()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+_CELL = 200  # characters that a cell may have
+
 
 @dataclasses.dataclass
 class Outcome:
@@ -31,10 +33,14 @@ class Outcome:
 
 def as_markdown(outcomes: Sequence[Outcome]) -> str:
     """The table, and beneath it what went wrong."""
+    below: list[str] = []
     lines = ["| what | runs | wrong | |", "|---|---:|---:|---|"]
     for outcome in outcomes:
         notes = "; ".join(f"{name}: {value}" for name, value in outcome.notes.items())
-        lines.append(f"| {outcome.what} | {outcome.runs:,} | {len(outcome.wrong):,} | {notes} |")
+        shown = notes if len(notes) < _CELL else "see below"
+        lines.append(f"| {outcome.what} | {outcome.runs:,} | {len(outcome.wrong):,} | {shown} |")
+        below += ["", f"{outcome.what[0].upper()}{outcome.what[1:]}: {notes}."] * (shown != notes)
+    lines += below
     for outcome in outcomes:
         if outcome.wrong:
             lines += ["", f"Wrong in “{outcome.what}”:", ""]
