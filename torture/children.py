@@ -88,8 +88,10 @@ def _run(
         if points:
             say("point", point)
         if failpoint != held and point == held:
-            times -= 1
-            if times == 0:
+            with speaking:
+                times -= 1
+                now = times == 0
+            if now:
                 say("held")
                 threading.Event().wait()
         real(point)

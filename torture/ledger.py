@@ -13,8 +13,6 @@ import flax_ckpt as fc
 from flax_ckpt.format import names
 from flax_ckpt.storage import kinds
 
-# Of what is cleaned up or left out there are many warnings.
-
 # Where syncs cost nothing, for what does not depend on when they end.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 ITEM = ":opt_state"  # of a key: one of its checkpointables
@@ -67,14 +65,19 @@ class Ledger:
         self.parts: dict[str, int] = {}
 
     def say(self, kind: str, key: str = "", version: int = 0) -> None:
-        """Takes note: `begin`, `durable`, `deleting`, `deleted`; all else is for others."""
+        """Takes note: `begin`, `durable`, `deleting`, `deleted`; all else is for others.
+
+        `rescued` is `durable` of what may be without `ITEM`. It is one report, as the process may
+        end between two.
+        """
         if kind == "begin":
             self.pending.setdefault(key, set()).add(version)
             self.gone -= {key, key + ITEM}
-        elif kind == "durable":
+        elif kind in ("durable", "rescued"):
             self.durable[key] = version
             self.pending[key] = set()
             self.doomed -= {key, key + ITEM}
+            self.doomed |= {key + ITEM} if kind == "rescued" else set()
             self.parts.pop(key, None)
         elif kind == "parts":
             self.parts[key] = version
@@ -120,9 +123,8 @@ class Ledger:
             tree = fc.load(path)
         except Exception as error:
             return [f"{count} parts of {key} are lost: {type(error).__name__}: {error}"]
-        self.say("durable", key, int(tree["params"]["version"]))
-        if "opt_state" not in tree:
-            self.say("deleting", key + ITEM)
+        whole = "opt_state" in tree
+        self.say("durable" if whole else "rescued", key, int(tree["params"]["version"]))
         lost = count > len(tree)
         return [f"of {key} only {sorted(tree)} are there, of {count} parts"] if lost else []
 

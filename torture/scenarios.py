@@ -143,9 +143,8 @@ def finish(path: str, say: Say) -> None:
     except fc.errors.CheckpointNotFoundError:
         return  # no part was saved
     key, tree = os.path.basename(path), fc.load(path)
-    say("durable", key, int(tree["params"]["version"]))
-    if "opt_state" not in tree:
-        say("deleting", key + ITEM)
+    whole = "opt_state" in tree
+    say("durable" if whole else "rescued", key, int(tree["params"]["version"]))
 
 
 SCENARIOS: dict[str, Scenario] = {

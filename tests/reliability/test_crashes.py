@@ -3,9 +3,11 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import flax_ckpt as fc
 from torture import crashes, ledger, scenarios
 
 SEED = 20
@@ -45,6 +47,20 @@ def test_the_ledger_notices_what_is_lost_old_or_mixed(tmp_path: Path, saved: led
     assert "3 differs from its version 1" in saved.problems(root)
     saved.say("deleted", "3")
     assert "3 was reported as deleted and is there" in saved.problems(root)
+
+
+def test_a_kill_between_the_reports_on_a_rescued_part_is_no_loss(tmp_path: Path) -> None:
+    path, state = tmp_path / "1", ledger.state_of("1", 3)
+    fc.partial.save(path, {"params": state["params"]})
+    said: list[Any] = [("begin", "1", 3), ("deleting", "1:opt_state"), ("parts", "1", 1)]
+    scenarios.finish(str(path), lambda *report: said.append(report))
+    for count in range(3, len(said) + 1):
+        found = ledger.Ledger()
+        for report in said[:count]:
+            found.say(*report)
+        assert not found.problems(str(tmp_path)), said[:count]
+    fc.delete(path)
+    assert found.problems(str(tmp_path)) == ["1 was reported as saved and is not there"]
 
 
 def test_the_ledger_notices_what_is_left_and_what_was_not_ours(
