@@ -9,6 +9,7 @@ class TestPointHandler(HandlerTests):   # `HandlerTests` and `LeafTests` are `Sa
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import inspect
@@ -35,7 +36,7 @@ from flax_ckpt.leaves.registry import LeafRegistry
 _NAME = "item"  # of the checkpointable in the checkpoints that are saved here
 
 
-class Samples:
+class Samples(abc.ABC):
     """Values to save, and what belongs to them. Define `values`, and the rest where it differs.
 
     Attributes:
@@ -46,9 +47,9 @@ class Samples:
     needs_abstract: ClassVar[bool] = False
     _asked: ClassVar[tuple[str, str]]  # methods that say what a handler saves, and loads into
 
+    @abc.abstractmethod
     def values(self) -> Sequence[Any]:
         """Values to save, one at least: new objects at each call, equal to those before."""
-        raise NotImplementedError(f"{type(self).__name__} must define `values`")
 
     def abstracts(self, value: Any) -> Sequence[Any]:
         """Abstract forms that load `value` as it was saved; None need not be among them."""
@@ -66,7 +67,7 @@ class Samples:
         """Abstract forms that it does not take."""
         return (object(),)
 
-    def change(self, value: Any) -> None:
+    def change(self, value: Any) -> None:  # noqa: B027 (most can not be changed)
         """Changes `value` in place, if it can be changed."""
 
     def same(self, found: Any, saved: Any) -> bool:
