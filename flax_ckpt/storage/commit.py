@@ -59,11 +59,11 @@ class Staging:
         there = os.listdir(self.target) if os.path.isdir(self.target) else []
         if os.path.isfile(self.target):
             why = "is a file, which is not overwritten; save to another path"
-        elif os.path.lexists(self.target) and not self._overwrite:
-            why = "already exists; pass overwrite=True to replace it, or save to another path"
         elif there and not names.MARKS.intersection(there):
             found = contents(self.target)
             why = f"is a directory but no checkpoint, so it is not overwritten; it has: {found}"
+        elif os.path.lexists(self.target) and not self._overwrite:
+            why = "already exists; pass overwrite=True to replace it, or save to another path"
         else:
             return
         raise CheckpointExistsError(f"{self.target} {why}")

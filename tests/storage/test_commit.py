@@ -333,8 +333,9 @@ def test_overwrite_spares_what_is_no_checkpoint(tmp_path: Path, kind: str) -> No
     work = target if kind == "file" else target / "thesis.tex"
     work.parent.mkdir(exist_ok=True)
     work.write_text("years of work")
-    with pytest.raises(CheckpointExistsError, match="not overwritten"):
-        fc.save(target, tree_of(1), overwrite=True)
+    for overwrite in (True, False):
+        with pytest.raises(CheckpointExistsError, match="not overwritten"):
+            fc.save(target, tree_of(1), overwrite=overwrite)
     assert work.read_text() == "years of work"
     assert left_overs(tmp_path) == []
 
