@@ -287,8 +287,11 @@ def read_tree(root: NodeRef, fetch: Callable[[str, int, int], wire.Buffer]) -> d
 def _check_apart(refs: list[ValueRef]) -> None:
     """Checks that no bytes are in two values: a small file could describe any amount of data."""
     ids = {file: i for i, file in enumerate({ref.file for ref in refs})}
-    rows = [(ids[ref.file], ref.offset, ref.offset + ref.length) for ref in refs if ref.length]
-    file, start, end = np.array(sorted(rows), np.int64).reshape(-1, 3).T
+    columns = ([ids[r.file] for r in refs], [r.offset for r in refs], [r.length for r in refs])
+    file, start, length = np.array(columns, np.int64)
+    order = np.lexsort((start, file))
+    order = order[length[order] > 0]
+    file, start, end = file[order], start[order], (start + length)[order]
     if np.any((file[1:] == file[:-1]) & (start[1:] < end[:-1])):
         raise FormatError("B+tree: found values that overlap, expected each in bytes of its own")
 

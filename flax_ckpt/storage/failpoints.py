@@ -14,6 +14,7 @@ import inspect
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable
 from typing import Final, ParamSpec, TypeVar
 
@@ -27,6 +28,8 @@ _SYNTAX: Final = r"(\w+\.\w+:(before|after)=(kill|raise)(@[1-9]\d*)?)?"
 if not re.fullmatch(_SYNTAX, chosen := os.environ.get(VARIABLE, "")):
     raise ValueError(f"{VARIABLE} is like 'commit.rename:before=kill@2', got {chosen!r}")
 
+_FILES: Final = __name__.replace("failpoints", "files")
+_counting = threading.Lock()
 _seen: collections.Counter[str] = collections.Counter()
 
 
@@ -47,11 +50,11 @@ def around(change: Callable[P, T]) -> Callable[P, T]:
 
 
 def _module() -> str:
-    """The module that called one of `files`."""
-    frame, skipped = inspect.currentframe(), {__name__, __name__.replace("failpoints", "files")}
-    while frame is not None and frame.f_globals["__name__"] in skipped | {"contextlib"}:
+    """The module that called one of `files`; `files` itself, in a thread that it has made."""
+    frame, inner = inspect.currentframe(), {__name__, _FILES, "contextlib", "threading"}
+    while frame and ((name := frame.f_globals["__name__"]) in inner or "concurrent" in name):
         frame = frame.f_back
-    name = frame.f_globals["__name__"] if frame else ""
+    name = frame.f_globals["__name__"] if frame else _FILES
     return name.rpartition(".")[2].lstrip("_")
 
 
@@ -61,10 +64,12 @@ def reach(point: str) -> None:
     Raises:
         OSError: it says `raise`.
     """
-    _seen[point] += 1
+    with _counting:
+        _seen[point] += 1
+        count = _seen[point]
     chosen, _, rest = os.environ[VARIABLE].partition("=")
     action, _, time = rest.partition("@")
-    if chosen != point or _seen[point] != int(time or 1):
+    if chosen != point or count != int(time or 1):
         return
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -4,6 +4,7 @@ Every change of the file system goes through here: a failpoint lies before and a
 again if a signal interrupts it, and its error names the path.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import errno
@@ -12,7 +13,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from flax_ckpt.errors import CheckpointExistsError, DamagedCheckpointError, InvalidLayoutError
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 MAX_WRITE: Final = 8 << 20  # ext4 takes several times as long for calls of 64 MiB
 
+_SYNCS: Final = 8  # at a time
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -198,13 +200,25 @@ def exchange(source: str, target: str) -> None:
         undo.pop_all()
 
 
+def in_threads(count: int, work: Callable[[T], object], items: Iterable[T]) -> None:
+    """Does the work for each item, in so many threads; raises what the first one raised."""
+    items, given = list(items), list[concurrent.futures.Future[object]]()
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        # Once the interpreter begins to end, executors take no more: what is left is done here.
+        with contextlib.suppress(RuntimeError):
+            given.extend(pool.submit(work, item) for item in items)
+        for item in items[len(given) :]:
+            work(item)
+        for future in given:
+            future.result()
+
+
 def sync_tree(root: str) -> None:
     """Syncs every regular file under `root`, then the directories, the innermost first.
 
     Not `root` itself, whose entries may change once more.
     """
-    for name in walk(root):
-        sync_path(os.path.join(root, name))
+    in_threads(_SYNCS, sync_path, [os.path.join(root, name) for name in walk(root)])
     for directory in directories(root):
         if directory != root:
             sync_path(directory)

@@ -6,16 +6,14 @@ with the one that was saved beside it, in the database's table or in `flax_ckpt.
 old block with its own valid checksum is noticed too. Only the chunks that a region needs are read.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
 import math
 import operator
 import os
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, Final
 
 import crc32c
 import msgspec
@@ -31,8 +29,6 @@ from flax_ckpt.storage.database import ALIGNMENT, Database, aligned_empty
 from flax_ckpt.storage.record import Record
 from flax_ckpt.storage.store import ArrayRead, Arrays, ArrayStore, Parts, Region
 from flax_ckpt.storage.tensor_store import TensorStoreStore
-
-T = TypeVar("T")
 
 _SMALL: Final = 1 << 20  # chunks up to here are read together and share memory
 _GROUP: Final = 4 << 20  # how much at most
@@ -101,12 +97,14 @@ class NativeStore:
         """See :class:`ArrayStore`."""
         found: dict[str, StoredArray] = {}
         known, key_of, crcs = self._known, Encoding(self.zarr3).metadata_key, self._crcs
+        values = self._database.values if self._database else {}
         for name in names:
-            key = key_of(name)
-            data = self._value(key)
-            if data not in known:
-                known[data] = crc32c.crc32c(data), self._parse(name, data)
-            crc, found[name] = known[data]
+            data = values.get(key := key_of(name))
+            if not isinstance(data, bytes):
+                data = self._value(key)
+            if (parsed := known.get(data)) is None:
+                parsed = known[data] = crc32c.crc32c(data), self._parse(name, data)
+            crc, found[name] = parsed
             if crc != crcs.get(key, crc):
                 why = f"the description of the array {name!r} is not the one that was saved"
                 raise _damaged(self._directory, why)
@@ -217,8 +215,8 @@ class NativeStore:
         placed.sort(key=operator.attrgetter("ref"))
         others = [chunk for chunk in chunks if not isinstance(chunk.ref, ValueRef)]
         shares = filter(None, [others[i::_SHARES] for i in range(_SHARES)])
-        _in_threads(self._read_values, shares)
-        _in_threads(self._read_group, _groups(placed))
+        files.in_threads(_THREADS, self._read_values, shares)
+        files.in_threads(_THREADS, self._read_group, _groups(placed))
 
     def _read_values(self, chunks: list[_Chunk]) -> None:
         """Reads chunks that lie in an index node, or in files of their own."""
@@ -306,17 +304,6 @@ def _destination(
     rest = next((axis for axis, step in enumerate(chunk_shape) if step > 1), 0) + 1
     leads = target.shape[rest:] == chunk_shape[rest:] and not any(part.start for part in source)
     return copy, target.reshape(-1).view(np.uint8) if leads and target.flags.c_contiguous else None
-
-
-def _in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
-    """Does the work for each; once the main thread has ended, executors refuse any."""
-    items = list(items)
-    if len(items) > 1 and threading.main_thread().is_alive():
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(work, items))
-    else:
-        for item in items:
-            work(item)
 
 
 def _groups(chunks: list[_Chunk]) -> list[list[_Chunk]]:
