@@ -28,6 +28,7 @@ from typing import Any
 from torture.outcome import Outcome
 
 SECONDS, MEGABYTES, HANGS = 2.0, 200, 20
+_BATCH = 1000  # cases in one child process
 SECRET = "the content of a file that is none of the checkpoint's"
 
 
@@ -57,13 +58,14 @@ def campaign(scale: float, seed: int) -> list[Outcome]:
 def _results(place: str, chosen: list[int]) -> Iterator[tuple[int, list[str], str]]:
     """What came of each case; a child that dies is wrong, and another goes on after it."""
     while chosen:
-        done = _run_child([place, "run", json.dumps(chosen)])
+        done = _run_child([place, "run", json.dumps(chosen[:_BATCH])])
         if not done.stdout.startswith("ready"):
             raise RuntimeError(done.stderr)
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
         yield from map(tuple, lines)
+        rest = chosen[:_BATCH][len(lines) :]
         chosen = chosen[len(lines) :]
-        if chosen:
+        if rest:
             ended = f"the process ended with {done.returncode}: {done.stderr[-600:]}"
             yield chosen.pop(0), [], ended
 

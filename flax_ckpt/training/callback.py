@@ -25,6 +25,7 @@ from flax_ckpt.storage import hosts
 from flax_ckpt.training import notices, policies, preemption, progress, saver, steps
 from flax_ckpt.training import restore as restoring
 from flax_ckpt.training.contents import Contents
+from flax_ckpt.training.report import Report
 
 S = TypeVar("S")
 
@@ -65,6 +66,11 @@ class CheckpointCallback(Generic[S]):
             processes, which JAX listens to.
         writer: told how long each save took: any object with CLU's `write_scalars`.
         context: options of all saves and restores; None: those active now.
+
+    Attributes:
+        report: what the last `restore_or_init` did, with each damaged step that it passed over;
+            None if it restored nothing.
+        should_stop: whether a preemption notice has come, and the loop is to end.
 
     Raises:
         InvalidLayoutError: `directory` is one checkpoint, not the root of a run.
@@ -121,6 +127,7 @@ class CheckpointCallback(Generic[S]):
         self._decided: tuple[int, bool] | None = None
         self._seen: tuple[int, S, Mapping[str, Any] | None] | None = None
         self._begun = self._replaced = self.should_stop = False
+        self.report: Report | None = None
         self._place = os.path.realpath(self.directory)
         if (older := _open.pop(self._place, None)) is not None:
             older._make_way()
@@ -164,6 +171,8 @@ class CheckpointCallback(Generic[S]):
         self._seen = self._decided = None
         if not steps.committed(self.directory) and step in ("latest", "best", None):
             self._signals.install()
+            self.report = None
+            steps.warn_of_none(self.directory)
             if init is not None:
                 return init(), 0
             leaves = jax.tree.leaves(states.split(like))
@@ -176,6 +185,7 @@ class CheckpointCallback(Generic[S]):
         iterator = None if restart_data else self._contents.data_iterator
         out = restoring.resume(self.directory, like, step, iterator, self._context)
         assert out.step is not None
+        self.report = out.report
         notices.config_changes(out.config_text, self._contents.config)
         notices.other_count(out.step, "was restored", out.state)
         self._begin(out.step)

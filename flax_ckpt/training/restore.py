@@ -213,6 +213,8 @@ def _restore(path: files.PathLike, like: S | None, step: Step, rules: _Rules) ->
             raise errors.CheckpointNotFoundError(message)
     elif isinstance(step, int):
         found = steps.require_steps(here)
+        if reason := steps.incomplete(here).get(step):
+            raise errors.DamagedCheckpointError(reason)
         if step not in found:
             there = ", ".join(map(str, found))
             raise errors.CheckpointNotFoundError(f"{here} has no step {step}; it has: {there}")
@@ -221,7 +223,7 @@ def _restore(path: files.PathLike, like: S | None, step: Step, rules: _Rules) ->
         raise ValueError(f"step must be a number, 'latest' or 'best', got {step!r}")
     else:
         return _restore_first(here, like, rules, is_best=step == "best")
-    return steadily(here, lambda: _restore_one(here, like, number, rules))
+    return _restore_step(here, like, number, rules)
 
 
 def _restore_first(root: str, like: S | None, rules: _Rules, *, is_best: bool) -> Restored[S]:
@@ -261,19 +263,28 @@ def _try(
     root: str, number: int, like: S | None, rules: _Rules, damaged: Damaged
 ) -> tuple[Restored[S] | None, errors.DamagedCheckpointError | None]:
     """One step, or what is damaged there: `_GONE` if it was deleted, or moved aside."""
-    path = steps.path_of(root, number)
     try:
-        return steadily(path, lambda: _restore_one(path, like, number, rules, damaged)), None
+        return _restore_step(steps.path_of(root, number), like, number, rules, damaged), None
     except (errors.DamagedCheckpointError, FileNotFoundError) as error:
         if number not in steps.committed(root):
             return None, errors.DamagedCheckpointError(_GONE)
         if isinstance(error, errors.DamagedCheckpointError):
             return None, error
+        raise
+
+
+def _restore_step(
+    path: str, like: S | None, number: int | None, rules: _Rules, damaged: Damaged = ()
+) -> Restored[S]:
+    """As `_restore_one`; what is missing of what the checkpoint lists is damage."""
+    try:
+        return steadily(path, lambda: _restore_one(path, like, number, rules, damaged))
+    except FileNotFoundError as error:
         layout = Layout.of(path)
         listed = () if layout.is_flat else layout.root.item_handlers
         if lost := sorted(set(listed) - {*layout.items, layout.deleting}):
-            message = f"{path} lacks {', '.join(lost)}, which {names.CHECKPOINT_METADATA} lists"
-            return None, errors.DamagedCheckpointError(message)
+            text = f"{path} lacks {', '.join(lost)}, which {names.CHECKPOINT_METADATA} lists"
+            raise errors.DamagedCheckpointError(text) from error
         raise
 
 

@@ -198,6 +198,13 @@ def incomplete(root: str) -> dict[int, str]:
     return cut
 
 
+def warn_of_none(root: str) -> None:
+    """Says of a run that begins anew if something there is called as a step is, but is none."""
+    if found := sorted(filter(names.step_of, _entries(root))):
+        text = "%s has no step to restore: %s is no whole checkpoint; the run begins anew"
+        progress.logger.warning(text, root, ", ".join(found))
+
+
 def path_of(root: str, step: int) -> str:
     """Where a step is; it is called as those that are there."""
     return os.path.join(root, naming(root).build_name(step))

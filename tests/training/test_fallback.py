@@ -165,8 +165,9 @@ def test_only_a_part_of_the_latest_step_was_copied(
     assert reason in caplog.text
     assert "trying the " in caplog.text
     assert sorted((run / "3").rglob("*")) == before, "nothing is deleted"
-    with pytest.raises((DamagedCheckpointError, CheckpointNotFoundError, InvalidLayoutError)):
-        fc.restore(run, tree(0), step=3)
+    with pytest.raises(DamagedCheckpointError) as caught:
+        fc.restore(run, tree(0), step=3, data_iterator=Counter())
+    assert str(caught.value) == reason
 
     # The resumed run is not stopped by it.
     assert train(run, 3, 4) == 2
@@ -183,6 +184,34 @@ def test_what_else_is_called_by_a_number_is_no_step(run: Path) -> None:
     assert restored(run).report.damaged == ()
     assert train(run, 4) == 3
     assert (run / "2026" / "notes").is_dir()
+
+
+def test_a_callback_says_what_it_passed_over(run: Path) -> None:
+    damage(run, 3)
+    with fc.CheckpointCallback(run) as ckpt:
+        assert ckpt.report is None
+        assert ckpt.restore_or_init(tree(0))[1] == 2
+        assert ckpt.report is not None
+        ((step, reason),) = ckpt.report.damaged
+        assert (step, "w: damaged" in reason) == (3, True)
+        assert "step 3" in str(ckpt.report)
+    shutil.rmtree(run)
+    with fc.CheckpointCallback(run) as ckpt:
+        ckpt.restore_or_init(tree(0))
+        assert ckpt.report is None
+
+
+def test_a_run_that_begins_beside_parts_of_steps_says_so(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(run / "3")
+    for part in (run / "1", run / "2"):
+        only("params")(part)
+        (part / "params" / "_METADATA").unlink()
+    with caplog.at_level(logging.WARNING, "flax_ckpt"):
+        assert fc.CheckpointCallback(run).restore_or_init(tree(0))[1] == 0
+    expected = f"{run} has no step to restore: 1, 2 is no whole checkpoint; the run begins anew"
+    assert expected in caplog.messages
 
 
 # Which steps are tried.
