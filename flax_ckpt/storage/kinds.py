@@ -65,10 +65,8 @@ def unfinished(path: str) -> str | None:
         return None
     if final.endswith(".deleted"):
         return "unfinished: what an interrupted deletion left; it can be removed"
-    return (
-        "unfinished: the save that made it did not commit. If that does not run any more, it can"
-        " be removed; the next save to the same path does so"
-    )
+    why = "the save that made it did not commit. If that does not run any more, it can be removed"
+    return f"unfinished: {why}; the next save to the same path does so"
 
 
 def checkpoints_in(path: str) -> list[str]:
@@ -93,19 +91,14 @@ def describe(path: str) -> str:
             else f": flax_ckpt.load({last!r})"
         )
     if whole := owner(path):
-        return (
-            f"is one checkpointable of the checkpoint {whole}: give that path (to flax_ckpt.load"
-            f" or flax_ckpt.delete with checkpointable_name={os.path.basename(path)!r})"
-        )
+        calls = "flax_ckpt.load or flax_ckpt.delete with checkpointable_name"
+        what = f"give that path (to {calls}={os.path.basename(path)!r})"
+        return f"is one checkpointable of the checkpoint {whole}: {what}"
     if any(name.endswith(_SAFETENSORS) for name in os.listdir(path)):
-        return (
-            f"holds safetensors files, which are no checkpoint of this format: {contents(path)}."
-            " Load them with safetensors.flax.load_file"
-        )
-    return (
-        f"is no checkpoint: it has neither {names.CHECKPOINT_METADATA} nor a directory with"
-        f" {names.TREE_METADATA}; it has: {contents(path)}"
-    )
+        what = "safetensors files, which are no checkpoint of this format"
+        return f"holds {what}: {contents(path)}. Load them with safetensors.flax.load_file"
+    what = f"{names.CHECKPOINT_METADATA} nor a directory with {names.TREE_METADATA}"
+    return f"is no checkpoint: it has neither {what}; it has: {contents(path)}"
 
 
 def require_directory(path: str) -> None:

@@ -168,10 +168,9 @@ class CheckpointCallback(Generic[S]):
         self.wait()
         self._saver.claim()
         self._saver.clean()
-        self._seen = self._decided = None
+        self._seen = self._decided = self.report = None
         if not steps.committed(self.directory) and step in ("latest", "best", None):
             self._signals.install()
-            self.report = None
             steps.warn_of_none(self.directory)
             if init is not None:
                 return init(), 0

@@ -18,7 +18,7 @@ import pytest
 
 import flax_ckpt as fc
 from flax_ckpt import _load
-from flax_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, InvalidLayoutError
+from flax_ckpt.errors import DamagedCheckpointError
 from flax_ckpt.training import steps
 from tests.storage.test_processes import run_two
 from tests.training.test_data import Counter
