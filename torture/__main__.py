@@ -16,6 +16,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import argparse
+import gc
 import importlib
 import logging
 import random
@@ -54,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.campaigns or CAMPAIGNS:
         began = time.monotonic()
         print(f"{name}: seed {options.seed}", flush=True)
-        found: list[Outcome] = importlib.import_module(f"torture.{name}").campaign(
-            options.scale, options.seed
-        )
+        module = importlib.import_module(f"torture.{name}")
+        gc.freeze()  # a campaign that asks for a collection after each run does not look at it
+        found: list[Outcome] = module.campaign(options.scale, options.seed)
         table = as_markdown(found)
         minutes = (time.monotonic() - began) / 60
         print(f"{table}\n{minutes:.1f} minutes\n", flush=True)

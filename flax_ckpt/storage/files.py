@@ -201,13 +201,13 @@ def exchange(source: str, target: str) -> None:
 
 
 def in_threads(count: int, work: Callable[[T], object], items: Iterable[T]) -> None:
-    """Does the work for each item, in so many threads; raises what the first one raised."""
+    """Does the work for each item, here and in so many threads; raises if it raises for one."""
     items, given = list(items), list[concurrent.futures.Future[object]]()
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         # Once the interpreter begins to end, executors take no more: what is left is done here.
         with contextlib.suppress(RuntimeError):
-            given.extend(pool.submit(work, item) for item in items)
-        for item in items[len(given) :]:
+            given.extend(pool.submit(work, item) for item in items[1:])
+        for item in items[:1] + items[1 + len(given) :]:
             work(item)
         for future in given:
             future.result()
