@@ -23,6 +23,8 @@ COVERING := $(addprefix tests/, format storage handlers leaves reliability compa
   test_errors.py test_found_by_use.py test_partial.py test_refusals.py test_snapshot.py \
   test_tree.py $(addprefix training/test_, checkpointer.py fallback.py lock.py long_runs.py \
   processes.py steps.py superseded.py))
+# Python 3.11 may fail to trace a thread while it begins to trace another.
+UNTRACED := -W "ignore:Exception ignored in thread started by"
 
 export PYTHONUNBUFFERED := 1
 
@@ -46,7 +48,7 @@ lint: $(INSTALLED)
 coverage: $(INSTALLED)
 	@$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest --quiet --numprocesses=auto --maxprocesses=8 \
-	  --dist=loadfile $(COVERING)
+	  --dist=loadfile $(UNTRACED) $(COVERING)
 	@$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 

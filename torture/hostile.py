@@ -36,8 +36,14 @@ class Hang(BaseException):
     """A call did not come back."""
 
 
-def campaign(scale: float, seed: int) -> list[Outcome]:
-    """All cases, or a sample of them from every group, in child processes."""
+def campaign(scale: float, seed: int, seconds: float = SECONDS) -> list[Outcome]:
+    """All cases, or a sample of them from every group, in child processes.
+
+    Args:
+        scale: share of the cases of each group; one at least.
+        seed: of the sample.
+        seconds: of CPU that a call may take.
+    """
     with tempfile.TemporaryDirectory(prefix="hostile-") as place:
         _run_child([place, "make"])
         cases = [tuple(case) for case in json.loads(_run_child([place, "list"]).stdout)]
@@ -46,7 +52,7 @@ def campaign(scale: float, seed: int) -> list[Outcome]:
             numbers = [i for i, case in enumerate(cases) if case[0] == group]
             chosen += rng.sample(numbers, max(1, round(scale * len(numbers))))
         outcomes = {group: Outcome(group) for group, _ in cases}
-        for number, kind, problem in _results(place, chosen):
+        for number, kind, problem in _results(place, chosen, seconds):
             group, title = cases[number]
             outcome = outcomes[group]
             outcome.check(not problem, f"{title}: {problem} (seed {seed})")
@@ -55,10 +61,10 @@ def campaign(scale: float, seed: int) -> list[Outcome]:
     return list(outcomes.values())
 
 
-def _results(place: str, chosen: list[int]) -> Iterator[tuple[int, list[str], str]]:
+def _results(place: str, chosen: list[int], seconds: float) -> Iterator[tuple[int, list[str], str]]:
     """What came of each case; a child that dies is wrong, and another goes on after it."""
     while chosen:
-        done = _run_child([place, "run", json.dumps(chosen[:_BATCH])])
+        done = _run_child([place, "run", json.dumps(chosen[:_BATCH]), str(seconds)])
         if not done.stdout.startswith("ready"):
             raise RuntimeError(done.stderr)
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
@@ -124,7 +130,7 @@ def _hang(*_: object) -> None:
     raise Hang
 
 
-def _run(place: str, chosen: list[int]) -> None:
+def _run(place: str, chosen: list[int], seconds: float) -> None:
     from torture import hostile_cases as crafted
 
     cases, calls = crafted.cases(Path(place)), crafted.CALLS
@@ -147,7 +153,9 @@ def _run(place: str, chosen: list[int]) -> None:
         problems, kinds = list[str](), set[str]()
         for name, call in calls.items():
             try:
-                kind, said = _call(watch, functools.partial(call, str(root)), str(root), crafted)
+                kind, said = _call(
+                    watch, functools.partial(call, str(root)), str(root), crafted, seconds
+                )
             except Hang:
                 kind, said = "wrong", f"did not come back in {HANGS} s"
             if kind == "returned" and said != usual[case.base, name] and not case.may_differ:
@@ -168,7 +176,9 @@ def _copy(place: str, base: str) -> Path:
     return root
 
 
-def _call(watch: Watch, call: Callable[[], Any], root: str, crafted: Any) -> tuple[str, str]:
+def _call(
+    watch: Watch, call: Callable[[], Any], root: str, crafted: Any, seconds: float
+) -> tuple[str, str]:
     """Whether a call was refused, or returned, and what; or what is wrong about it."""
     from flax_ckpt.errors import FlaxCkptError, NoEntryError
 
@@ -190,7 +200,7 @@ def _call(watch: Watch, call: Callable[[], Any], root: str, crafted: Any) -> tup
     refused = kind == "refused" and " is a link" in said
     if opened := [one for one in watch.outside if not (refused and one.endswith(" by a link"))]:
         kind, said = "wrong", f"{opened[0]}; {said[:200]}"
-    if found["seconds"] > SECONDS:
+    if found["seconds"] > seconds:
         kind, said = "wrong", f"{found['seconds']:.1f} s; {said[:200]}"
     if found["megabytes"] > MEGABYTES:
         kind, said = "wrong", f"{found['megabytes']:.0f} MB; {said[:200]}"
@@ -205,7 +215,7 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
     place, what, *rest = sys.argv[1:]
     if what == "run":
-        _run(place, json.loads(rest[0]))
+        _run(place, json.loads(rest[0]), float(rest[1]))
     else:
         from torture import hostile_cases
 
