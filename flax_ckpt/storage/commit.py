@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
+import glob
 import logging
 import os
 import socket
@@ -52,6 +54,7 @@ class Staging:
         self.path = path or target + names.TMP_SUFFIX
         self.mode = mode
         self._overwrite = overwrite
+        self._owner = identity(os.getpid())
         self._made = False
         self._check_free()
 
@@ -76,24 +79,19 @@ class Staging:
         """
         files.make_directory(os.path.dirname(self.target))
         # It gets its name with the owner's in it, so that of two processes one finds the other's.
-        made = self._aside()
+        made = f"{self.path}-{uuid.uuid4().hex}"
         try:
             files.mkdir(made)
-            files.write(os.path.join(made, names.OWNER), identity(os.getpid()).encode())
+            files.write(os.path.join(made, names.OWNER), self._owner.encode())
             while not _take(made, self.path):
-                host, pid = owner(self.path) or ("", 0)
-                if is_here(host) and pid != os.getpid():
-                    raise CheckpointExistsError(
-                        f"{self.target} is being saved by process {pid} of this machine, which"
-                        " still runs: save to another path, or end that process"
-                    )
-                left = self._aside()
-                files.rename(self.path, left)
-                remove_left_over(left)
+                self._clear_left_over()
         except BaseException:
             remove_left_over(made)
             raise
         self._made = True
+        for left in glob.glob(f"{glob.escape(self.path)}-old-*"):  # of a crash
+            if not owner(left):
+                remove_left_over(left)
         for name in directories:
             files.mkdir(os.path.join(self.path, name))
         if self.mode is not None:  # for others; the owner goes on writing
@@ -106,30 +104,72 @@ class Staging:
                 files.chmod(directory, self.mode)
         files.sync_tree(self.path)
 
+    def _clear_left_over(self) -> None:
+        """Removes what has the name of the staging directory, unless a process here makes it."""
+        self._refuse_running(self.path)
+        left = self._aside()
+        with contextlib.suppress(FileNotFoundError):  # that process has just committed it
+            files.rename(self.path, left)
+            try:
+                self._refuse_running(left)  # it was made in between: give it back
+            except CheckpointExistsError:
+                files.rename(left, self.path)
+                raise
+            remove_left_over(left)
+
+    def _refuse_running(self, path: str) -> None:
+        host, pid = owner(path) or ("", 0)
+        if is_here(host) and pid != os.getpid():
+            raise CheckpointExistsError(
+                f"{self.target} is being saved by process {pid} of this machine, which still runs:"
+                " save to another path, or end that process"
+            )
+
     def commit(self) -> None:
-        """Gives the synced directory its name, durably; what was there before is removed."""
+        """Gives the synced directory its name, durably; what was there before is removed.
+
+        The owner stays in it until then: who finds it without would take it for a left-over.
+
+        Raises:
+            CheckpointExistsError: a process of another machine has begun to save to the target.
+        """
         self._check_free()
-        files.unlink(os.path.join(self.path, names.OWNER))
-        files.sync_path(self.path)
-        replaces = os.path.lexists(self.target)
+        self._check_own()
+        if replaces := os.path.lexists(self.target):  # under a name that nobody else looks for
+            files.rename(self.path, aside := self._aside())
+            self.path = aside
         move = files.exchange if replaces else files.rename
         move(self.path, self.target)
+        self._made = False  # until it is durable, what was there before is to be left alone
         try:
             for parent in {os.path.dirname(path) for path in (self.path, self.target)}:
                 files.sync_path(parent)
         except OSError:  # not durable, so it did not happen
             move(self.target, self.path)
+            self._made = True
             raise
+        remove_left_over(os.path.join(self.target, names.OWNER))
         if replaces:
-            self.discard()  # what was at the target
+            remove_left_over(self.path)  # what was at the target
+
+    def _check_own(self) -> None:
+        """Checks that what is about to get the target's name is what this object has made."""
+        try:
+            found = files.read(os.path.join(self.path, names.OWNER)).decode(errors="replace")
+        except FileNotFoundError:
+            found = "nobody"
+        if found != self._owner:
+            self._made = False
+            who = f"another process has begun to save to {self.target}: {found}"
+            raise CheckpointExistsError(f"{who}. This save was not committed")
 
     def discard(self) -> None:
-        """Removes what this object made, or replaced; leaves the target as it is."""
+        """Removes what this object made; leaves the target as it is."""
         if self._made:
             remove_left_over(self.path)
 
     def _aside(self) -> str:
-        return f"{self.path}-{uuid.uuid4().hex}"
+        return f"{self.path}-old-{uuid.uuid4().hex}"
 
 
 def _take(made: str, path: str) -> bool:
@@ -254,7 +294,8 @@ def removed_path(path: str) -> str:
 def remove_left_over(path: str) -> None:
     """Removes what is of no use any more; if it cannot be, the next start tries again."""
     try:
-        files.sync_path(os.path.dirname(path))  # it may still have another name on the disk
+        if os.path.isdir(path):
+            files.sync_path(os.path.dirname(path))  # it may still have another name on the disk
         files.clear(path)
     except OSError as error:
         logger.warning("%s could not be removed: %s", path, error)

@@ -67,6 +67,19 @@ def _naming(path: str) -> Generator[None]:
         raise
 
 
+@contextlib.contextmanager
+def reading(path: str) -> Generator[None]:
+    """What a disk cannot read any more is damage."""
+    try:
+        with _naming(path):
+            yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        why = f"{error.strerror}: the disk cannot read it; restore another step"
+        raise DamagedCheckpointError(f"{path}: {why}") from error
+
+
 def _change(make: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
     """A change of what is at a path, which can be made again if it was interrupted."""
     once = failpoints.around(make)
@@ -207,21 +220,21 @@ def in_threads(count: int, work: Callable[[T], object], items: Iterable[T]) -> N
         # Once the interpreter begins to end, executors take no more: what is left is done here.
         with contextlib.suppress(RuntimeError):
             given.extend(pool.submit(work, item) for item in items[1:])
-        for item in items[:1] + items[1 + len(given) :]:
-            work(item)
-        for future in given:
-            future.result()
+        try:
+            for item in items[:1] + items[1 + len(given) :]:
+                work(item)
+            for future in given:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def sync_tree(root: str) -> None:
-    """Syncs every regular file under `root`, then the directories, the innermost first.
-
-    Not `root` itself, whose entries may change once more.
-    """
+    """Syncs every regular file under `root`, then the directories, the innermost first."""
     in_threads(_SYNCS, sync_path, [os.path.join(root, name) for name in walk(root)])
     for directory in directories(root):
-        if directory != root:
-            sync_path(directory)
+        sync_path(directory)
 
 
 def make_directory(path: str) -> None:
@@ -287,7 +300,7 @@ def read(path: str, most: int = MAX_BYTES) -> bytes:
     Raises:
         DamagedCheckpointError: it is something else, or has more bytes than `most`.
     """
-    with _naming(path), open(path, "rb", opener=open_regular) as file:
+    with reading(path), open(path, "rb", opener=open_regular) as file:
         if (size := os.stat(file.fileno()).st_size) > most:
             raise DamagedCheckpointError(f"{path} has {size} bytes, expected at most {most}")
         return file.read()
@@ -295,7 +308,7 @@ def read(path: str, most: int = MAX_BYTES) -> bytes:
 
 def blocks(path: str) -> Iterator[bytes]:
     """The bytes of a regular file of any size, a part at a time."""
-    with _naming(path), open(path, "rb", opener=open_regular) as file:
+    with reading(path), open(path, "rb", opener=open_regular) as file:
         while block := file.read(MAX_WRITE):
             yield block
 

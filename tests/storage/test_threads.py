@@ -23,18 +23,35 @@ def test_it_is_done_side_by_side() -> None:
 
 @pytest.mark.parametrize("bad", [0, 1, 7])
 def test_an_error_is_raised_when_no_work_goes_on_any_more(bad: int) -> None:
-    done: list[int] = []
     before = threading.enumerate()
 
     def work(item: int) -> None:
         if item == bad:
             raise OSError(f"item {item}")
-        done.append(item)
 
     with pytest.raises(OSError, match=f"item {bad}"):
         files.in_threads(3, work, range(8))
     assert set(threading.enumerate()) <= set(before)
-    assert sorted(done) == [item for item in range(8) if item != bad]
+
+
+def test_after_an_error_no_more_work_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    shutdown, told, done = concurrent.futures.ThreadPoolExecutor.shutdown, threading.Event(), []
+
+    def telling(pool: concurrent.futures.ThreadPoolExecutor, *given: bool, **options: bool) -> None:
+        shutdown(pool, **options | {"wait": False})
+        told.set()
+        shutdown(pool, *given, **options)
+
+    def work(item: int) -> None:
+        if item == 0:
+            raise OSError("item 0")
+        told.wait(60)
+        done.append(item)
+
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "shutdown", telling)
+    with pytest.raises(OSError, match="item 0"):
+        files.in_threads(2, work, range(100))
+    assert set(done) <= {1, 2}
 
 
 @pytest.mark.parametrize("taken", [0, 3])
