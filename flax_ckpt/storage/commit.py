@@ -134,10 +134,16 @@ class Staging:
             CheckpointExistsError: a process of another machine has begun to save to the target.
         """
         self._check_free()
-        self._check_own()
-        if replaces := os.path.lexists(self.target):  # under a name that nobody else looks for
-            files.rename(self.path, aside := self._aside())
-            self.path = aside
+        staging, replaces = self.path, os.path.lexists(self.target)
+        if replaces:  # under a name that nobody else looks for
+            self.path = self._aside()
+            files.rename(staging, self.path)
+        try:
+            self._check_own()
+        except CheckpointExistsError:
+            if replaces:
+                files.rename(self.path, staging)
+            raise
         move = files.exchange if replaces else files.rename
         move(self.path, self.target)
         self._made = False  # until it is durable, what was there before is to be left alone

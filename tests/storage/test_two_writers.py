@@ -1,0 +1,152 @@
+"""Two processes overwrite one checkpoint, one of them stopped at each call of its commit in turn.
+
+Whoever reports a save has saved; one that is refused gets a typed error; nothing is left or mixed.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flax_ckpt as fc
+from flax_ckpt.errors import CheckpointExistsError
+from flax_ckpt.storage import commit
+
+SUFFIX = ".orbax-checkpoint-tmp"
+
+# Saves what it is told to; stops at the n-th change of its commit, until it is told to go on.
+OTHER = """
+    import sys
+    import numpy as np
+    import flax_ckpt as fc
+    from flax_ckpt.storage import files
+
+    left = None
+
+    def stopping(change):
+        def call(*args, **kwargs):
+            global left
+            if left is not None:
+                left -= 1
+                if left == -1:
+                    print("stopped", change.__name__, flush=True)
+                    sys.stdin.readline()
+            return change(*args, **kwargs)
+        return call
+
+    def begin(sync):
+        def call(root):
+            global left
+            sync(root)
+            left = number
+        return call
+
+    for name in ("rename", "exchange", "unlink", "sync_path", "clear"):
+        setattr(files, name, stopping(getattr(files, name)))
+    files.sync_tree = begin(files.sync_tree)
+    for line in sys.stdin:
+        path, number, value = line.split()
+        number = int(number)
+        try:
+            fc.save(path, {"w": np.full(5, int(value))}, overwrite=True)
+            print("saved", flush=True)
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+        left = None
+"""
+
+
+class Other:
+    """The other process."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", textwrap.dedent(OTHER)]
+        pipe = subprocess.PIPE
+        self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+    def tell(self, line: object = "") -> str:
+        assert self._child.stdin is not None and self._child.stdout is not None
+        print(line, file=self._child.stdin, flush=True)
+        return self._child.stdout.readline().strip()
+
+    def end(self) -> None:
+        self._child.kill()
+        self._child.communicate()
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[Other]:
+    child = Other()
+    yield child
+    child.end()
+
+
+def value_of(path: Path) -> int:
+    (value,) = set(fc.load(path)["w"].tolist())
+    return value
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_nobody_takes_a_save_that_is_being_committed_for_a_left_over(
+    other: Other, tmp_path: Path, is_there: bool
+) -> None:
+    stops: list[str] = []
+    for number in range(20):
+        path = tmp_path / str(number)
+        if is_there:
+            fc.save(path, {"w": np.full(5, 1)})
+        said = other.tell(f"{path} {number} 2")
+        if said == "saved":
+            break
+        stops.append(said)
+        refused = False
+        try:
+            fc.save(path, {"w": np.full(5, 3)}, overwrite=True)
+            assert value_of(path) == 3
+        except CheckpointExistsError as error:
+            refused = True
+            assert "is being saved by process" in str(error)
+        assert other.tell() == "saved", stops
+        assert value_of(path) == 2 if refused else value_of(path) in (2, 3), stops
+        assert os.listdir(tmp_path) == [path.name], stops
+        assert ".owner" not in os.listdir(path)
+        fc.delete(path)
+    assert "stopped exchange" in stops if is_there else "stopped rename" in stops
+    assert len(stops) > 2
+
+
+def test_of_two_machines_the_first_commits_nothing_of_the_second(
+    other: Other, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ckpt"
+    fc.save(path, {"w": np.full(5, 1)})
+    assert other.tell(f"{path} 0 2").startswith("stopped")
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    writing: Any = commit.Staging(str(path), overwrite=True)
+    writing.create(["state"])
+    said = other.tell()
+    assert said.startswith(f"CheckpointExistsError another process has begun to save to {path}")
+    assert value_of(path) == 1
+    writing.discard()
+    fc.save(path, {"w": np.full(5, 3)}, overwrite=True)
+    assert value_of(path) == 3
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_what_a_killed_overwrite_put_aside_goes_with_the_next_save(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt"
+    fc.save(path, {"w": np.full(5, 1)})
+    aside, live = tmp_path / f"ckpt{SUFFIX}-old-1", tmp_path / f"ckpt{SUFFIX}-old-2"
+    (aside / "state").mkdir(parents=True)
+    live.mkdir()
+    (live / ".owner").write_text(commit.identity(os.getpid()))
+    fc.save(path, {"w": np.full(5, 2)}, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt", live.name]
+    assert value_of(path) == 2
