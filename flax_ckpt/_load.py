@@ -275,6 +275,10 @@ class Layout:
         items = saved | found
         deleting = _being_deleted(here)
         items.pop(deleting or "", None)
+        ours = any(os.path.lexists(os.path.join(p, names.CHUNK_TABLE)) for p in items.values())
+        if ours and not record.native:
+            text = "%s: %s is missing: of its files only the data of arrays can be checked"
+            logger.warning(text, here, names.INTEGRITY)
         return cls(here, dict(sorted(items.items())), root, deleting)
 
     @property

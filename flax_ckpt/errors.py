@@ -7,7 +7,8 @@
     │   └── StepAlreadyExistsError    the step was saved before
     ├── InvalidLayoutError        (ValueError)  something is there, but no checkpoint
     ├── FormatError               (ValueError)  bytes that do not follow the format
-    │   └── DamagedCheckpointError    a checksum, length or file of a checkpoint is wrong
+    │   ├── DamagedCheckpointError    a checksum, length or file of a checkpoint is wrong
+    │   └── NoLeafHandlerError        a saved leaf is of a kind that is not known here
     ├── TreeMismatchError         (ValueError)  the saved tree and the wanted tree differ
     ├── UnsupportedLeafError      (TypeError)   leaves that cannot be saved, all of them
     ├── DuplicateNameError        (ValueError)  two leaves would share one name on disk
@@ -83,6 +84,10 @@ class FormatError(FlaxCkptError, ValueError):
 
 class DamagedCheckpointError(FormatError):
     """A checkpoint whose bytes are not the ones that were saved."""
+
+
+class NoLeafHandlerError(FormatError):
+    """No leaf handler is registered for the kind of a saved leaf."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from flax_ckpt.errors import FormatError
+from flax_ckpt.errors import NoLeafHandlerError
 from flax_ckpt.format import tree
 from flax_ckpt.leaves.array import ArrayLeaf, KeyLeaf
 from flax_ckpt.leaves.base import LeafHandler, SavedLeaf
@@ -53,7 +53,7 @@ class LeafRegistry:
             return self._keys if is_array and saved.key_impl is not None else handler
         return self._by_kind.get(saved.value_type) if saved.key_impl is None else self._keys
 
-    def missing(self, where: str, leaves: Iterable[SavedLeaf]) -> FormatError:
+    def missing(self, where: str, leaves: Iterable[SavedLeaf]) -> NoLeafHandlerError:
         """The error for saved leaves of which some are of a kind that no handler here loads."""
         unknown = [leaf for leaf in leaves if not leaf.is_empty and self.for_saved(leaf) is None]
         lines = [f"  {tree.show(leaf.path)}: kind {leaf.value_type!r}" for leaf in unknown[:10]]
@@ -63,4 +63,4 @@ class LeafRegistry:
         last = "Load it with PyTreeHandler(leaf_handler_registry=LeafRegistry(handler)), where"
         last += " `handler` is the leaf handler that they were saved with; or name the other leaves"
         last += " alone, with partial_load; or ask for their arrays with numpy.ndarray"
-        return FormatError("\n".join([first, *lines, last]))
+        return NoLeafHandlerError("\n".join([first, *lines, last]))

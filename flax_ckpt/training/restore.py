@@ -261,16 +261,17 @@ def _restore_first(root: str, like: S | None, rules: _Rules, *, is_best: bool) -
 
 def _try(
     root: str, number: int, like: S | None, rules: _Rules, damaged: Damaged
-) -> tuple[Restored[S] | None, errors.DamagedCheckpointError | None]:
+) -> tuple[Restored[S] | None, errors.FlaxCkptError | None]:
     """One step, or what is damaged there: `_GONE` if it was deleted, or moved aside."""
     try:
         return _restore_step(steps.path_of(root, number), like, number, rules, damaged), None
-    except (errors.DamagedCheckpointError, FileNotFoundError) as error:
+    except (errors.FormatError, errors.InvalidLayoutError, FileNotFoundError) as error:
         if number not in steps.committed(root):
             return None, errors.DamagedCheckpointError(_GONE)
-        if isinstance(error, errors.DamagedCheckpointError):
-            return None, error
-        raise
+        known = isinstance(error, errors.FormatError | errors.InvalidLayoutError)
+        if not known or isinstance(error, errors.NoLeafHandlerError):
+            raise
+        return None, error
 
 
 def _restore_step(
@@ -280,12 +281,21 @@ def _restore_step(
     try:
         return steadily(path, lambda: _restore_one(path, like, number, rules, damaged))
     except FileNotFoundError as error:
-        layout = Layout.of(path)
-        listed = () if layout.is_flat else layout.root.item_handlers
-        if lost := sorted(set(listed) - {*layout.items, layout.deleting}):
-            text = f"{path} lacks {', '.join(lost)}, which {names.CHECKPOINT_METADATA} lists"
-            raise errors.DamagedCheckpointError(text) from error
+        if lost := _lost(Layout.of(path)):
+            raise errors.DamagedCheckpointError(f"{path} lacks {lost}: it is incomplete") from error
         raise
+
+
+def _lost(layout: Layout) -> str:
+    """What a checkpoint should have and has not, as error messages print it."""
+    if layout.is_flat:
+        return ""
+    listed = () if isinstance(layout.root.item_handlers, str) else layout.root.item_handlers
+    lost = sorted(set(listed) - {*layout.items, layout.deleting})
+    for name, path in layout.items.items():
+        if os.path.isfile(os.path.join(path, names.MANIFEST)) and not kinds.holds_tree(path):
+            lost.append(f"{name}/{names.TREE_METADATA}")
+    return ", ".join(lost) or ("" if layout.items else "all checkpointables")
 
 
 def _restore_one(

@@ -199,9 +199,12 @@ def incomplete(root: str) -> dict[int, str]:
 
 
 def warn_of_none(root: str) -> None:
-    """Says of a run that begins anew if something there is called as a step is, but is none."""
-    if found := sorted(filter(names.step_of, _entries(root))):
-        text = "%s has no step to restore: %s is no whole checkpoint; the run begins anew"
+    """Says of a run that begins anew if a directory there is called as a step is, but is none."""
+    numbered = [(name, number) for name in _entries(root) if (number := names.step_of(name))]
+    named = [name for name, (_, step, _) in numbered if naming(root).build_name(step) == name]
+    if found := [name for name in sorted(named) if os.path.isdir(os.path.join(root, name))]:
+        text = "%s has no step to restore, and begins anew: %s is no whole checkpoint. Move it"
+        text += " away: a save of the step that is called so would be refused"
         progress.logger.warning(text, root, ", ".join(found))
 
 
