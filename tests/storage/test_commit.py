@@ -7,6 +7,7 @@ import ctypes
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import pytest
 
 import flax_ckpt as fc
 from flax_ckpt.errors import CheckpointExistsError
+from flax_ckpt.storage import files
 
 SUFFIX = ".orbax-checkpoint-tmp"
 
@@ -117,10 +119,10 @@ def test_every_file_and_directory_is_synced_before_the_rename(
         fc.save(target, tree_of(1), overwrite=overwrite)
     (renamed,) = calls.index("rename", target)
     content = {path: data for call, path, data in calls.log[:renamed] if call == "fsync"}
-    for directory, _, files in os.walk(target):
+    for directory, _, inside in os.walk(target):
         staged = directory.replace(str(target), str(target) + SUFFIX, 1)
         assert staged in content, f"the directory {directory} was not synced"
-        for name in files:
+        for name in inside:
             now = Path(directory, name).read_bytes()
             assert content.get(os.path.join(staged, name)) == now, f"{name} changed after its sync"
 
@@ -301,6 +303,34 @@ def test_a_failed_second_rename_puts_the_old_checkpoint_back(
     assert_holds(target, 0)
     fc.save(target, tree_of(2), overwrite=True)
     assert_holds(target, 2)
+
+
+def test_what_was_there_survives_a_commit_that_can_neither_be_finished_nor_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, sync, exchange, made = tmp_path / "ckpt", files.sync_path, files.exchange, list[str]()
+    fc.save(target, tree_of(0))
+
+    def failing_exchange(source: str, other: str) -> None:
+        made.append(source)
+        if len(made) == 2:
+            raise OSError(errno.EIO, "no exchange", other)
+        exchange(source, other)
+
+    def failing_sync(path: str) -> None:
+        if made and path == str(tmp_path):
+            raise OSError(errno.EIO, "no sync", path)
+        sync(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "exchange", failing_exchange)
+        patch.setattr(files, "sync_path", failing_sync)
+        with pytest.raises(OSError, match="no exchange"):
+            fc.save(target, tree_of(1), overwrite=True)
+    (old,) = left_overs(tmp_path)
+    assert_holds(target, 1)
+    shutil.move(tmp_path / old, tmp_path / "old")
+    assert_holds(tmp_path / "old", 0)
 
 
 # What may be at the target.

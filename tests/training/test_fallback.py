@@ -5,6 +5,8 @@ An explicit step raises; nothing is deleted; the run goes on. See also `test_sup
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
 import re
@@ -14,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
 import flax_ckpt as fc
 from flax_ckpt import _load
-from flax_ckpt.errors import DamagedCheckpointError
+from flax_ckpt.errors import DamagedCheckpointError, NoLeafHandlerError
 from flax_ckpt.training import steps
 from tests.storage.test_processes import run_two
 from tests.training.test_data import Counter
@@ -214,6 +217,76 @@ def test_a_run_that_begins_beside_parts_of_steps_says_so(
         assert fc.CheckpointCallback(run).restore_or_init(tree(0))[1] == 0
     expected = f"{run} has no step to restore, and begins anew: 1, 2 is no whole checkpoint. Move"
     assert [text.startswith(expected) for text in caplog.messages] == [True]
+
+
+def test_what_the_disk_cannot_read_is_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data,) = (run / "3" / "params" / "d").iterdir()
+    number, read = data.stat().st_ino, os.preadv
+
+    def preadv(fd: int, buffers: Any, offset: int) -> int:
+        if os.fstat(fd).st_ino == number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    out = restored(run)
+    ((step, reason),) = out.report.damaged
+    assert (out.step, step) == (2, 3)
+    assert f"{data}: Input/output error: the disk cannot read it; restore another step" in reason
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+@pytest.mark.parametrize("left", [None, 0.0, 0.5])
+def test_a_file_of_the_latest_step_that_orbax_wrote(
+    tmp_path: Path, name: str, left: float | None
+) -> None:
+    with ocp.training.Checkpointer(tmp_path / "run") as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"params": {"w": np.full(3, float(step))}, "step": step})
+    file = tmp_path / "run" / "2" / "state" / name
+    whole = file.read_bytes()
+    file.unlink() if left is None else file.write_bytes(whole[: int(left * len(whole))])
+    out = fc.restore(tmp_path / "run", {"params": {"w": np.zeros(3)}, "step": 0})
+    assert (out.step, out.state["step"], set(out.state["params"]["w"])) == (1, 1, {1.0})
+    ((step, reason),) = out.report.damaged
+    assert step == 2
+    assert str(tmp_path / "run" / "2") in reason
+
+
+def test_a_step_with_nothing_but_an_empty_file(run: Path) -> None:
+    (run / "4").mkdir()
+    (run / "4" / "_CHECKPOINT_METADATA").touch()
+    out = restored(run)
+    assert out.step == 3
+    reason = f"{run}/4 lacks all checkpointables: it is incomplete"
+    assert out.report.damaged == ((4, reason),)
+
+
+def test_a_leaf_handler_that_is_not_there_is_no_damage(run: Path) -> None:
+    meta = run / "3" / "params" / "_METADATA"
+    assert b'"np.ndarray"' in meta.read_bytes()
+    meta.write_bytes(meta.read_bytes().replace(b'"np.ndarray"', b'"theirs"'))
+    (run / "3" / "flax_ckpt.json").unlink()
+    with pytest.raises(NoLeafHandlerError, match="w: kind 'theirs'"):
+        fc.restore(run)
+
+
+def test_a_record_that_is_gone_is_told(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / "3" / "flax_ckpt.json").unlink()
+    with caplog.at_level(logging.WARNING, "flax_ckpt"):
+        assert restored(run).step == 3
+    expected = f"{run}/3: flax_ckpt.json is missing: of its files only the data of arrays can be"
+    assert any(text.startswith(expected) for text in caplog.messages)
+
+
+def test_a_flat_step_without_its_description_says_so(tmp_path: Path) -> None:
+    fc.save(tmp_path / "1", {"w": np.ones(3)})
+    shutil.rmtree(tmp_path / "1" / "state")
+    metadata = {"item_handlers": "orbax.Handler", "init_timestamp_nsecs": 1}
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
+    (tmp_path / "1" / "flax_ckpt.json").unlink()
+    with pytest.raises(DamagedCheckpointError, match="1 lacks all checkpointables"):
+        fc.restore(tmp_path, {"params": np.ones(3)})
 
 
 # Which steps are tried.
