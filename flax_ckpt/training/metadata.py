@@ -36,7 +36,7 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
 
     Attributes:
         step: the step's number.
-        metrics: what was given to `save`, or None.
+        metrics: what was given to `save`, or None; read from `path` unless they are given here.
         time: when the step was committed; for one that is about to be saved, now.
         is_damaged: whether one of the two could not be read.
 
@@ -64,7 +64,9 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
         super().__init__(path, metadata=metadata)
         times = init_timestamp_nsecs, commit_timestamp_nsecs
         self._root = checkpoint.RootMetadata({}, *times, custom_metadata or {})
-        self.step, self.metrics = step, metrics
+        self.step = step
+        if metrics is not None:  # else those on disk: a user's name format need not read them
+            self.metrics = metrics
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any] | None:

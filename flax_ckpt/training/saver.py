@@ -169,6 +169,7 @@ class Saver:
     def _decide(self, step: int, history: list[Step]) -> bool:
         # Its path is the run's: to build the one it may get would cost more than the decision.
         asked = Step(step, self._root, metadata=None, commit_timestamp_nsecs=self.now())
+        asked.metrics = None
         context = deciding.DecisionContext(
             is_saving_in_progress=self.is_saving,
             reached_preemption=hosts.reached_preemption(step),
@@ -253,9 +254,9 @@ class Saver:
 
     def _enter(self, step: int, path: str, custom: Any, metrics: Any) -> None:
         """Takes a save that begins into the history."""
-        now = self.now()
-        said: Any = {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now, "metrics": metrics}
-        self._current = Step(step, epath.Path(path), metadata=None, custom_metadata=custom, **said)
+        times: Any = dict.fromkeys(("init_timestamp_nsecs", "commit_timestamp_nsecs"), self.now())
+        self._current = Step(step, epath.Path(path), metadata=None, custom_metadata=custom, **times)
+        self._current.metrics = metrics  # not those of the step that is replaced
         self.history = sorted([*self._without(step), self._current], key=_BY_STEP)
 
     def _retain(self, saved: int, path: str) -> None:

@@ -235,6 +235,26 @@ def test_policies_see_what_is_on_disk_and_what_is_in_flight(tmp_path: Path):
     assert seen == [([1], False), ([1, 2], False)]
 
 
+def test_policies_see_the_metrics_of_the_save_and_not_of_what_it_replaces(tmp_path: Path):
+    seen: list[Any] = []
+
+    class Policy:
+        def should_save(self, step: Any, previous_steps: Any, *, context: Any) -> bool:
+            seen.append((step.metrics, [other.metrics for other in previous_steps]))
+            return True
+
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "metrics").write_text('{"of": "something else"}')
+    with Checkpointer(tmp_path, save_decision_policy=Policy()) as checkpointer:
+        checkpointer.save(1, tree(1), metrics={"loss": 1})
+        saving = checkpointer.save_async(1, tree(2), overwrite=True)
+        checkpointer.should_save(2)
+        assert saving is not None
+        assert saving.result()
+        checkpointer.should_save(3)
+    assert seen == [(None, []), (None, []), (None, [None]), (None, [None])]
+
+
 def test_reload_tells_the_policies_of_other_writers(tmp_path: Path):
     one = Checkpointer(tmp_path, save_decision_policy=decide.FixedIntervalPolicy(1))
     assert one.should_save(1)
