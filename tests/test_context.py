@@ -180,6 +180,26 @@ def test_permission_bits_reach_every_directory(tmp_path: Path) -> None:
     assert set(modes.values()) == {0o711}, modes
 
 
+def test_permission_bits_reach_the_root_of_a_run_that_is_made(tmp_path: Path) -> None:
+    def mode(path: str) -> int:
+        return (tmp_path / path).stat().st_mode & 0o777
+
+    (tmp_path / "old").mkdir()
+    before = mode("old")
+    context = fc.Context()
+    for bits in (0o500, 0o711):
+        context.file.path_permission_mode = bits
+        for root in (f"new_{bits}/run", "old"):
+            with fc.training.Checkpointer(
+                tmp_path / root, context=context, custom_metadata={"a": 1}
+            ) as run:
+                run.save(bits, {"a": np.ones(2)})
+            assert mode(f"{root}/{bits}") == bits
+            assert mode(f"{root}/metadata") == before
+        assert mode(f"new_{bits}/run") == bits | 0o200, "its owner goes on writing"
+        assert mode(f"new_{bits}") == mode("old") == before, "what was there, or lies above"
+
+
 def test_other_threads_do_not_see_the_context(tmp_path: Path) -> None:
     fc.save(tmp_path / "ckpt", {"a": 1, "b": 2})
     outcome: list[Any] = []

@@ -6,6 +6,7 @@ with fc.training.Checkpointer(root, save_decision_policy=every_1000) as checkpoi
         checkpointer.save_async(step, state)
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar, final
 
@@ -77,7 +78,10 @@ class Checkpointer:
         self._saver = saver.Saver(directory, self._context, when, keep, called)
         self._root = self._saver.directory
         if self._saver.hosts.is_primary:
+            mode, is_new = self._context.file.path_permission_mode, not os.path.isdir(self._root)
             files.make_directory(self._root)
+            if is_new and mode is not None:  # for others; the run goes on writing
+                files.chmod(self._root, mode | 0o700)
             if custom_metadata is not None:
                 metadata.write_root(self._root, custom_metadata)
             if cleanup_tmp_directories:
