@@ -115,7 +115,7 @@ class CheckpointCallback(Generic[S]):
         policies.require_choice(on_error=(on_error, "raise", "warn"))
         policies.require_choice(on_preemption=(on_preemption, "exit", "stop"))
         self._at_end, self._on_preemption = at_end, on_preemption
-        self._context = resolve(context)
+        self._context = Context(resolve(context))  # a copy: the caller may change his own
         contents = self._contents = Contents(config, data_iterator, keep_best, self._context)
         save, self._timer = policies.saving(every_n_steps, every_secs, save_policy)
         keep = policies.keeping(keep_last, keep_every_n_steps, contents.best, preservation_policy)

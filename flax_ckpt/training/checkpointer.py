@@ -71,7 +71,7 @@ class Checkpointer:
         cleanup_tmp_directories: bool = False,
         lightweight_initialize: bool = False,
     ) -> None:
-        self._context = resolve(context)
+        self._context = Context(resolve(context))  # a copy: the caller may change his own
         when = save_decision_policy or deciding.AS_OFTEN_AS_POSSIBLE
         keep = preservation_policy or PreserveAll()
         called = step_name_format or steps.standard_name_format()

@@ -337,14 +337,13 @@ def test_a_failure_in_the_background_is_raised_once_at_the_next_call(tmp_path: P
     assert entries(tmp_path) == []
 
 
-def test_a_failure_that_result_told_is_not_told_again(tmp_path: Path):
-    context = with_handler(RefusingHandler)
-    checkpointer = Checkpointer(tmp_path, context=context)
+def test_a_failure_that_result_told_is_not_told_again(tmp_path: Path, monkeypatch):
+    checkpointer = Checkpointer(tmp_path, context=with_handler(RefusingHandler))
     with pytest.raises(OSError, match="No space left"):
         checkpointer.save(1, {})
     with pytest.raises(OSError, match="No space left"):
         checkpointer.save_async(1, {}).result()
-    context.checkpointables.registry = None
+    monkeypatch.setattr(RefusingHandler, "has_space", True)
     assert checkpointer.save(1, tree(1)), "and the step can be saved again"
     checkpointer.close()
 
