@@ -7,6 +7,7 @@ fc.metadata("/ckpt/params").metadata["w"].shape
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import logging
@@ -157,18 +158,24 @@ def metadata(
     def read() -> CheckpointMetadata[Any]:
         layout = Layout.of(path)
         name = layout.tree_name(checkpointable_name)
-        return layout.wrap(_async.run(_describe(layout, [name]))[name])
+        return layout.wrap(_async.run(_describe(layout, {name: _handler(layout, name)}))[name])
 
     return steadily(path, read)
 
 
 def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any]]:
-    """What all checkpointables of a checkpoint look like; see :func:`metadata`."""
+    """What all checkpointables of a checkpoint look like; see :func:`metadata`.
+
+    One for which no handler is registered here is None.
+    """
 
     def read() -> CheckpointMetadata[dict[str, Any]]:
-        layout = Layout.of(path)
-        wanted = [name for name in layout.items if name != names.METRICS]
-        return layout.wrap(_async.run(_describe(layout, wanted)))
+        layout, handlers = Layout.of(path), dict[str, Any]()
+        every = dict.fromkeys(name for name in layout.items if name != names.METRICS)
+        for name in every:
+            with contextlib.suppress(errors.NoEntryError):
+                handlers[name] = _handler(layout, name)
+        return layout.wrap(every | _async.run(_describe(layout, handlers)))
 
     return steadily(path, read)
 
@@ -345,7 +352,7 @@ def _unwrapped(abstract: Any) -> Any:
     return abstract
 
 
-def _handler(layout: Layout, name: str, abstract: Any) -> Any:
+def _handler(layout: Layout, name: str, abstract: Any = None) -> Any:
     registry = resolve().checkpointables.registry or handler_registry.global_registry()
     is_tree = kinds.holds_tree(os.fspath(layout.item(name)))
     types = layout.root.item_handlers
@@ -373,6 +380,5 @@ async def _load(layout: Layout, wanted: Mapping[str, Any], on_damage: OnDamage) 
     return {name: found[name] for name in wanted}
 
 
-async def _describe(layout: Layout, wanted: list[str]) -> dict[str, Any]:
-    handlers = {name: _handler(layout, name, None) for name in wanted}
+async def _describe(layout: Layout, handlers: Mapping[str, Any]) -> dict[str, Any]:
     return {name: await h.metadata(layout.item(name)) for name, h in handlers.items()}
