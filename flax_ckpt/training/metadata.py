@@ -171,8 +171,8 @@ def write_root(root: str, custom_metadata: dict[str, Any]) -> None:
     files.replace(path, data)
 
 
-def read_root(root: str) -> dict[str, Any] | None:
-    """The metadata of a run, or None.
+def read_root(root: str) -> dict[str, Any]:
+    """The metadata of a run; empty if it has none.
 
     Raises:
         FormatError: the file is no JSON object.
@@ -180,5 +180,5 @@ def read_root(root: str) -> dict[str, Any] | None:
     for parts in (names.ROOT_METADATA, names.ROOT_METADATA_LEGACY):
         path = os.path.join(root, *parts)
         if os.path.isfile(path):
-            return jsons.parse_object(files.read(path), path).get("custom_metadata")
-    return None
+            return jsons.parse_object(files.read(path), path).get("custom_metadata") or {}
+    return {}

@@ -507,7 +507,7 @@ def test_a_checkpoint_is_no_root(tmp_path: Path):
 
 
 def test_metadata_of_the_run_are_written_once(tmp_path: Path):
-    assert Checkpointer(tmp_path).root_metadata().custom_metadata is None
+    assert Checkpointer(tmp_path).root_metadata().custom_metadata == {}
     for run in (1, 2):
         found = Checkpointer(tmp_path, custom_metadata={"run": run}).root_metadata()
         assert (found.directory, found.custom_metadata) == (tmp_path, {"run": 1})
