@@ -62,7 +62,8 @@ def load(
         A tree of the structure of `abstract_state`.
 
     Raises:
-        CheckpointNotFoundError: nothing at `path`, or no such checkpointable.
+        CheckpointNotFoundError: nothing at `path`.
+        CheckpointableNotFoundError: no such checkpointable.
         InvalidLayoutError: not a checkpoint, or several trees and none is called `state`.
         TreeMismatchError: lists every difference; nothing was read.
         DamagedCheckpointError: bytes are not those that were saved.
@@ -109,7 +110,8 @@ def load_checkpointables(
         The values by name.
 
     Raises:
-        CheckpointNotFoundError: nothing at `path`, or a name that is not there.
+        CheckpointNotFoundError: nothing at `path`.
+        CheckpointableNotFoundError: a name that is not there.
         NoEntryError: no handler for a checkpointable is registered here.
         InvalidLayoutError, TreeMismatchError, DamagedCheckpointError: as :func:`load`.
     """
@@ -318,13 +320,13 @@ class Layout:
         """The directory of a checkpointable.
 
         Raises:
-            CheckpointNotFoundError: there is none of that name.
+            CheckpointableNotFoundError: there is none of that name.
             DeletionInProgressError: it is being deleted.
         """
         _refuse_deleted(self.path, name, self.deleting)
         if name not in self.items:
             what = f"{self.path} has no checkpointable {name!r}"
-            raise errors.CheckpointNotFoundError(f"{what}; it has: {', '.join(self.items)}")
+            raise errors.CheckpointableNotFoundError(f"{what}; it has: {', '.join(self.items)}")
         return epath.Path(self.items[name])
 
     def wrap(self, found: Any) -> CheckpointMetadata[Any]:

@@ -183,7 +183,7 @@ class Checkpointer:
 
         Raises:
             StepNotFoundError: says which steps there are.
-            CheckpointNotFoundError: the step has no such checkpointable.
+            CheckpointableNotFoundError: the step has no such checkpointable.
             TreeMismatchError, DamagedCheckpointError: as :func:`flax_ckpt.load`.
         """
         return self._read(_load.load, step, abstract_state, checkpointable_name=checkpointable_name)
@@ -270,7 +270,7 @@ class Checkpointer:
 
         Raises:
             StepNotFoundError: says which steps there are.
-            CheckpointNotFoundError: the step has no such checkpointable.
+            CheckpointableNotFoundError: the step has no such checkpointable.
             ValueError: the name cannot be one, or is that of the only checkpointable.
         """
         return self.delete_async(*args, **named).result()
