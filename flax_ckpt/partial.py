@@ -91,6 +91,8 @@ def finalize(path: PathLike) -> None:
         OSError: the file system refused, for instance to make hard links.
     """
     target = local_path(path).removesuffix(names.SESSION_SUFFIX)
+    if os.path.isdir(target):  # what Orbax has begun, and no checkpoint
+        target = target.removesuffix(names.PARTIAL_SUFFIX)
     pending = _responses.pop(target, [])
     for response in pending:
         response.ended.wait()
