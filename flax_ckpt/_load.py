@@ -13,7 +13,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 from etils import epath
@@ -218,11 +218,10 @@ def steadily(path: PathLike, read: Callable[[], T]) -> T:
 
 def identity(path: PathLike) -> tuple[int, int] | None:
     """What a directory that takes another's place has of its own; numbers alone are given again."""
-    here = local_path(path)
-    if not os.path.exists(here):
-        return None
-    found = os.stat(here)
-    return found.st_ino, found.st_ctime_ns
+    with contextlib.suppress(OSError):  # it may go at any moment
+        found = os.stat(local_path(path))
+        return found.st_ino, found.st_ctime_ns
+    return None
 
 
 def load_layout(
@@ -274,17 +273,15 @@ class Layout:
         data = deletion.read_metadata(record)
         root = checkpoint.RootMetadata.from_bytes(data or b"", names.CHECKPOINT_METADATA)
         if kinds.holds_tree(here):
-            parent, name = os.path.split(here)
-            _refuse_deleted(parent, name, _being_deleted(parent))
+            _refuse_deleted(*os.path.split(here), _being_deleted(os.path.dirname(here)))
             return cls(here, {"": here}, root)
         found = {entry.name: entry.path for entry in os.scandir(here) if kinds.is_item(entry)}
         if data is None and not any(map(kinds.is_item_tree, found.values())):
             raise errors.InvalidLayoutError(f"{here} {kinds.describe(here)}")
-        saved = {n: os.path.join(here, n) for n in root.item_handlers if record.listed(f"{n}/")}
-        items = saved | found
+        found |= {n: os.path.join(here, n) for n in root.item_handlers if record.listed(f"{n}/")}
         deleting = _being_deleted(here)
-        items.pop(deleting or "", None)
-        return cls(here, dict(sorted(items.items())), root, deleting)
+        found.pop(deleting or "", None)
+        return cls(here, dict(sorted(found.items())), root, deleting)
 
     @property
     def trees(self) -> list[str]:
@@ -302,8 +299,7 @@ class Layout:
             if not (self.is_flat and wanted in (None, names.AUTO)):
                 what = f"{self.path} {'is' if self.is_flat else 'is not'} itself a PyTree, but"
                 what += f" checkpointable_name={wanted!r} was asked for; it has"
-                there = ", ".join(self.items) or "nothing"
-                raise errors.InvalidLayoutError(f"{what}: {there}")
+                raise errors.InvalidLayoutError(f"{what}: {', '.join(self.items) or 'nothing'}")
             return ""
         if wanted != names.AUTO:
             return wanted
@@ -349,9 +345,8 @@ def _refuse_deleted(path: str, name: str, deleting: str | None) -> None:
 
 
 def _unwrapped(abstract: Any) -> Any:
-    if isinstance(abstract, CheckpointMetadata):
-        return cast("CheckpointMetadata[Any]", abstract).metadata
-    return abstract
+    given: Any = abstract
+    return given.metadata if isinstance(abstract, CheckpointMetadata) else abstract
 
 
 def _handler(layout: Layout, name: str, abstract: Any = None) -> Any:

@@ -65,7 +65,7 @@ class CheckpointCallback(Generic[S]):
         signals: taken note of from the first step on until `close`; none of a run of several
             processes, which JAX listens to.
         writer: told how long each save took: any object with CLU's `write_scalars`.
-        context: options of all saves and restores; None: those active now.
+        context: options of all saves and restores, which are copied; None: those active now.
 
     Attributes:
         report: what the last `restore_or_init` did, with each damaged step that it passed over;

@@ -6,7 +6,6 @@ with fc.training.Checkpointer(root, save_decision_policy=every_1000) as checkpoi
         checkpointer.save_async(step, state)
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar, final
 
@@ -38,7 +37,7 @@ class Checkpointer:
 
     Args:
         directory: root of the run; it is made if it is not there.
-        context: options of all that is done; None: those active now.
+        context: options of all that is done, which are copied; None: those active now.
         save_decision_policy: decides whether `save` saves; None: as often as possible without
             waiting, at first, and when the cluster is about to end the processes.
         preservation_policy: decides which steps stay when another has been saved; None: all.
@@ -78,7 +77,7 @@ class Checkpointer:
         self._saver = saver.Saver(directory, self._context, when, keep, called)
         self._root = self._saver.directory
         if self._saver.hosts.is_primary:
-            mode, is_new = self._context.file.path_permission_mode, not os.path.isdir(self._root)
+            mode, is_new = self._context.file.path_permission_mode, not self.directory.exists()
             files.make_directory(self._root)
             if is_new and mode is not None:  # for others; the run goes on writing
                 files.chmod(self._root, mode | 0o700)

@@ -166,9 +166,8 @@ def write_root(root: str, custom_metadata: dict[str, Any]) -> None:
     if os.path.lexists(path):
         return
     custom = jsons.checked_metadata(custom_metadata)
-    data = jsons.dump({"internal_metadata": {}, "custom_metadata": custom})
     files.make_directory(os.path.dirname(path))
-    files.replace(path, data)
+    files.replace(path, jsons.dump({"internal_metadata": {}, "custom_metadata": custom}))
 
 
 def read_root(root: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ saver.save(step, {"params": params}, metrics={"loss": loss})
 saver.wait()
 """
 
+import contextlib
 import functools
 import itertools
 import operator
@@ -352,9 +353,8 @@ class Saver:
         path = os.fspath(step.path)
         if name is not None:
             with applied(self.context):
-                self.deletion = _delete.delete_async(
-                    path, checkpointable_name=name, missing_ok=missing_ok
-                )
+                how: Any = {"checkpointable_name": name, "missing_ok": missing_ok}
+                self.deletion = _delete.delete_async(path, **how)
             return self.deletion
         doomed = self._once("deleting", lambda: commit.withdraw(path))
         self.history = self._without(step.step)
@@ -374,9 +374,7 @@ def step_number(step: Any) -> int:
     Raises:
         StateError: it is none, or negative.
     """
-    try:
+    with contextlib.suppress(TypeError):  # it is no number at all
         if not isinstance(step, bool) and (number := operator.index(step)) >= 0:
             return number
-    except TypeError:
-        pass  # it is no number at all
     raise errors.StateError(f"a step is the number of completed updates, 0 or more; got {step!r}")
