@@ -9,7 +9,7 @@ from typing import Any
 
 from flax_ckpt._async import AsyncResponse, parameters_of
 from flax_ckpt.context import resolve
-from flax_ckpt.errors import CheckpointNotFoundError, DeletionRecoveryError, InvalidLayoutError
+from flax_ckpt.errors import CheckpointableNotFoundError, DeletionRecoveryError, InvalidLayoutError
 from flax_ckpt.format import jsons, names
 from flax_ckpt.format.checkpoint import DeletionRecord
 from flax_ckpt.storage import commit, deletion, files, hosts, kinds
@@ -61,7 +61,8 @@ def delete(*args: Any, **named: Any) -> bool:
         Whether something was deleted.
 
     Raises:
-        CheckpointNotFoundError: there is no such checkpoint or checkpointable.
+        CheckpointNotFoundError: there is no such checkpoint.
+        CheckpointableNotFoundError: it has no such checkpointable.
         InvalidLayoutError: it is something else; says what.
         ValueError: the name cannot be one, or is that of the only checkpointable.
         DeletionRecoveryError: the deletion of another one was interrupted.
@@ -102,7 +103,7 @@ def _is_there(target: str, name: str | None, missing_ok: bool) -> bool:
     if missing_ok:
         return False
     there = ", ".join(_items(target, _metadata(target)))
-    raise CheckpointNotFoundError(f"{target} has no checkpointable {name!r}; it has: {there}")
+    raise CheckpointableNotFoundError(f"{target} has no checkpointable {name!r}; it has: {there}")
 
 
 def _record(target: str, name: str) -> DeletionRecord:

@@ -7,12 +7,13 @@ fc.metadata("/ckpt/params").metadata["w"].shape
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 from etils import epath
@@ -61,7 +62,8 @@ def load(
         A tree of the structure of `abstract_state`.
 
     Raises:
-        CheckpointNotFoundError: nothing at `path`, or no such checkpointable.
+        CheckpointNotFoundError: nothing at `path`.
+        CheckpointableNotFoundError: no such checkpointable.
         InvalidLayoutError: not a checkpoint, or several trees and none is called `state`.
         TreeMismatchError: lists every difference; nothing was read.
         DamagedCheckpointError: bytes are not those that were saved.
@@ -108,7 +110,8 @@ def load_checkpointables(
         The values by name.
 
     Raises:
-        CheckpointNotFoundError: nothing at `path`, or a name that is not there.
+        CheckpointNotFoundError: nothing at `path`.
+        CheckpointableNotFoundError: a name that is not there.
         NoEntryError: no handler for a checkpointable is registered here.
         InvalidLayoutError, TreeMismatchError, DamagedCheckpointError: as :func:`load`.
     """
@@ -157,18 +160,24 @@ def metadata(
     def read() -> CheckpointMetadata[Any]:
         layout = Layout.of(path)
         name = layout.tree_name(checkpointable_name)
-        return layout.wrap(_async.run(_describe(layout, [name]))[name])
+        return layout.wrap(_async.run(_describe(layout, {name: _handler(layout, name)}))[name])
 
     return steadily(path, read)
 
 
 def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any]]:
-    """What all checkpointables of a checkpoint look like; see :func:`metadata`."""
+    """What all checkpointables of a checkpoint look like; see :func:`metadata`.
+
+    One for which no handler is registered here is None.
+    """
 
     def read() -> CheckpointMetadata[dict[str, Any]]:
-        layout = Layout.of(path)
-        wanted = [name for name in layout.items if name != names.METRICS]
-        return layout.wrap(_async.run(_describe(layout, wanted)))
+        layout, handlers = Layout.of(path), dict[str, Any]()
+        every = dict.fromkeys(name for name in layout.items if name != names.METRICS)
+        for name in every:
+            with contextlib.suppress(errors.NoEntryError):
+                handlers[name] = _handler(layout, name)
+        return layout.wrap(every | _async.run(_describe(layout, handlers)))
 
     return steadily(path, read)
 
@@ -209,11 +218,10 @@ def steadily(path: PathLike, read: Callable[[], T]) -> T:
 
 def identity(path: PathLike) -> tuple[int, int] | None:
     """What a directory that takes another's place has of its own; numbers alone are given again."""
-    here = local_path(path)
-    if not os.path.exists(here):
-        return None
-    found = os.stat(here)
-    return found.st_ino, found.st_ctime_ns
+    with contextlib.suppress(OSError):  # it may go at any moment
+        found = os.stat(local_path(path))
+        return found.st_ino, found.st_ctime_ns
+    return None
 
 
 def load_layout(
@@ -265,21 +273,19 @@ class Layout:
         data = deletion.read_metadata(record)
         root = checkpoint.RootMetadata.from_bytes(data or b"", names.CHECKPOINT_METADATA)
         if kinds.holds_tree(here):
-            parent, name = os.path.split(here)
-            _refuse_deleted(parent, name, _being_deleted(parent))
+            _refuse_deleted(*os.path.split(here), _being_deleted(os.path.dirname(here)))
             return cls(here, {"": here}, root)
         found = {entry.name: entry.path for entry in os.scandir(here) if kinds.is_item(entry)}
         if data is None and not any(map(kinds.is_item_tree, found.values())):
             raise errors.InvalidLayoutError(f"{here} {kinds.describe(here)}")
-        saved = {n: os.path.join(here, n) for n in root.item_handlers if record.listed(f"{n}/")}
-        items = saved | found
+        found |= {n: os.path.join(here, n) for n in root.item_handlers if record.listed(f"{n}/")}
         deleting = _being_deleted(here)
-        items.pop(deleting or "", None)
-        ours = any(os.path.lexists(os.path.join(p, names.CHUNK_TABLE)) for p in items.values())
+        found.pop(deleting or "", None)
+        ours = any(os.path.lexists(os.path.join(p, names.CHUNK_TABLE)) for p in found.values())
         if ours and not record.native:
             text = "%s: %s is missing: of its files only the data of arrays can be checked"
             logger.warning(text, here, names.INTEGRITY)
-        return cls(here, dict(sorted(items.items())), root, deleting)
+        return cls(here, dict(sorted(found.items())), root, deleting)
 
     @property
     def trees(self) -> list[str]:
@@ -297,8 +303,7 @@ class Layout:
             if not (self.is_flat and wanted in (None, names.AUTO)):
                 what = f"{self.path} {'is' if self.is_flat else 'is not'} itself a PyTree, but"
                 what += f" checkpointable_name={wanted!r} was asked for; it has"
-                there = ", ".join(self.items) or "nothing"
-                raise errors.InvalidLayoutError(f"{what}: {there}")
+                raise errors.InvalidLayoutError(f"{what}: {', '.join(self.items) or 'nothing'}")
             return ""
         if wanted != names.AUTO:
             return wanted
@@ -315,13 +320,13 @@ class Layout:
         """The directory of a checkpointable.
 
         Raises:
-            CheckpointNotFoundError: there is none of that name.
+            CheckpointableNotFoundError: there is none of that name.
             DeletionInProgressError: it is being deleted.
         """
         _refuse_deleted(self.path, name, self.deleting)
         if name not in self.items:
             what = f"{self.path} has no checkpointable {name!r}"
-            raise errors.CheckpointNotFoundError(f"{what}; it has: {', '.join(self.items)}")
+            raise errors.CheckpointableNotFoundError(f"{what}; it has: {', '.join(self.items)}")
         return epath.Path(self.items[name])
 
     def wrap(self, found: Any) -> CheckpointMetadata[Any]:
@@ -344,12 +349,11 @@ def _refuse_deleted(path: str, name: str, deleting: str | None) -> None:
 
 
 def _unwrapped(abstract: Any) -> Any:
-    if isinstance(abstract, CheckpointMetadata):
-        return cast("CheckpointMetadata[Any]", abstract).metadata
-    return abstract
+    given: Any = abstract
+    return given.metadata if isinstance(abstract, CheckpointMetadata) else abstract
 
 
-def _handler(layout: Layout, name: str, abstract: Any) -> Any:
+def _handler(layout: Layout, name: str, abstract: Any = None) -> Any:
     registry = resolve().checkpointables.registry or handler_registry.global_registry()
     is_tree = kinds.holds_tree(os.fspath(layout.item(name)))
     types = layout.root.item_handlers
@@ -377,6 +381,5 @@ async def _load(layout: Layout, wanted: Mapping[str, Any], on_damage: OnDamage) 
     return {name: found[name] for name in wanted}
 
 
-async def _describe(layout: Layout, wanted: list[str]) -> dict[str, Any]:
-    handlers = {name: _handler(layout, name, None) for name in wanted}
+async def _describe(layout: Layout, handlers: Mapping[str, Any]) -> dict[str, Any]:
     return {name: await h.metadata(layout.item(name)) for name, h in handlers.items()}

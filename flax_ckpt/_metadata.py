@@ -41,8 +41,7 @@ class CheckpointMetadata(Generic[T]):
         commit_timestamp_nsecs: int | None = None,
         custom_metadata: dict[str, Any] | None = None,
     ) -> None:
-        self.path = path
-        self.metadata = metadata
+        self.path, self.metadata = path, metadata
         times = init_timestamp_nsecs, commit_timestamp_nsecs
         self._root = RootMetadata({}, *times, custom_metadata or {})
 

@@ -2,7 +2,8 @@
 
     FlaxCkptError
     ├── CheckpointNotFoundError   (FileNotFoundError)  nothing there; says what lies nearest
-    │   └── StepNotFoundError         (ValueError too)  a run has no such step; says which it has
+    │   ├── StepNotFoundError         (ValueError too)  a run has no such step; says which it has
+    │   └── CheckpointableNotFoundError  (KeyError too)  a checkpoint has no such checkpointable
     ├── CheckpointExistsError     (FileExistsError, ValueError)  the target is taken
     │   └── StepAlreadyExistsError    the step was saved before
     ├── InvalidLayoutError        (ValueError)  something is there, but no checkpoint
@@ -10,7 +11,7 @@
     │   ├── DamagedCheckpointError    a checksum, length or file of a checkpoint is wrong
     │   └── NoLeafHandlerError        a saved leaf is of a kind that is not known here
     ├── TreeMismatchError         (ValueError)  the saved tree and the wanted tree differ
-    ├── UnsupportedLeafError      (TypeError)   leaves that cannot be saved, all of them
+    ├── UnsupportedLeafError      (TypeError, ValueError)  leaves that cannot be saved, all of them
     ├── DuplicateNameError        (ValueError)  two leaves would share one name on disk
     ├── ConfigError               (TypeError, ValueError)  a config value that cannot be saved
     ├── NoEntryError              (KeyError)    no handler for a checkpointable
@@ -41,6 +42,10 @@ class FlaxCkptError(Exception):
 
 class CheckpointNotFoundError(FlaxCkptError, FileNotFoundError):
     """There is no checkpoint at the path."""
+
+
+class CheckpointableNotFoundError(CheckpointNotFoundError, KeyError):
+    """A checkpoint has no checkpointable of that name; says which it has."""
 
 
 class CheckpointExistsError(FlaxCkptError, FileExistsError, ValueError):
@@ -120,7 +125,7 @@ class TreeMismatchError(FlaxCkptError, ValueError):
         self.differences = tuple(differences)
 
 
-class UnsupportedLeafError(FlaxCkptError, TypeError):
+class UnsupportedLeafError(FlaxCkptError, TypeError, ValueError):
     """Leaves of a type that cannot be saved."""
 
 

@@ -91,12 +91,13 @@ def finalize(path: PathLike) -> None:
         OSError: the file system refused, for instance to make hard links.
     """
     target = local_path(path).removesuffix(names.SESSION_SUFFIX)
+    # What Orbax has begun is there, a checkpoint to be finalized is not.
+    target = target.removesuffix(names.PARTIAL_SUFFIX) if os.path.isdir(target) else target
     pending = _responses.pop(target, [])
     for response in pending:
         response.ended.wait()
-    for response in pending:
-        if not response.told:
-            response.result()
+    for response in [response for response in pending if not response.told]:
+        response.result()
     context = resolve()
     session = Session(target, context.file.path_permission_mode)
     together = hosts.current(context.multiprocessing, context.asynchronous, f"{target} finalize")
@@ -105,8 +106,7 @@ def finalize(path: PathLike) -> None:
         session.recover()
     together.barrier("opened")
     session.check()
-    parts = session.parts()
-    if not parts:
+    if not (parts := session.parts()):
         why = "has no finished part" if os.path.isdir(session.directory) else "does not exist"
         what = f"{target} has no partial save to finalize: {session.directory} {why}"
         raise CheckpointNotFoundError(f"{what}; call flax_ckpt.partial.save first")

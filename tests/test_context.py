@@ -151,6 +151,21 @@ def test_the_ambient_context_is_taken_when_the_callback_is_made(tmp_path: Path) 
     assert (tmp_path / "1").stat().st_mode & 0o777 == 0o711
 
 
+def test_a_run_keeps_the_options_that_it_was_given(tmp_path: Path) -> None:
+    context = fc.Context()
+    context.array.saving.use_ocdbt = False
+    run = fc.training.Checkpointer(tmp_path / "run", context=context)
+    ckpt = fc.CheckpointCallback[Any](tmp_path / "ckpt", every_n_steps=1, context=context)
+    context.array.saving.use_ocdbt = True
+    with run, ckpt:
+        run.save(1, {"w": np.ones(2)})
+        ckpt.on_step_end(1, {"params": {"w": np.ones(2)}})
+        assert run.load(1)["w"].tolist() == [1, 1]
+    for tree in ("run/1/state", "ckpt/1/params"):
+        assert (tmp_path / tree / "w").is_dir(), "an array's own directory"
+        assert not (tmp_path / tree / "manifest.ocdbt").exists()
+
+
 def test_restore_with_an_explicit_context_beats_the_ambient_one(tmp_path: Path) -> None:
     def context(handler_name: str) -> fc.Context:
         made = fc.Context()
@@ -178,6 +193,26 @@ def test_permission_bits_reach_every_directory(tmp_path: Path) -> None:
         if path.is_dir()
     }
     assert set(modes.values()) == {0o711}, modes
+
+
+def test_permission_bits_reach_the_root_of_a_run_that_is_made(tmp_path: Path) -> None:
+    def mode(path: str) -> int:
+        return (tmp_path / path).stat().st_mode & 0o777
+
+    (tmp_path / "old").mkdir()
+    before = mode("old")
+    context = fc.Context()
+    for bits in (0o500, 0o711):
+        context.file.path_permission_mode = bits
+        for root in (f"new_{bits}/run", "old"):
+            with fc.training.Checkpointer(
+                tmp_path / root, context=context, custom_metadata={"a": 1}
+            ) as run:
+                run.save(bits, {"a": np.ones(2)})
+            assert mode(f"{root}/{bits}") == bits
+            assert mode(f"{root}/metadata") == before
+        assert mode(f"new_{bits}/run") == bits | 0o200, "its owner goes on writing"
+        assert mode(f"new_{bits}") == mode("old") == before, "what was there, or lies above"
 
 
 def test_other_threads_do_not_see_the_context(tmp_path: Path) -> None:

@@ -40,6 +40,30 @@ def test_every_error_is_ours_and_a_builtin_and_in_the_tree() -> None:
         assert f"─ {name} " in (errors.__doc__ or ""), f"{name} is not in the tree"
 
 
+def test_errors_are_those_that_callers_of_orbax_catch(tmp_path: Path) -> None:
+    root, there = tmp_path / "run", "has no checkpointable 'ema'; it has: params"
+    wanted = {"ema": None}
+    with fc.training.Checkpointer(root) as run:
+        run.save_checkpointables(1, {"params": TREE})
+        for call in (
+            lambda: fc.load_checkpointables(root / "1", wanted),
+            lambda: fc.load(root / "1", checkpointable_name="ema"),
+            lambda: fc.metadata(root / "1", "ema"),
+            lambda: run.load_checkpointables(1, wanted),
+            lambda: run.load(1, checkpointable_name="ema"),
+        ):
+            with pytest.raises(KeyError) as missing:
+                call()
+            assert isinstance(missing.value, errors.CheckpointableNotFoundError)
+            assert str(missing.value) == f"{root}/1 {there}", "without the quotes of a KeyError"
+        with pytest.raises(FileNotFoundError, match=there):
+            run.delete(1, checkpointable_name="ema")
+    with pytest.raises(ValueError, match="1 of 1 leaves cannot be saved") as refused:
+        fc.save(tmp_path / "ckpt", {"a": object()})
+    assert isinstance(refused.value, errors.UnsupportedLeafError)
+    assert isinstance(refused.value, TypeError)
+
+
 # --- Nothing there ----------------------------------------------------------------------------
 
 READERS: list[Callable[[Path], Any]] = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -403,13 +404,20 @@ def test_orbax_and_we_keep_to_our_own_sessions(tmp_path: Path, run_child: Any) -
     assert_whole(tmp_path / "finished", expected)
     assert fc.metadata(tmp_path / "finished").custom_metadata == {"run": 2}
     (begun,) = tmp_path.glob("begun*")
-    text = f"unfinished partial save of Orbax: orbax.*finalize\\('{tmp_path}/begun'\\)"
+    how = "orbax.checkpoint.experimental.v1.partial.finalize"
+    text = re.escape(f"unfinished partial save of Orbax: {how}('{tmp_path}/begun') completes it")
     for place in (begun, *begun.iterdir()):
         with pytest.raises(InvalidLayoutError, match=text):
             fc.load(place)
-    for call in (fc.partial.finalize, lambda path: fc.partial.save(path, {"more": 1})):
-        with pytest.raises(InvalidLayoutError, match="Orbax has begun: finish it there"):
+    for call in (
+        fc.partial.finalize,
+        lambda path: fc.partial.finalize(f"{path}.partial_save"),
+        lambda path: fc.partial.save(path, {"more": 1}),
+    ):
+        with pytest.raises(InvalidLayoutError) as raised:
             call(tmp_path / "begun")
+        text = f"{begun} is a partial save that Orbax has begun: finish it there, with {how}; "
+        assert str(raised.value) == text + "what it makes loads here"
     with pytest.raises(CheckpointNotFoundError, match="partial save of it by Orbax is unfinished"):
         fc.load(tmp_path / "begun")
     shutil.rmtree(begun)

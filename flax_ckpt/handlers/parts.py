@@ -59,7 +59,7 @@ class Session(commit.Staging):
             what = f"{self.checkpoint} already exists, and finished checkpoints are not added to"
             raise errors.CheckpointExistsError(f"{what}; save to another path, or delete it first")
         if os.path.lexists(other := self.checkpoint + names.PARTIAL_SUFFIX):
-            how = "with orbax.checkpoint.v1.partial.finalize; what it makes loads here"
+            how = "with orbax.checkpoint.experimental.v1.partial.finalize; what it makes loads here"
             what = f"{other} is a partial save that Orbax has begun: finish it there"
             raise errors.InvalidLayoutError(f"{what}, {how}")
 

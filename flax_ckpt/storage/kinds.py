@@ -55,7 +55,7 @@ def unfinished(path: str) -> str | None:
         session, _, _ = place.partition(names.TMP_SUFFIX)
         for suffix, whose, module in (
             (names.SESSION_SUFFIX, "", "flax_ckpt"),
-            (names.PARTIAL_SUFFIX, " of Orbax", "orbax.checkpoint.v1"),
+            (names.PARTIAL_SUFFIX, " of Orbax", "orbax.checkpoint.experimental.v1"),
         ):
             if session.endswith(suffix):
                 call = f"{module}.partial.finalize({session.removesuffix(suffix)!r})"

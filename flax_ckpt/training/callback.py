@@ -65,7 +65,7 @@ class CheckpointCallback(Generic[S]):
         signals: taken note of from the first step on until `close`; none of a run of several
             processes, which JAX listens to.
         writer: told how long each save took: any object with CLU's `write_scalars`.
-        context: options of all saves and restores; None: those active now.
+        context: options of all saves and restores, which are copied; None: those active now.
 
     Attributes:
         report: what the last `restore_or_init` did, with each damaged step that it passed over;
@@ -115,7 +115,7 @@ class CheckpointCallback(Generic[S]):
         policies.require_choice(on_error=(on_error, "raise", "warn"))
         policies.require_choice(on_preemption=(on_preemption, "exit", "stop"))
         self._at_end, self._on_preemption = at_end, on_preemption
-        self._context = resolve(context)
+        self._context = Context(resolve(context))  # a copy: the caller may change his own
         contents = self._contents = Contents(config, data_iterator, keep_best, self._context)
         save, self._timer = policies.saving(every_n_steps, every_secs, save_policy)
         keep = policies.keeping(keep_last, keep_every_n_steps, contents.best, preservation_policy)

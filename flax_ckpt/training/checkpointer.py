@@ -37,7 +37,7 @@ class Checkpointer:
 
     Args:
         directory: root of the run; it is made if it is not there.
-        context: options of all that is done; None: those active now.
+        context: options of all that is done, which are copied; None: those active now.
         save_decision_policy: decides whether `save` saves; None: as often as possible without
             waiting, at first, and when the cluster is about to end the processes.
         preservation_policy: decides which steps stay when another has been saved; None: all.
@@ -70,14 +70,17 @@ class Checkpointer:
         cleanup_tmp_directories: bool = False,
         lightweight_initialize: bool = False,
     ) -> None:
-        self._context = resolve(context)
+        self._context = Context(resolve(context))  # a copy: the caller may change his own
         when = save_decision_policy or deciding.AS_OFTEN_AS_POSSIBLE
         keep = preservation_policy or PreserveAll()
         called = step_name_format or steps.standard_name_format()
         self._saver = saver.Saver(directory, self._context, when, keep, called)
         self._root = self._saver.directory
         if self._saver.hosts.is_primary:
+            mode, is_new = self._context.file.path_permission_mode, not self.directory.exists()
             files.make_directory(self._root)
+            if is_new and mode is not None:  # for others; the run goes on writing
+                files.chmod(self._root, mode | 0o700)
             if custom_metadata is not None:
                 metadata.write_root(self._root, custom_metadata)
             if cleanup_tmp_directories:
@@ -179,7 +182,7 @@ class Checkpointer:
 
         Raises:
             StepNotFoundError: says which steps there are.
-            CheckpointNotFoundError: the step has no such checkpointable.
+            CheckpointableNotFoundError: the step has no such checkpointable.
             TreeMismatchError, DamagedCheckpointError: as :func:`flax_ckpt.load`.
         """
         return self._read(_load.load, step, abstract_state, checkpointable_name=checkpointable_name)
@@ -266,7 +269,7 @@ class Checkpointer:
 
         Raises:
             StepNotFoundError: says which steps there are.
-            CheckpointNotFoundError: the step has no such checkpointable.
+            CheckpointableNotFoundError: the step has no such checkpointable.
             ValueError: the name cannot be one, or is that of the only checkpointable.
         """
         return self.delete_async(*args, **named).result()

@@ -36,7 +36,7 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
 
     Attributes:
         step: the step's number.
-        metrics: what was given to `save`, or None.
+        metrics: what was given to `save`, or None; read from `path` unless they are given here.
         time: when the step was committed; for one that is about to be saved, now.
         is_damaged: whether one of the two could not be read.
 
@@ -64,7 +64,9 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
         super().__init__(path, metadata=metadata)
         times = init_timestamp_nsecs, commit_timestamp_nsecs
         self._root = checkpoint.RootMetadata({}, *times, custom_metadata or {})
-        self.step, self.metrics = step, metrics
+        self.step = step
+        if metrics is not None:  # else those on disk: a user's name format need not read them
+            self.metrics = metrics
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any] | None:
@@ -164,13 +166,12 @@ def write_root(root: str, custom_metadata: dict[str, Any]) -> None:
     if os.path.lexists(path):
         return
     custom = jsons.checked_metadata(custom_metadata)
-    data = jsons.dump({"internal_metadata": {}, "custom_metadata": custom})
     files.make_directory(os.path.dirname(path))
-    files.replace(path, data)
+    files.replace(path, jsons.dump({"internal_metadata": {}, "custom_metadata": custom}))
 
 
-def read_root(root: str) -> dict[str, Any] | None:
-    """The metadata of a run, or None.
+def read_root(root: str) -> dict[str, Any]:
+    """The metadata of a run; empty if it has none.
 
     Raises:
         FormatError: the file is no JSON object.
@@ -178,5 +179,5 @@ def read_root(root: str) -> dict[str, Any] | None:
     for parts in (names.ROOT_METADATA, names.ROOT_METADATA_LEGACY):
         path = os.path.join(root, *parts)
         if os.path.isfile(path):
-            return jsons.parse_object(files.read(path), path).get("custom_metadata")
-    return None
+            return jsons.parse_object(files.read(path), path).get("custom_metadata") or {}
+    return {}

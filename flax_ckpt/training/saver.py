@@ -5,6 +5,7 @@ saver.save(step, {"params": params}, metrics={"loss": loss})
 saver.wait()
 """
 
+import contextlib
 import functools
 import itertools
 import operator
@@ -169,6 +170,7 @@ class Saver:
     def _decide(self, step: int, history: list[Step]) -> bool:
         # Its path is the run's: to build the one it may get would cost more than the decision.
         asked = Step(step, self._root, metadata=None, commit_timestamp_nsecs=self.now())
+        asked.metrics = None
         context = deciding.DecisionContext(
             is_saving_in_progress=self.is_saving,
             reached_preemption=hosts.reached_preemption(step),
@@ -253,9 +255,9 @@ class Saver:
 
     def _enter(self, step: int, path: str, custom: Any, metrics: Any) -> None:
         """Takes a save that begins into the history."""
-        now = self.now()
-        said: Any = {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now, "metrics": metrics}
-        self._current = Step(step, epath.Path(path), metadata=None, custom_metadata=custom, **said)
+        times: Any = dict.fromkeys(("init_timestamp_nsecs", "commit_timestamp_nsecs"), self.now())
+        self._current = Step(step, epath.Path(path), metadata=None, custom_metadata=custom, **times)
+        self._current.metrics = metrics  # not those of the step that is replaced
         self.history = sorted([*self._without(step), self._current], key=_BY_STEP)
 
     def _retain(self, saved: int, path: str) -> None:
@@ -351,9 +353,8 @@ class Saver:
         path = os.fspath(step.path)
         if name is not None:
             with applied(self.context):
-                self.deletion = _delete.delete_async(
-                    path, checkpointable_name=name, missing_ok=missing_ok
-                )
+                how: Any = {"checkpointable_name": name, "missing_ok": missing_ok}
+                self.deletion = _delete.delete_async(path, **how)
             return self.deletion
         doomed = self._once("deleting", lambda: commit.withdraw(path))
         self.history = self._without(step.step)
@@ -373,9 +374,7 @@ def step_number(step: Any) -> int:
     Raises:
         StateError: it is none, or negative.
     """
-    try:
+    with contextlib.suppress(TypeError):  # it is no number at all
         if not isinstance(step, bool) and (number := operator.index(step)) >= 0:
             return number
-    except TypeError:
-        pass  # it is no number at all
     raise errors.StateError(f"a step is the number of completed updates, 0 or more; got {step!r}")

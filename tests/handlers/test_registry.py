@@ -121,6 +121,20 @@ def test_a_users_handler_for_all_that_it_accepts(path: Path) -> None:
     assert recorded["notes"] == f"{__name__}.LinesHandler"
 
 
+def test_metadata_of_all_have_none_for_one_without_a_handler(path: Path) -> None:
+    with local(LinesHandler), fc.training.Checkpointer(path) as run:
+        run.save_checkpointables(1, {"notes": Lines("a"), "state": {"n": 1}})
+    described = {"notes": None, "state": {"n": 0}}
+    with fc.training.Checkpointer(path) as run:
+        assert run.checkpointables_metadata(1).metadata == described
+    found = fc.checkpointables_metadata(path / "1")
+    assert list(found.metadata.items()) == list(described.items())
+    with pytest.raises(NoEntryError, match="'notes' was saved by .*LinesHandler"):
+        fc.load_checkpointables(path / "1", found)
+    with pytest.raises(NoEntryError, match="'notes' was saved by .*LinesHandler"):
+        fc.metadata(path / "1", "notes")
+
+
 def test_a_handler_bound_to_a_name_is_used_for_it_alone(path: Path) -> None:
     with local(LinesHandler, notes=OtherHandler):
         fc.save_checkpointables(path, {"notes": Lines("a"), "more": Lines("b")})
@@ -281,9 +295,9 @@ def test_type_strings_are_not_imported(path: Path, tmp_path: Path, trap: str, ki
     root["item_handlers"] = dict.fromkeys(("notes", "state"), kind.format(trap=trap))
     (path / "_CHECKPOINT_METADATA").write_text(json.dumps(root))
     assert fc.load(path) == {"n": 1}  # the tree is recognised by its files
-    for name in ("load_checkpointables", "checkpointables_metadata"):
-        with pytest.raises(NoEntryError, match="was saved by"):
-            getattr(fc, name)(path)
+    with pytest.raises(NoEntryError, match="was saved by"):
+        fc.load_checkpointables(path)
+    assert fc.checkpointables_metadata(path).metadata == {"notes": None, "state": {"n": 0}}
     assert trap not in sys.modules
     assert not (tmp_path / "sprung").exists()
 

@@ -183,10 +183,14 @@ class Refuses:
 
 
 class RefusingHandler:
+    has_space = False
+
     async def save(self, directory, checkpointable):
         async def write():
-            await directory.await_creation()
-            raise OSError(28, "No space left on device", str(directory.path))
+            path = await directory.await_creation()
+            if not self.has_space:
+                raise OSError(28, "No space left on device", str(path))
+            (path / "done").write_text("yes")
 
         return write()
 
@@ -250,12 +254,14 @@ def test_a_failure_is_raised_by_wait_and_by_leaving_the_block(tmp_path: Path, fa
         ckpt.on_step_end(2, tree(2))
 
 
-def test_on_error_warn_goes_on_and_saves_the_next_step(tmp_path: Path, failing, caplog):
+def test_on_error_warn_goes_on_and_saves_the_next_step(
+    tmp_path: Path, failing, caplog, monkeypatch
+):
     ckpt = fc.CheckpointCallback(tmp_path, every_n_steps=1, on_error="warn", context=failing)
     ckpt.on_step_end(1, tree(1))
     ckpt.wait()
     assert "(step 1) was not saved: OSError" in caplog.text
-    failing.checkpointables.registry = None
+    monkeypatch.setattr(RefusingHandler, "has_space", True)
     assert ckpt.on_step_end(2, tree(2))
     ckpt.close()
     assert steps.committed(str(tmp_path)) == [2]

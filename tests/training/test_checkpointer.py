@@ -235,6 +235,26 @@ def test_policies_see_what_is_on_disk_and_what_is_in_flight(tmp_path: Path):
     assert seen == [([1], False), ([1, 2], False)]
 
 
+def test_policies_see_the_metrics_of_the_save_and_not_of_what_it_replaces(tmp_path: Path):
+    seen: list[Any] = []
+
+    class Policy:
+        def should_save(self, step: Any, previous_steps: Any, *, context: Any) -> bool:
+            seen.append((step.metrics, [other.metrics for other in previous_steps]))
+            return True
+
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "metrics").write_text('{"of": "something else"}')
+    with Checkpointer(tmp_path, save_decision_policy=Policy()) as checkpointer:
+        checkpointer.save(1, tree(1), metrics={"loss": 1})
+        saving = checkpointer.save_async(1, tree(2), overwrite=True)
+        checkpointer.should_save(2)
+        assert saving is not None
+        assert saving.result()
+        checkpointer.should_save(3)
+    assert seen == [(None, []), (None, []), (None, [None]), (None, [None])]
+
+
 def test_reload_tells_the_policies_of_other_writers(tmp_path: Path):
     one = Checkpointer(tmp_path, save_decision_policy=decide.FixedIntervalPolicy(1))
     assert one.should_save(1)
@@ -317,14 +337,13 @@ def test_a_failure_in_the_background_is_raised_once_at_the_next_call(tmp_path: P
     assert entries(tmp_path) == []
 
 
-def test_a_failure_that_result_told_is_not_told_again(tmp_path: Path):
-    context = with_handler(RefusingHandler)
-    checkpointer = Checkpointer(tmp_path, context=context)
+def test_a_failure_that_result_told_is_not_told_again(tmp_path: Path, monkeypatch):
+    checkpointer = Checkpointer(tmp_path, context=with_handler(RefusingHandler))
     with pytest.raises(OSError, match="No space left"):
         checkpointer.save(1, {})
     with pytest.raises(OSError, match="No space left"):
         checkpointer.save_async(1, {}).result()
-    context.checkpointables.registry = None
+    monkeypatch.setattr(RefusingHandler, "has_space", True)
     assert checkpointer.save(1, tree(1)), "and the step can be saved again"
     checkpointer.close()
 
@@ -488,7 +507,7 @@ def test_a_checkpoint_is_no_root(tmp_path: Path):
 
 
 def test_metadata_of_the_run_are_written_once(tmp_path: Path):
-    assert Checkpointer(tmp_path).root_metadata().custom_metadata is None
+    assert Checkpointer(tmp_path).root_metadata().custom_metadata == {}
     for run in (1, 2):
         found = Checkpointer(tmp_path, custom_metadata={"run": run}).root_metadata()
         assert (found.directory, found.custom_metadata) == (tmp_path, {"run": 1})

@@ -1,9 +1,13 @@
 """How steps are called: which names are written, and which are taken for steps."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from etils import epath
 
 import flax_ckpt as fc
 from flax_ckpt.path.step import composite_name_format, standard_name_format
@@ -77,3 +81,44 @@ def test_names_that_cannot_be_are_refused(wrong: dict[str, Any]):
 def test_the_formats_follow_the_protocol():
     assert isinstance(standard_name_format(), fc.path.step.NameFormat)
     assert fc.path.PathAwaitingCreation is fc.handlers.PathAwaitingCreation
+
+
+class Epochs:
+    """A user's own format, which says of a step where it is and no more."""
+
+    def build_name(self, step: int) -> str:
+        return f"{step}-epoch"
+
+    def find_all(self, base_path: Any) -> Iterator[fc.training.CheckpointMetadata[None]]:
+        for name in os.listdir(base_path):
+            if name.endswith("-epoch"):
+                path = epath.Path(base_path) / name
+                yield fc.training.CheckpointMetadata(
+                    int(name.split("-")[0]), path, metadata=None, metrics=None
+                )
+
+    def find_step(self, base_path: Any, step: int) -> fc.training.CheckpointMetadata[None]:
+        return next(found for found in self.find_all(base_path) if found.step == step)
+
+
+def test_metrics_are_those_on_disk_if_a_users_format_gives_none(tmp_path: Path):
+    best = fc.training.preservation_policies.BestN(
+        get_metric_fn=lambda metrics: metrics["acc"], n=1, keep_checkpoints_without_metrics=False
+    )
+    accs = {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.25}
+    for steps in ([1, 2, 3], [4]):  # the second time of a process that knows nothing of the best
+        with fc.training.Checkpointer(
+            tmp_path, step_name_format=Epochs(), preservation_policy=best
+        ) as run:
+            for step in steps:
+                run.save(step, {"a": np.ones(2)}, metrics={"acc": accs[step]})
+            run.wait()
+            found = {checkpoint.step: checkpoint.metrics for checkpoint in run.checkpoints}
+            assert found == {step: {"acc": accs[step]} for step in (2, steps[-1])}
+
+
+def test_metrics_without_a_step_on_disk_are_none(tmp_path: Path):
+    for path in (tmp_path, tmp_path / "none" / "3", Path("3")):
+        found = fc.training.CheckpointMetadata(3, epath.Path(path), metadata=None)
+        assert found.metrics is None
+        assert not found.is_damaged
