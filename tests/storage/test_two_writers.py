@@ -4,6 +4,7 @@ Whoever reports a save has saved; one that is refused gets a typed error; nothin
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
 import flax_ckpt as fc
@@ -151,3 +153,19 @@ def test_what_a_killed_overwrite_put_aside_goes_with_the_next_save(tmp_path: Pat
     fc.save(path, {"w": np.full(5, 2)}, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["ckpt", live.name]
     assert value_of(path) == 2
+
+
+def test_a_kill_right_after_the_rename_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt"
+    program = f"import numpy, flax_ckpt as fc; fc.save({str(path)!r}, {{'w': numpy.full(5, 4)}})"
+    environment = {**os.environ, "FLAX_CKPT_FAILPOINT": "commit.clear:before=kill"}
+    killed = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert ".owner" in os.listdir(path)
+    assert value_of(path) == 4
+    assert ocp.load(path)["w"].tolist() == [4] * 5
+    found = fc.verify(path)
+    assert found.ok, found
+    fc.save(path, {"w": np.full(5, 5)}, overwrite=True)
+    assert value_of(path) == 5
+    assert os.listdir(tmp_path) == ["ckpt"]
