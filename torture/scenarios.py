@@ -45,11 +45,14 @@ def two_in_flight(root: str, seed: int, say: Say) -> None:
 
 def _in_flight(root: str, seed: int, say: Say, count: int) -> None:
     responses: list[tuple[str, fc.AsyncResponse[None]]] = []
+    failed: list[OSError] = []
     for step in range(first := _next(root), first + count):
         say("begin", key := str(step), seed)
         state = state_of(key, seed)
-        responses.append((key, fc.save_checkpointables_async(os.path.join(root, key), state)))
-    failed: list[OSError] = []
+        try:
+            responses.append((key, fc.save_checkpointables_async(os.path.join(root, key), state)))
+        except OSError as error:  # the one before is waited for
+            failed.append(error)
     for key, response in responses:
         try:
             response.result()
