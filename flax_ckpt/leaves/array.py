@@ -211,8 +211,11 @@ def _placement(saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Sharding | 
 @functools.lru_cache(maxsize=4096)
 def _saved_placement(text: str | None, shape: tuple[int, ...]) -> Sharding | None:
     """Where an array was, if its devices are here and what is recorded fits it."""
-    placed = _from_text(text) if text else None
-    return placed if placed is not None and _fits(placed, shape) else None
+    try:
+        placed = _from_text(text) if text else None
+        return placed if placed is not None and _fits(placed, shape) else None
+    except Exception:  # JAX has errors of its own for odd ones, which no public name covers
+        return None  # the caller then says which leaves went to one device
 
 
 def _regions(placed: Sharding | None, shape: tuple[int, ...]) -> tuple[Region, ...]:
@@ -288,12 +291,9 @@ def sharding_text(sharding: Any) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _from_text(text: str) -> Sharding | None:
-    """The sharding, or None if its devices are not here or the text is of another kind."""
-    try:
-        raw = json.loads(text)
-        return {"SingleDeviceSharding": _single, "NamedSharding": _named}[raw["sharding_type"]](raw)
-    except Exception:  # JAX has errors of its own for odd ones, which no public name covers
-        return None  # the caller then says which leaves went to one device
+    """The sharding; None, or any error, if its devices are not here or the text is odd."""
+    raw = json.loads(text)
+    return {"SingleDeviceSharding": _single, "NamedSharding": _named}[raw["sharding_type"]](raw)
 
 
 def _single(raw: dict[str, Any]) -> SingleDeviceSharding | None:
@@ -312,9 +312,12 @@ def _named(raw: dict[str, Any]) -> NamedSharding | None:
         ids = sorted(by_id)[: int(np.prod(shape))]
     kinds = [jax.sharding.AxisType[t.rpartition(".")[2]] for t in raw.get("axis_types") or ()]
     devices = np.array([by_id[i] for i in ids], dtype=object).reshape(shape)  # or it fits none
-    if not devices.size:
+    axes = tuple(raw["axis_names"])
+    "".join(axes).encode()  # fails on names on which JAX would only when it compiles
+    # With what is there twice JAX can end the process.
+    if not devices.size or any(len({*every}) < len(every) for every in (ids, axes)):
         return None
-    mesh = Mesh(devices, tuple(raw["axis_names"]), axis_types=tuple(kinds) or None)
+    mesh = Mesh(devices, axes, axis_types=tuple(kinds) or None)
     spec = [tuple(part) if jsons.is_list(part) else part for part in raw["partition_spec"]]
     return NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
