@@ -8,6 +8,7 @@ here. Source: the format as Orbax writes it, `SingleDeviceSharding` and `NamedSh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import operator
@@ -141,20 +142,19 @@ class KeyLeaf:
         return written.replace(key_impl=str(jax.random.key_impl(value)))
 
     def describe(self, saved: SavedLeaf) -> Any:
-        """A `ShapeDtypeStruct` of the key dtype and the logical shape."""
-        assert saved.shape is not None
-        return jax.ShapeDtypeStruct(saved.shape[:-1], _key_dtype(saved.key_impl))
+        """A `ShapeDtypeStruct` of the key dtype and shape; None if this JAX has no such keys."""
+        return saved.key_impl and _keys(saved.key_impl, saved.shape, saved.dtype)
 
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
         """See :class:`LeafHandler`; the key's logical shape or that of its data may be asked."""
-        if saved.key_impl is None or saved.shape is None:
-            return show_array(abstract.shape, abstract.dtype)
+        keys = self.describe(saved)
+        if keys is None or saved.shape is None:
+            return show(abstract)
         if abstract is None or isinstance(abstract, type):
             return self._arrays.target(saved, jax.Array, rules)
         logical = is_key(abstract.dtype)
-        expected = saved.shape[:-1] if logical else saved.shape
-        dtype = _key_dtype(saved.key_impl) if logical else np.uint32
-        if tuple(abstract.shape) != expected or abstract.dtype != dtype:
+        like = keys if logical else saved
+        if tuple(abstract.shape) != like.shape or abstract.dtype != like.dtype:
             return show_array(abstract.shape, abstract.dtype)
         placed = abstract.sharding  # fits the key data too: the trailing axis is not split
         if isinstance(abstract, jax.Array) and logical:
@@ -168,9 +168,12 @@ class KeyLeaf:
         return [wrap(a, impl=t.saved.key_impl) for a, t in zip(made, targets, strict=True)]
 
 
-@functools.lru_cache(maxsize=16)
-def _key_dtype(impl: str | None) -> Any:
-    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
+@functools.lru_cache(maxsize=4096)
+def _keys(impl: str, shape: Any, dtype: Any) -> Any:
+    """What keys of such data are like; None if this JAX has none."""
+    with contextlib.suppress(TypeError, ValueError):
+        wrap = functools.partial(jax.random.wrap_key_data, impl=impl)
+        return jax.eval_shape(wrap, _struct(shape, dtype))
 
 
 @functools.lru_cache(maxsize=4096)
