@@ -58,9 +58,8 @@ class LeafRegistry:
     def missing(self, where: str, leaves: Iterable[SavedLeaf]) -> FormatError:
         """The error for saved leaves of which some are of a kind that no handler here loads."""
         unknown = [leaf for leaf in leaves if not leaf.is_empty and self.for_saved(leaf) is None]
-        lines = [
-            f"  {tree.show(e.path)}: kind {e.key_impl or e.value_type!r}" for e in unknown[:10]
-        ]
+        named = [f"  {tree.show(e.path)}: kind {e.key_impl or e.value_type!r}" for e in unknown]
+        lines = named[:10]
         if len(unknown) > len(lines):
             lines.append(f"  … and {len(unknown) - len(lines)} more")
         first = f"{where}: no leaf handler is registered for {len(unknown)} of its leaves:"
