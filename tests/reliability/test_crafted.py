@@ -50,6 +50,25 @@ def test_a_link_in_place_of_array_metadatas_is_refused(saved: Path) -> None:
             read(saved)
 
 
+class Iterator:
+    def get_state(self) -> int:
+        return 1
+
+    def set_state(self, state: object) -> None:
+        raise AssertionError(state)
+
+
+def test_a_link_in_place_of_the_positions_is_refused_before_it_is_listed(tmp_path: Path) -> None:
+    fc.save_checkpointables(tmp_path / "a", {"data": Iterator()})
+    (tmp_path / "a" / "flax_ckpt.json").unlink()
+    folder = tmp_path / "a" / "data"
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(tmp_path / "moved")
+    (tmp_path / "moved" / "process_0-of-1.json").rename(tmp_path / "moved" / "process_0-of-9.json")
+    with pytest.raises(fc.errors.DamagedCheckpointError, match=f"{folder} is a link"):
+        fc.load_checkpointables(tmp_path / "a", {"data": Iterator()})
+
+
 TEXTS = {
     "many objects": (b'{"a":[' + b'{"":1},' * 700_000 + b"{}]}", 2_100_004),
     "objects in each other": (b'{"a":' * 600_000 + b"1" + b"}" * 600_000, 1_200_000),
