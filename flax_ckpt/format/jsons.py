@@ -14,7 +14,7 @@ _MAX_VALUES: Final = 1 << 20
 _MAX_BYTES: Final = 32 << 20
 # One that does not end goes to the end of the text, so that none is looked at twice.
 _STRING: Final = re.compile(rb'(?s)"(?:[^"\\]++|\\.)*+"?')
-_PART: Final = re.compile(rb'(?s)(?:[^"]++|"(?:[^"\\]++|\\.)*+"?){1,9999}+')  # of many strings
+_PART: Final = re.compile(rb'(?s)(?:[^"]++|"(?:[^"\\]++|\\.)*+"?){1,9999}+')  # of the text
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:

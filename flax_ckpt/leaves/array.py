@@ -172,7 +172,7 @@ class KeyLeaf:
 def _keys(impl: str, shape: Any, dtype: Any) -> Any:
     """What keys of such data are like; None if this JAX has none."""
     with contextlib.suppress(TypeError, ValueError):
-        wrap = functools.partial(jax.random.wrap_key_data, impl=impl)
+        wrap: Any = functools.partial(jax.random.wrap_key_data, impl=impl)
         return jax.eval_shape(wrap, _struct(shape, dtype))
 
 
@@ -315,8 +315,8 @@ def _named(raw: dict[str, Any]) -> NamedSharding | None:
         ids = sorted(by_id)[: int(np.prod(shape))]
     kinds = [jax.sharding.AxisType[t.rpartition(".")[2]] for t in raw.get("axis_types") or ()]
     devices = np.array([by_id[i] for i in ids], dtype=object).reshape(shape)  # or it fits none
-    axes = tuple(raw["axis_names"])
-    "".join(axes).encode()  # fails on names on which JAX would only when it compiles
+    # On other names JAX fails only when it compiles.
+    axes = tuple([name.encode().decode() for name in raw["axis_names"]])
     # With what is there twice JAX can end the process.
     if not devices.size or any(len({*every}) < len(every) for every in (ids, axes)):
         return None
