@@ -172,8 +172,8 @@ class KeyLeaf:
 def _keys(impl: str, shape: Any, dtype: Any) -> Any:
     """What keys of such data are like; None if this JAX has none."""
     with contextlib.suppress(TypeError, ValueError):
-        wrap: Any = functools.partial(jax.random.wrap_key_data, impl=impl)
-        return jax.eval_shape(wrap, _struct(shape, dtype))
+        wrap: Any = jax.random.wrap_key_data
+        return jax.eval_shape(functools.partial(wrap, impl=impl), _struct(shape, dtype))
 
 
 @functools.lru_cache(maxsize=4096)
