@@ -271,7 +271,8 @@ class Layout:
             raise errors.InvalidLayoutError(f"{here} {kinds.describe(here)}")
         record = Record(here)
         data = deletion.read_metadata(record)
-        root = checkpoint.RootMetadata.from_bytes(data or b"", names.CHECKPOINT_METADATA)
+        where = os.path.join(here, names.CHECKPOINT_METADATA)
+        root = checkpoint.RootMetadata.from_bytes(data or b"", where)
         if kinds.holds_tree(here):
             _refuse_deleted(*os.path.split(here), _being_deleted(os.path.dirname(here)))
             return cls(here, {"": here}, root)

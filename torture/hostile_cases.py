@@ -115,9 +115,14 @@ def _load_all(root: str) -> Any:
 
 
 def _restore(root: str, **named: Any) -> Any:
-    out, it = fc.restore(root, **named), Position()
-    fc.restore(_step(root), data_iterator=it)
-    return out.state, out.step, out.metrics, out.config_text, str(out.config), out.provenance, it
+    out = fc.restore(root, **named)
+    return out.state, out.step, out.metrics, out.config_text, str(out.config), out.provenance
+
+
+def _position(root: str) -> Any:
+    iterator = Position()
+    fc.restore(_step(root), data_iterator=iterator)
+    return iterator
 
 
 def _listed(root: str) -> Any:
@@ -132,6 +137,7 @@ CALLS: dict[str, Callable[[str], Any]] = {
     "metadata": lambda root: fc.metadata(_step(root), "params").metadata,
     "checkpointables_metadata": lambda root: str(fc.checkpointables_metadata(_step(root)))[:9000],
     "restore": _restore,
+    "restore of the position": _position,
     "best": lambda root: fc.restore(root, step="best").step,
     "listing": _listed,
     "delete": lambda root: fc.delete(_step(root), checkpointable_name="data"),
@@ -140,12 +146,13 @@ CALLS: dict[str, Callable[[str], Any]] = {
 
 def text_of(value: Any, depth: int = 0) -> str:
     """A result as text, the arrays by a hash; with the secret if it is anywhere in it."""
-    if depth > 40:
+    if depth > 150:
         return "…"
     if isinstance(value, dict):
-        return str({str(k)[:99]: text_of(v, depth + 1) for k, v in value.items()})
+        pairs = (f"{str(k)[:99]!r}: {text_of(v, depth + 1)}" for k, v in value.items())
+        return "{" + ", ".join(pairs) + "}"
     if isinstance(value, list | tuple):
-        return str([text_of(item, depth + 1) for item in value])
+        return "[" + ", ".join(text_of(item, depth + 1) for item in value) + "]"
     if isinstance(value, Position):
         return text_of(value.state, depth + 1)
     if isinstance(value, jax.Array | np.ndarray):
@@ -892,8 +899,9 @@ def _named(place: Path) -> Iterator[Case]:
                 path = step / names.INTEGRITY
                 if path.is_file():
                     item(name.partition("/")[0])(step)
-                    old = Integrity.from_bytes(path.read_bytes(), "")
-                    path.write_bytes(Integrity(old.crc32c | {name: 0}, old.writers).to_bytes())
+                    document = json.loads(path.read_bytes().partition(b"\n")[0])
+                    document["crc32c"][name] = "00000000"
+                    path.write_bytes(with_line(json.dumps(document).encode()))
 
             return change
 

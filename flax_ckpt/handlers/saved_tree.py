@@ -275,6 +275,7 @@ def read_array_metadatas(record: Record) -> dict[int, list[tree.ArrayMetadata]]:
 def _process_files(record: Record) -> dict[int, tuple[bytes, str]]:
     """The files of `array_metadatas`, with their paths, by the index of the process."""
     folder = os.path.join(record.directory, names.ARRAY_METADATAS)
+    files.refuse_link(folder)
     present = os.listdir(folder) if os.path.isdir(folder) else []
     found: dict[int, tuple[bytes, str]] = {}
     for name in sorted({*present, *record.listed(f"{names.ARRAY_METADATAS}/")}):

@@ -106,6 +106,7 @@ def file_name() -> str:
 
 def _require_processes(directory: str) -> None:
     """Checks that as many processes load as have saved, if files say how many that were."""
+    files.refuse_link(directory)
     count = hosts.process_count()
     saved = {n for n in map(names.process_count_of, os.listdir(directory)) if n}
     if saved and count not in saved:

@@ -8,6 +8,7 @@ here. Source: the format as Orbax writes it, `SingleDeviceSharding` and `NamedSh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import operator
@@ -141,20 +142,19 @@ class KeyLeaf:
         return written.replace(key_impl=str(jax.random.key_impl(value)))
 
     def describe(self, saved: SavedLeaf) -> Any:
-        """A `ShapeDtypeStruct` of the key dtype and the logical shape."""
-        assert saved.shape is not None
-        return jax.ShapeDtypeStruct(saved.shape[:-1], _key_dtype(saved.key_impl))
+        """A `ShapeDtypeStruct` of the key dtype and shape; None if this JAX has no such keys."""
+        return saved.key_impl and _keys(saved.key_impl, saved.shape, saved.dtype)
 
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
         """See :class:`LeafHandler`; the key's logical shape or that of its data may be asked."""
-        if saved.key_impl is None or saved.shape is None:
-            return show_array(abstract.shape, abstract.dtype)
+        keys = self.describe(saved)
+        if keys is None or saved.shape is None:
+            return show(abstract)
         if abstract is None or isinstance(abstract, type):
             return self._arrays.target(saved, jax.Array, rules)
         logical = is_key(abstract.dtype)
-        expected = saved.shape[:-1] if logical else saved.shape
-        dtype = _key_dtype(saved.key_impl) if logical else np.uint32
-        if tuple(abstract.shape) != expected or abstract.dtype != dtype:
+        like = keys if logical else saved
+        if tuple(abstract.shape) != like.shape or abstract.dtype != like.dtype:
             return show_array(abstract.shape, abstract.dtype)
         placed = abstract.sharding  # fits the key data too: the trailing axis is not split
         if isinstance(abstract, jax.Array) and logical:
@@ -168,9 +168,12 @@ class KeyLeaf:
         return [wrap(a, impl=t.saved.key_impl) for a, t in zip(made, targets, strict=True)]
 
 
-@functools.lru_cache(maxsize=16)
-def _key_dtype(impl: str | None) -> Any:
-    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
+@functools.lru_cache(maxsize=4096)
+def _keys(impl: str, shape: Any, dtype: Any) -> Any:
+    """What keys of such data are like; None if this JAX has none."""
+    with contextlib.suppress(TypeError, ValueError):
+        wrap: Any = jax.random.wrap_key_data
+        return jax.eval_shape(functools.partial(wrap, impl=impl), _struct(shape, dtype))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -211,8 +214,11 @@ def _placement(saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Sharding | 
 @functools.lru_cache(maxsize=4096)
 def _saved_placement(text: str | None, shape: tuple[int, ...]) -> Sharding | None:
     """Where an array was, if its devices are here and what is recorded fits it."""
-    placed = _from_text(text) if text else None
-    return placed if placed is not None and _fits(placed, shape) else None
+    try:
+        placed = _from_text(text) if text else None
+        return placed if placed is not None and _fits(placed, shape) else None
+    except Exception:  # JAX has errors of its own for odd ones, which no public name covers
+        return None  # the caller then says which leaves went to one device
 
 
 def _regions(placed: Sharding | None, shape: tuple[int, ...]) -> tuple[Region, ...]:
@@ -288,12 +294,9 @@ def sharding_text(sharding: Any) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _from_text(text: str) -> Sharding | None:
-    """The sharding, or None if its devices are not here or the text is of another kind."""
-    try:
-        raw = json.loads(text)
-        return {"SingleDeviceSharding": _single, "NamedSharding": _named}[raw["sharding_type"]](raw)
-    except Exception:  # JAX has errors of its own for odd ones, which no public name covers
-        return None  # the caller then says which leaves went to one device
+    """The sharding; None, or any error, if its devices are not here or the text is odd."""
+    raw = json.loads(text)
+    return {"SingleDeviceSharding": _single, "NamedSharding": _named}[raw["sharding_type"]](raw)
 
 
 def _single(raw: dict[str, Any]) -> SingleDeviceSharding | None:
@@ -312,9 +315,12 @@ def _named(raw: dict[str, Any]) -> NamedSharding | None:
         ids = sorted(by_id)[: int(np.prod(shape))]
     kinds = [jax.sharding.AxisType[t.rpartition(".")[2]] for t in raw.get("axis_types") or ()]
     devices = np.array([by_id[i] for i in ids], dtype=object).reshape(shape)  # or it fits none
-    if not devices.size:
+    # On other names JAX fails only when it compiles.
+    axes = tuple([name.encode().decode() for name in raw["axis_names"]])
+    # With what is there twice JAX can end the process.
+    if not devices.size or any(len({*every}) < len(every) for every in (ids, axes)):
         return None
-    mesh = Mesh(devices, tuple(raw["axis_names"]), axis_types=tuple(kinds) or None)
+    mesh = Mesh(devices, axes, axis_types=tuple(kinds) or None)
     spec = [tuple(part) if jsons.is_list(part) else part for part in raw["partition_spec"]]
     return NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 

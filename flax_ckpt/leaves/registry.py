@@ -51,12 +51,14 @@ class LeafRegistry:
             handler = self.for_abstract(abstract)
             is_array = isinstance(handler, ArrayLeaf)
             return self._keys if is_array and saved.key_impl is not None else handler
-        return self._by_kind.get(saved.value_type) if saved.key_impl is None else self._keys
+        keys = None if self._keys.describe(saved) is None else self._keys
+        return self._by_kind.get(saved.value_type) if saved.key_impl is None else keys
 
     def missing(self, where: str, leaves: Iterable[SavedLeaf]) -> NoLeafHandlerError:
         """The error for saved leaves of which some are of a kind that no handler here loads."""
         unknown = [leaf for leaf in leaves if not leaf.is_empty and self.for_saved(leaf) is None]
-        lines = [f"  {tree.show(leaf.path)}: kind {leaf.value_type!r}" for leaf in unknown[:10]]
+        named = [f"  {tree.show(e.path)}: kind {e.key_impl or e.value_type!r}" for e in unknown]
+        lines = named[:10]
         if len(unknown) > len(lines):
             lines.append(f"  … and {len(unknown) - len(lines)} more")
         first = f"{where}: no leaf handler is registered for {len(unknown)} of its leaves:"

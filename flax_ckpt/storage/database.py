@@ -98,7 +98,7 @@ class DataFileReader(io.FileIO):
     def __init__(self, path: str) -> None:
         try:
             super().__init__(path, opener=files.open_regular)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DamagedCheckpointError(f"{path}: the data file is missing") from error
 
     def read_into(self, offset: int, *buffers: Bytes) -> None:

@@ -627,6 +627,25 @@ def test_r6_shardings_that_are_accepted(ckpt: Path, name: str) -> None:
     check_all(ckpt)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"axis_names": ["x", "x"]},
+        {"axis_names": ["x", "x"], "partition_spec": ["x"]},
+        {"axis_names": [1, 2]},
+        {"axis_names": ["x", "\ud800"]},
+        {"device_mesh": {"mesh": [{"id": 0}, {"id": 0}, {"id": 1}, {"id": 2}]}},
+    ],
+)
+def test_r6_meshes_of_which_jax_makes_nothing_are_no_sharding(ckpt: Path, odd: Any) -> None:
+    """It ends the process when an array on a mesh with two axes of one name is computed with."""
+    _shardings(_mesh([{"id": i} for i in range(4)], [2, 2]))(ckpt)
+    assert fc.metadata(ckpt).metadata["big"].sharding is not None
+    _shardings(_mesh([{"id": i} for i in range(4)], [2, 2], **odd))(ckpt)
+    assert fc.metadata(ckpt).metadata["big"].sharding is None
+    check_all(ckpt)
+
+
 @pytest.mark.parametrize("also", [None, "state/_sharding"])
 def test_r6_without_array_metadatas_keys_are_their_data(ckpt: Path, also: str | None) -> None:
     shutil.rmtree(ckpt / "state" / "array_metadatas")

@@ -204,6 +204,28 @@ def test_a_key_of_another_implementation_is_a_difference() -> None:
         round_trip({"k": jax.random.key(0)}, wanted)
 
 
+@pytest.mark.parametrize("impl", ["of another JAX", "rbg"])
+def test_a_key_that_this_jax_does_not_have_or_of_other_data_is_named(
+    tmp_path: Path, impl: str
+) -> None:
+    """`rbg` has keys of four numbers."""
+    fc.save(tmp_path / "a", {"k": {"x": jax.random.key(5)}, "n": np.arange(3)})
+    described = tmp_path / "a" / "state" / "array_metadatas" / "process_0"
+    described.write_text(described.read_text().replace("threefry2x32", impl))
+    for record in (tmp_path / "a" / "flax_ckpt.json", *(tmp_path / "a").rglob("flax_ckpt.crc32c")):
+        record.unlink()
+    for read in (fc.load, fc.metadata):
+        with pytest.raises(fc.errors.FormatError) as raised:
+            read(tmp_path / "a")
+        assert str(tmp_path) in str(raised.value)
+        assert f"k/x: kind '{impl}'" in str(raised.value)
+    wish: dict[str, Any] = {"k": {"x": jax.Array}, "n": np.ndarray}
+    with pytest.raises(TreeMismatchError, match=rf"k/x: saved key<{impl}>\[\], wanted .*Array"):
+        fc.load(tmp_path / "a", wish)
+    data = fc.load(tmp_path / "a", wish | {"k": {"x": np.ndarray}})["k"]["x"]
+    same_bits(data, np.asarray(jax.random.key_data(jax.random.key(5))))
+
+
 # Scalars and strings.
 
 NUMBERS = [
