@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -25,8 +26,9 @@ from flax_ckpt.context import Context, applied, resolve
 from flax_ckpt.format import checkpoint, names
 from flax_ckpt.handlers import registry as handler_registry
 from flax_ckpt.handlers.pytree import PyTreeHandler
+from flax_ckpt.handlers.text import TextHandler
 from flax_ckpt.leaves.base import PLACEHOLDER
-from flax_ckpt.storage import deletion, kinds
+from flax_ckpt.storage import deletion, files, kinds
 from flax_ckpt.storage.files import PathLike, local_path
 from flax_ckpt.storage.record import Damage, OnDamage, Record, notes, noting, warn
 
@@ -370,7 +372,8 @@ async def _load(layout: Layout, wanted: Mapping[str, Any], on_damage: OnDamage) 
             handler.damage = notes(on_damage)
         else:  # one that reads part of a tree checks that
             with noting(damage, name):
-                Record(os.fspath(layout.item(name))).check_all()
+                most = files.MAX_BYTES if isinstance(handler, TextHandler) else math.inf
+                Record(os.fspath(layout.item(name))).check_all(most)
     found: dict[str, Any] = dict.fromkeys(damage or (), PLACEHOLDER)
     for name, handler in handlers.items():
         if name not in found:

@@ -22,7 +22,7 @@ from flax_ckpt.storage.record import Record
 _NOT_TEXT = TypeError, ValueError, RecursionError
 
 
-class _TextHandler:
+class TextHandler:
     """One text file; what it holds is for the functions to say, which raise `ValueError` if not.
 
     Args:
@@ -81,7 +81,7 @@ class _TextHandler:
 
 
 @final
-class ProtoHandler(_TextHandler):
+class ProtoHandler(TextHandler):
     """Saves and loads protocol-buffer messages in text format.
 
     The file's first line is a comment with the message's full name, so that a message whose class
@@ -133,7 +133,7 @@ def _message_text(value: Any) -> str:
     return protos.message_to_text(value)
 
 
-class JsonHandler(_TextHandler):
+class JsonHandler(TextHandler):
     """Saves and loads what JSON can hold: dicts with string keys, lists, numbers, strings.
 
     Args:

@@ -137,6 +137,7 @@ class NativeStore:
             encoding = stored.encoding
             if encoding is None or (self.other and (encoding.compressed or not self.direct)):
                 self._check_count(read.leaf, stored.shape, stored.chunk_shape)
+                self._check_memory(read.leaf, stored)
                 foreign.append(number)
                 continue
             for region in read.regions:
@@ -190,6 +191,15 @@ class NativeStore:
         if count > self.most:
             why = f"some of its {count} chunks are missing in {self._directory}"
             raise DamagedCheckpointError(f"{leaf}: {why}")
+
+    def _check_memory(self, leaf: str, stored: StoredArray) -> None:
+        """Checks that there is memory for a chunk: TensorStore ends the process if it gets none."""
+        nbytes = math.prod(stored.chunk_shape) * stored.dtype.itemsize
+        try:
+            np.empty(nbytes, np.uint8)
+        except (MemoryError, ValueError) as error:
+            why = f"there is no memory for a chunk of {nbytes} bytes in {self._directory}"
+            raise DamagedCheckpointError(f"{leaf}: {why}") from error
 
     def _find(self, leaf: str, key: bytes, least: int, most: int) -> Value | None:
         """Where a chunk is; checks that it has as many bytes as expected, and that they are there.

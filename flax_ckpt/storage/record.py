@@ -7,6 +7,7 @@ A checkpoint without it was not written by us: its files are read as they are.
 import contextlib
 import itertools
 import logging
+import math
 import os
 from collections.abc import Generator
 from typing import Literal, TypeAlias
@@ -97,17 +98,19 @@ class Record:
         path = os.path.join(self.directory, name)
         return os.stat(path).st_size if name in self.crcs and os.path.isfile(path) else None
 
-    def check_all(self) -> None:
+    def check_all(self, most: float = math.inf) -> None:
         """Checks every file of the directory, for a reader that does not go through `read`."""
         for name in self.crcs:
-            self.check(name)
+            self.check(name, most)
 
-    def check(self, name: str) -> int:
-        """Checks a file of any size, and returns the size."""
+    def check(self, name: str, most: float = math.inf) -> int:
+        """Checks a file of at most so many bytes, and returns the size."""
         path = self.inside(name)
         with _missing(path):
+            if (size := os.path.getsize(path)) > most:
+                raise DamagedCheckpointError(f"{path} has {size} bytes, expected at most {most}")
             self._compare(name, path, file_crc(b"", files.blocks(path)))
-            return os.path.getsize(path)
+            return size
 
     def read(self, name: str, most: int = files.MAX_BYTES) -> bytes:
         """The checked bytes of a file.

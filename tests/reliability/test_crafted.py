@@ -1,13 +1,16 @@
 """Crafted files that a campaign of `torture/hostile.py` found to end in something else."""
 
+import json
 import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from google.protobuf import wrappers_pb2
 
 import flax_ckpt as fc
 from flax_ckpt.format import jsons
@@ -92,3 +95,40 @@ def test_values_are_counted_outside_of_strings_and_take_no_memory(name: str) -> 
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_a_text_of_a_terabyte_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    text = wrappers_pb2.StringValue(value="a config")
+    fc.save_checkpointables(tmp_path / "a", {"config": text, "state": {"n": np.arange(3)}})
+    file = tmp_path / "a" / "config" / "proto.pbtxt"
+    os.truncate(file, 1 << 40)
+    with pytest.raises(fc.errors.DamagedCheckpointError, match=f"{file} has {1 << 40} bytes"):
+        fc.load_checkpointables(tmp_path / "a")
+    found = fc.load_checkpointables(tmp_path / "a", on_damage="skip")
+    assert found["config"] is fc.PLACEHOLDER
+    assert found["state"]["n"].tolist() == [0, 1, 2]
+
+
+def test_a_chunk_for_which_there_is_no_memory_does_not_end_the_process(
+    tmp_path: Path, run_child: Any
+) -> None:
+    context = fc.Context()
+    context.array.saving.use_ocdbt = False
+    context.array.saving.use_compression = True
+    with context:
+        fc.save(tmp_path / "a", {"n": np.arange(3)})
+    (tmp_path / "a" / "flax_ckpt.json").unlink()
+    file = tmp_path / "a" / "state" / "n" / "zarr.json"
+    described = json.loads(file.read_bytes())
+    described["shape"] = [1 << 43]
+    described["chunk_grid"]["configuration"]["chunk_shape"] = [1 << 43]
+    file.write_text(json.dumps(described))
+    program = """
+        import sys, flax_ckpt as fc
+        try:
+            fc.load(sys.argv[1])
+        except fc.errors.DamagedCheckpointError as error:
+            print(error)
+    """
+    said = run_child(program, tmp_path / "a").stdout
+    assert said.startswith(f"n: there is no memory for a chunk of {1 << 46} bytes in {tmp_path}")
