@@ -120,10 +120,9 @@ class Source(contextlib.ExitStack):
         try:
             name = self._layout.tree_name(names.AUTO)
         except errors.InvalidLayoutError as error:
-            raise errors.CheckpointNotFoundError(
-                f"{self.where} has neither a tree 'params' nor one that would hold a whole state;"
-                f" it has: {', '.join(self._layout.items)}. {_BY_NAME}"
-            ) from error
+            what = f"{self.where} has neither a tree 'params' nor one that would hold a whole state"
+            what += f"; it has: {', '.join(self._layout.items)}"
+            raise errors.CheckpointNotFoundError(f"{what}. {_BY_NAME}") from error
         saved = self._open(name)
         self.where = saved.directory
         there = {tree.name_of(path[:1]) for path in saved.leaves}
@@ -133,11 +132,10 @@ class Source(contextlib.ExitStack):
             return "tree"
         if self._chosen.rename:
             return "fields"
-        raise errors.StateError(
-            f"{self.where} has no field 'params', which the wanted state has; it has:"
-            f" {', '.join(sorted(there))}. Say with rename= which leaves are the params, or load a"
-            " tree of this form with flax_ckpt.load, and put the state together"
-        )
+        what = f"{self.where} has no field 'params', which the wanted state has; it has"
+        how = "Say with rename= which leaves are the params, or load a tree of this form with"
+        how += " flax_ckpt.load, and put the state together"
+        raise errors.StateError(f"{what}: {', '.join(sorted(there))}. {how}")
 
     def open_parts(self, wanted: Mapping[str, bool]) -> None:
         """Opens the parts that are wanted; all that there are, if leaves may move.
@@ -151,10 +149,8 @@ class Source(contextlib.ExitStack):
         there, moving = self._layout.items, bool(self._chosen.rename)
         absent = sorted(name for name, needed in wanted.items() if needed and name not in there)
         if absent and not moving and self._chosen.missing == "error":
-            raise errors.CheckpointNotFoundError(
-                f"{self.where} has no {absent[0]!r}, which the wanted state has; it has:"
-                f" {', '.join(there)}. {_BY_NAME}"
-            )
+            what = f"{self.where} has no {absent[0]!r}, which the wanted state has; it has"
+            raise errors.CheckpointNotFoundError(f"{what}: {', '.join(there)}. {_BY_NAME}")
         for name in self._layout.trees if moving else sorted(wanted.keys() & there.keys()):
             self._open(name, tree.Key(name, tree.DICT))
 
