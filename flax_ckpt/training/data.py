@@ -27,9 +27,8 @@ def require_iterator(iterator: Any, context: Context) -> None:
     of_user = [h for h, _ in registry.get_all_entries() if not hasattr(h, "TYPESTR")]
     if not (iterator is None or of_user or isinstance(iterator, Stateful)):
         what = f"data_iterator is a {type(iterator).__name__}, whose position cannot be saved"
-        why = "it has neither get_state and set_state nor save and load"
         how = "Pass an iterator that has them, as Grain's have: iter(loader), iter(dataset)"
-        raise StateError(f"{what}: {why}. {how}")
+        raise StateError(f"{what}: it has neither get_state and set_state nor save and load. {how}")
 
 
 def require(layout: Layout, iterator: Any) -> None:

@@ -123,8 +123,9 @@ class EveryNSeconds:
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
-        interval = datetime.timedelta(seconds=self.interval_secs)
-        return _spaced([checkpoint.time for checkpoint in checkpoints], interval)
+        return _spaced(
+            [c.time for c in checkpoints], datetime.timedelta(seconds=self.interval_secs)
+        )
 
 
 @dataclasses.dataclass

@@ -24,10 +24,6 @@ from flax_ckpt.storage.record import notes
 from flax_ckpt.training.selection import Selection
 
 _BY_NAME = "Load them by name with flax_ckpt.load_checkpointables, and put the state together"
-_OPTIONS = (
-    "flax_ckpt.restore takes missing= and unexpected= for leaves that one side lacks, rename= for"
-    " those that are called otherwise, only= and exclude= to leave some alone"
-)
 TRAINED = (states.PARAMS, states.OPT_STATE)
 
 
@@ -179,20 +175,22 @@ class Source(contextlib.ExitStack):
         moved = list(zip(before, after, leaves, strict=True))
         picked = zip(moved, self._chosen.picks(places), strict=True)
         for saved in self.trees.values():
-            saved.leaves = {
-                path: leaf
-                for (_, path, leaf), pick in itertools.islice(picked, len(saved.leaves))
-                if pick
-                and (areas is None or not areas.isdisjoint(map(tree.name_of, (path[:1], path[:2]))))
-            }
+            own = itertools.islice(picked, len(saved.leaves))
+            saved.leaves = {p: leaf for (_, p, leaf), pick in own if pick and _is_in(p, areas)}
         return moved
 
     def mismatch(self, differences: Sequence[errors.Difference]) -> errors.TreeMismatchError:
         """The error for leaves that differ; says what to do about those that one side lacks."""
+        how = "flax_ckpt.restore takes missing= and unexpected= for leaves that one side lacks,"
+        how += " rename= for those that are called otherwise, only= and exclude= to leave"
         error = mismatch(self.where, differences)
         if any("nothing" in (found.saved, found.wanted) for found in differences):
-            return errors.TreeMismatchError(f"{error}\n{_OPTIONS}", differences)
+            return errors.TreeMismatchError(f"{error}\n{how} some alone", differences)
         return error
+
+
+def _is_in(path: tree.KeyPath, areas: Set[str] | None) -> bool:
+    return areas is None or not areas.isdisjoint(map(tree.name_of, (path[:1], path[:2])))
 
 
 def _unboxed(saved: list[tree.KeyPath], wanted: Mapping[str, tree.KeyPath]) -> list[tree.KeyPath]:
