@@ -58,8 +58,7 @@ class AsyncResponse(Generic[T]):
         then: Callable[[], None] | None = None,
         begun: threading.Event | None = None,
     ) -> None:
-        self.what = what
-        self.verb = verb
+        self.what, self.verb = what, verb
         self._value: T | None = None
         self.error: BaseException | None = None
         self.completed = self.told = False

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ import jax
 from etils import epath
 
 from flax_ckpt import _async, errors
-from flax_ckpt._async import AsyncResponse, parameters_of
+from flax_ckpt._async import AsyncResponse, logger, parameters_of
 from flax_ckpt._metadata import CheckpointMetadata
 from flax_ckpt.context import Context, applied, resolve
 from flax_ckpt.format import checkpoint, names
@@ -32,7 +31,6 @@ from flax_ckpt.storage import deletion, files, kinds
 from flax_ckpt.storage.files import PathLike, local_path
 from flax_ckpt.storage.record import Damage, OnDamage, Record, notes, noting, warn
 
-logger = logging.getLogger("flax_ckpt")
 T = TypeVar("T")
 _jax: Any = jax  # which says nothing about the types of its trees
 
@@ -117,8 +115,7 @@ def load_checkpointables(
         NoEntryError: no handler for a checkpointable is registered here.
         InvalidLayoutError, TreeMismatchError, DamagedCheckpointError: as :func:`load`.
     """
-    context = resolve()
-    wanted = abstract_checkpointables
+    context, wanted = resolve(), abstract_checkpointables
     return steadily(path, lambda: load_layout(Layout.of(path), wanted, context, on_damage))
 
 

@@ -272,8 +272,7 @@ class _Save:
             _close(self.writing)
             raise
         self.created.set_result(None)
-        results = await asyncio.gather(*self.writing, return_exceptions=True)
-        for result in results:
+        for result in await asyncio.gather(*self.writing, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
 

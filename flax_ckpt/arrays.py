@@ -32,7 +32,6 @@ class AbstractArray(Protocol):
     @property
     def dtype(self) -> Any:
         """Its dtype; another one than the saved is a cast."""
-        ...
 
 
 class AbstractShardedArray(AbstractArray, Protocol):
@@ -41,7 +40,6 @@ class AbstractShardedArray(AbstractArray, Protocol):
     @property
     def sharding(self) -> Sharding | None:
         """Where its parts go; None: as it was saved."""
-        ...
 
 
 ArrayLike: TypeAlias = AbstractArray | AbstractShardedArray

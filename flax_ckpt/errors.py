@@ -57,8 +57,7 @@ class _StepError(FlaxCkptError):
         self, message: str, *, path: str | os.PathLike[str], step: int | None = None
     ) -> None:
         super().__init__(message)
-        self.step = step
-        self.path = os.fspath(path)
+        self.step, self.path = step, os.fspath(path)
 
 
 class StepNotFoundError(_StepError, CheckpointNotFoundError, ValueError):

@@ -136,7 +136,7 @@ def _found_at(path: str) -> Checked | None:
             if found.ok or identity(path) == before:
                 return found
     except OSError as error:  # nobody may look
-        return Checked(path, (), ((path, str(error)),), (), 0, 0)
+        return _unread(path, str(error))
 
 
 def _incomplete(root: str) -> dict[str, Checked]:
@@ -145,10 +145,12 @@ def _incomplete(root: str) -> dict[str, Checked]:
         found = {steps.path_of(root, n): why for n, why in steps.incomplete(root).items()}
     except (InvalidLayoutError, OSError):  # no run; or nobody may look, which is told of the step
         return {}
-    return {
-        path: Checked(path, (), ((path, why.removeprefix(f"{path} ")),), (), 0, 0)
-        for path, why in found.items()
-    }
+    return {path: _unread(path, why.removeprefix(f"{path} ")) for path, why in found.items()}
+
+
+def _unread(path: str, why: str) -> Checked:
+    """A checkpoint of which nothing can be read."""
+    return Checked(path, (), ((path, why),), (), 0, 0)
 
 
 class _Check:
@@ -221,10 +223,8 @@ class _Check:
         """Parses what can be parsed, and says what is missing, or that leaves unchecked."""
         with noting(self.files, path := os.path.join(self.path, names.CHECKPOINT_METADATA)):
             root = RootMetadata.from_bytes(deletion.read_metadata(record) or b"", path)
-            saved: set[str] = (
-                set() if isinstance(root.item_handlers, str) else {*root.item_handlers}
-            )
-            for name in saved.difference(items):
+            saved = () if isinstance(root.item_handlers, str) else root.item_handlers
+            for name in set(saved).difference(items):
                 self.files[os.path.join(self.path, name)] = "the checkpointable is missing"
         if not (items or self.files):
             self.files[self.path] = "there is no checkpointable in it"

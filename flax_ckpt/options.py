@@ -140,7 +140,6 @@ class ArrayOptions(_Options):
                 self, key: tuple[Any, ...], value: Any, /
             ) -> ArrayOptions.Saving.StorageOptions | None:
                 """The options of the leaf at a key path; None: those of the tree."""
-                ...
 
         class StorageOptions(_Options):
             """How one array is stored.

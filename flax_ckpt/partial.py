@@ -64,8 +64,7 @@ def save_async(
 
     Calls for one path run one after another, and :func:`finalize` waits for them.
     """
-    context = resolve()
-    target = local_path(path)
+    context, target = resolve(), local_path(path)
     session = Session(target, context.file.path_permission_mode)
     session.check()
     tree = {names.STATE: state}

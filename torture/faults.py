@@ -71,7 +71,10 @@ def _open_and_running(root: str, before: list[threading.Thread]) -> list[str]:
     gc.collect()
     links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
     files = [target for link in links if root in (target := _target(link))]
-    return files + [t.name for t in set(threading.enumerate()).difference(before)]
+    started = set(threading.enumerate()).difference(before)
+    for thread in started:  # one that was told to end may need a moment
+        thread.join(10)
+    return files + [thread.name for thread in started if thread.is_alive()]
 
 
 def _target(link: str) -> str:

@@ -106,8 +106,7 @@ def diff(saved: Message, current: Message) -> list[str]:
         was, now = (protos.message_to_text(message).split("\n") for message in (saved, current))
         lines = difflib.unified_diff(was, now, n=0, lineterm="")
         return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
-    configs = (_read_items(message.item, "", None) for message in (saved, current))
-    old, new = (dict(_leaves(config, "")) for config in configs)
+    old, new = (dict(_leaves(_read_items(m.item, "", None), "")) for m in (saved, current))
     changes: list[str] = []
     for path in old | new:
         if path not in new:
@@ -181,9 +180,8 @@ def _stored(value: Any) -> tuple[str, Any]:
 
 def _read_items(items: Iterable[Entry], path: str, new: _New, *, inside: bool = True) -> Any:
     """Reads a dict: into a `new` ConfigDict, if given, but one that is not `inside` of a list."""
-    read: Any = {}
-    if new and inside:
-        read = new(sort_keys=False, allow_dotted_keys=any("." in item.key for item in items))
+    dotted = any("." in item.key for item in items)
+    read: Any = new(sort_keys=False, allow_dotted_keys=dotted) if new and inside else {}
     for item in items:
         key = item.int_key if item.WhichOneof("name") == "int_key" else item.key
         value = _read(item, _join(path, key), new, inside)
@@ -205,8 +203,7 @@ def _read(entry: Entry, path: str, new: _New, inside: bool) -> object:
         case "dict" | "config":
             return _read_items(value.item, path, new, inside=inside or kind == "config")
         case "list" | "tuple":
-            pairs = enumerate(value.item)
-            items = [_read(item, _join(path, index), new, False) for index, item in pairs]
+            items = [_read(x, _join(path, i), new, False) for i, x in enumerate(value.item)]
             return items if kind == "list" else tuple(items)
         case "dtype" | "big_int":
             convert = int if kind == "big_int" else np.dtype if new else _Name

@@ -243,8 +243,7 @@ def _collection(leaf: Any) -> str:
     nnx = _nnx()
     if not _is_variable(leaf):
         return ARRAYS
-    names = {nnx.Param: PARAMS, nnx.RngState: "rngs", nnx.OptState: OPT_STATE}
-    for kind, name in names.items():
+    for kind, name in {nnx.Param: PARAMS, nnx.RngState: "rngs", nnx.OptState: OPT_STATE}.items():
         if isinstance(leaf, kind):
             return name
     try:

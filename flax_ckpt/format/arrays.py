@@ -381,8 +381,7 @@ def cut_chunks(shard_shape: Shape, itemsize: int, *, axes: tuple[int, ...], limi
     while chunk and math.prod(chunk) * itemsize > limit and max(chunk) > 1:
         above_1 = [axis for axis, extent in enumerate(chunk) if extent > 1]
         # Without a wish the first axis: what is left then lies together in the shard.
-        wanted = [axis for axis in axes if axis in above_1] or above_1[:1]
-        axis = max(wanted, key=chunk.__getitem__)
+        axis = max([axis for axis in axes if axis in above_1] or above_1[:1], key=chunk.__getitem__)
         chunk[axis] //= _divisors(chunk[axis])[:2][-1]
     return tuple(chunk)
 

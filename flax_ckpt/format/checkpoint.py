@@ -64,8 +64,7 @@ class RootMetadata:
         elif not isinstance(handlers, str):
             handlers = {}
         custom: Any = raw.get("custom_metadata")
-        times = (raw.get(f"{when}_timestamp_nsecs") for when in ("init", "commit"))
-        init, commit = map(_int_or_none, times)
+        init, commit = (_int_or_none(raw.get(f"{w}_timestamp_nsecs")) for w in ("init", "commit"))
         return cls(handlers, init, commit, custom if jsons.is_object(custom) else {})
 
 
@@ -119,10 +118,9 @@ class DeletionRecord(msgspec.Struct, frozen=True):
             if "/" in name or name == ".":
                 raise ValueError(f"{name!r} is no name of a checkpointable")
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise DeletionRecoveryError(
-                f"{what}: the record of an unfinished deletion makes no sense: {error!r}. Nothing"
-                " is read from or deleted in this checkpoint but the whole of it"
-            ) from error
+            why = f"the record of an unfinished deletion makes no sense: {error!r}"
+            how = "Nothing is read from or deleted in this checkpoint but the whole of it"
+            raise DeletionRecoveryError(f"{what}: {why}. {how}") from error
         return record
 
 

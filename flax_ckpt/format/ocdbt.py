@@ -192,8 +192,8 @@ def encode_manifest(root: NodeRef, *, uuid: bytes, commit_time_ns: int) -> bytes
         uuid: 16 random bytes.
         commit_time_ns: now, in nanoseconds since 1970.
     """
-    one_version, generation, file_id = 1, 1, 0
-    version = (one_version, generation, root.height, file_id, root.offset, root.length)
+    # How many versions there are, the generation of this one, and its root: height, file, place.
+    version = (1, 1, root.height, 0, root.offset, root.length)
     return wire.encode_frame(
         MANIFEST_MAGIC,
         uuid,
@@ -263,9 +263,8 @@ def read_tree(root: NodeRef, fetch: Callable[[str, int, int], wire.Buffer]) -> d
         read += _NODE_COST + ref.length
         most = wire.grown(read, _MAX_TREE_BYTES)
         if ref.length > wire.MAX_NODE or spent > most:
-            size = f"{ref.length} bytes in a tree of {spent}"
-            limits = f"expected at most {wire.MAX_NODE} in {most}"
-            raise FormatError(f"{ref}: found a node of {size}, {limits}")
+            size = f"{ref}: found a node of {ref.length} bytes in a tree of {spent}"
+            raise FormatError(f"{size}, expected at most {wire.MAX_NODE} in {most}")
         if (ref.file, ref.offset) in seen:
             raise FormatError(f"{ref}: found twice in the tree, expected once")
         seen.add((ref.file, ref.offset))

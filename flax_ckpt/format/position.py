@@ -64,11 +64,10 @@ def _to_json(value: Any, where: str) -> Any:
         return [_to_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if jsons.is_object(value) and not any(map(_is_odd, value)):
         return {key: _to_json(item, f"{where}[{key!r}]") for key, item in value.items()}
-    raise NotHandleableError(
-        f"{where} is {value!r:.100}, a {type(value).__name__}; it may be of dicts with string keys"
-        " that do not begin with '$', lists, tuples, numbers, strings, bytes, and NumPy arrays of"
-        " numbers. An object with another state can save itself: see StatefulCheckpointable"
-    )
+    what = f"{where} is {value!r:.100}, a {type(value).__name__}; it may be of dicts with string"
+    what += " keys that do not begin with '$', lists, tuples, numbers, strings, bytes, and NumPy"
+    how = "An object with another state can save itself: see StatefulCheckpointable"
+    raise NotHandleableError(f"{what} arrays of numbers. {how}")
 
 
 def _is_numbers(value: Any) -> bool:

@@ -53,8 +53,7 @@ def text_to_message(text: str, message_type: type[Message] | None = None) -> Mes
     _check_size(text)
     header, line = names.PROTO_HEADER, text.partition("\n")[0]
     name = line.removeprefix(header).strip() if line.startswith(header) else None
-    if message_type is None:
-        message_type = _registered(name)
+    message_type = _registered(name) if message_type is None else message_type
     wanted = message_type.DESCRIPTOR.full_name
     if name not in (None, wanted):
         raise FormatError(f"the file holds a {name}, not a {wanted}: pass the class of {name}")

@@ -185,11 +185,9 @@ def unique_names(paths: Sequence[KeyPath], names: Sequence[Hashable]) -> None:
     first = dict(zip(reversed(names), reversed(paths), strict=True))
     pairs = [(first[n], path) for path, n in zip(paths, names, strict=True) if first[n] is not path]
     clashes = [f"  {_quoted(one)} and {_quoted(other)}" for one, other in pairs]
-    raise DuplicateNameError(
-        "these leaves would be stored under one name, and one of each pair would be lost:\n"
-        + "\n".join(clashes)
-        + "\nKeys are joined with dots on disk: rename one of the keys"
-    )
+    what = "these leaves would be stored under one name, and one of each pair would be lost:"
+    how = "Keys are joined with dots on disk: rename one of the keys"
+    raise DuplicateNameError("\n".join([what, *clashes, how]))
 
 
 def _quoted(path: KeyPath) -> str:

@@ -118,10 +118,8 @@ class Reader:
     """
 
     def __init__(self, data: Buffer, what: str) -> None:
-        self._data = memoryview(data)
-        self._pos = 0
-        self.size = len(data)
-        self.what = what
+        self._data, self._pos = memoryview(data), 0
+        self.size, self.what = len(data), what
 
     def error(self, name: str, found: object, expected: object) -> FormatError:
         """The error for a field that is not as it should be."""

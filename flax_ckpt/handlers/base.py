@@ -78,7 +78,6 @@ class CheckpointableHandler(Protocol[T, AbstractT]):
 
     async def metadata(self, directory: epath.Path) -> AbstractT | None:
         """The abstract form of what is in `directory`; cheap, in the caller's thread."""
-        ...
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Whether this handler can save the value."""
@@ -86,7 +85,6 @@ class CheckpointableHandler(Protocol[T, AbstractT]):
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Whether it can load into the abstract value; None: it cannot tell."""
-        ...
 
 
 @runtime_checkable

@@ -12,17 +12,15 @@ Not Orbax's `<checkpoint>.partial_save`: each library would take the other's par
 """
 
 import glob
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from flax_ckpt import errors
+from flax_ckpt._async import logger
 from flax_ckpt.format import arrays, names, tree
 from flax_ckpt.storage import commit, files, native_write
 from flax_ckpt.storage.record import Record
-
-logger = logging.getLogger("flax_ckpt")
 
 _EMPTY_DICT: Final = "Dict"
 _Files = Mapping[str, bytes]

@@ -4,7 +4,6 @@ A save flattens the tree and takes a snapshot of each leaf, which is all that bl
 files are written in the background. A load compares everything, then reads.
 """
 
-import logging
 import os
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 from etils import epath
 
+from flax_ckpt._async import logger
 from flax_ckpt.context import Context, resolve
 from flax_ckpt.errors import TreeMismatchError
 from flax_ckpt.format import names, tree
@@ -23,8 +23,6 @@ from flax_ckpt.leaves.base import PLACEHOLDER, LoadRules
 from flax_ckpt.leaves.registry import LeafRegistry
 from flax_ckpt.storage import files, hosts, native_write
 from flax_ckpt.storage.record import Damage, Record
-
-logger = logging.getLogger("flax_ckpt")
 
 
 class ArrayMetadataValidator:
@@ -161,8 +159,7 @@ class PyTreeHandler:
         with SavedTree(where, self._leaves, fill_missing=fill, damage=damage) as saved:
             if saved.processes > 1 or self._validator is not None:
                 self._validate(read_array_metadatas(saved.record))
-            partial = self._context.pytree.loading.partial_load
-            result = saved.prepare(abstract, rules, partial)()
+            result = saved.prepare(abstract, rules, self._context.pytree.loading.partial_load)()
         log_fallbacks(directory, rules)
         return result
 

@@ -105,10 +105,8 @@ def global_registry() -> CheckpointableHandlerRegistry:
 
 
 def local_registry(
-    other_registry: CheckpointableHandlerRegistry | None = None,
-    *,
-    include_global_registry: bool = True,
-) -> CheckpointableHandlerRegistry:
+    other_registry: Registry | None = None, *, include_global_registry: bool = True
+) -> Registry:
     """A new registry, to change without touching the global one.
 
     Args:

@@ -185,8 +185,7 @@ def _dtype(path: tree.KeyPath, write: LeafWrite, general: Any, own: Any) -> np.d
     wanted = np.dtype(wished)
     if own is None and dtypes.kind(wanted) != dtypes.kind(write.dtype):
         return write.dtype
-    castable = dtypes.matches(write.dtype, wanted, (), strict=False)
-    if not arrays.is_storable(wanted) or not castable:
+    if not arrays.is_storable(wanted) or not dtypes.matches(write.dtype, wanted, (), strict=False):
         what = f"{tree.show(path)}: {show_array(write.shape or (), write.dtype)} cannot be stored"
         how = f"as {wanted.name}; set another storage_options.dtype for it"
         raise UnsupportedLeafError(f"{what} {how}")

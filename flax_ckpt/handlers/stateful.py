@@ -55,8 +55,7 @@ class StatefulHandler:
         return self._write(directory, position.encode(checkpointable.get_state(), what))
 
     async def _write(self, directory: PathAwaitingCreation, data: bytes) -> None:
-        path = await directory.await_creation()
-        files.write(os.fspath(path / file_name()), data)
+        files.write(os.fspath(await directory.await_creation() / file_name()), data)
 
     async def load(
         self, directory: epath.Path, abstract_checkpointable: Stateful | None = None

@@ -146,8 +146,7 @@ class JsonHandler(TextHandler):
 
     def __init__(self, filename: str | None = None) -> None:
         known = names.JSON_LEGACY_FILE, names.JSON_FILE
-        filenames = (filename, *known) if filename else known
-        super().__init__(_json_text, _json_value, *filenames)
+        super().__init__(_json_text, _json_value, *filter(None, (filename, *known)))
 
     async def metadata(self, directory: epath.Path) -> None:
         """None: JSON needs no abstract form."""

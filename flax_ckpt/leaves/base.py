@@ -171,7 +171,6 @@ class LeafHandler(Protocol):
 
     def describe(self, saved: SavedLeaf) -> Any:
         """The abstract leaf that loads `saved` as it was saved."""
-        ...
 
     def target(self, saved: SavedLeaf, abstract: Any, rules: LoadRules) -> Target | str:
         """What to read for `abstract`, or how the wish reads where it cannot be met."""

@@ -4,6 +4,7 @@ A number is stored as a rank-0 array: an int as int64 or uint64, a float as floa
 `_strings.json`.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Final, cast
@@ -149,12 +150,11 @@ class ScalarLeaf:
 
 def _convert(value: Any, target: Target) -> Any:
     wanted = target.abstract
-    try:
+    # As an int, neither NaN, infinity nor a complex number is anything.
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         result = wanted(value)
         if not target.strict or result == value or value != value:
             return result
-    except (TypeError, ValueError, OverflowError):
-        pass  # as an int, neither NaN, infinity nor a complex number is anything
     what = f"the saved number {value!r} does not fit a Python {wanted.__name__}"
     raise TreeMismatchError(f"{tree.show(target.saved.path)}: {what}")
 

@@ -90,7 +90,7 @@ class Staging:
             raise
         self._made = True
         for left in glob.glob(f"{glob.escape(self.path)}-old-*"):  # of a crash
-            if not owner(left):
+            if owner(left) in (None, (_machine(), os.getpid())):
                 remove_left_over(left)
         for name in directories:
             files.mkdir(os.path.join(self.path, name))

@@ -111,7 +111,7 @@ class DataFileReader(io.FileIO):
         self.check(offset, sum(map(len, pending)))
         while pending:
             call = [pending[0][:_MAX_READ], *(pending[1:] if len(pending[0]) < _MAX_READ else [])]
-            with files.reading(self.name):
+            with files.naming(self.name):
                 count = os.preadv(self.fileno(), call, offset)
             if count == 0:
                 self.check(offset, sum(map(len, pending)))

@@ -58,26 +58,13 @@ def local_path(path: PathLike) -> str:
 
 
 @contextlib.contextmanager
-def _naming(path: str) -> Generator[None]:
+def naming(path: str) -> Generator[None]:
     """Calls on descriptors do not say in their errors of which file."""
     try:
         yield
     except OSError as error:
         error.filename = error.filename or path
         raise
-
-
-@contextlib.contextmanager
-def reading(path: str) -> Generator[None]:
-    """What a disk cannot read any more is damage."""
-    try:
-        with _naming(path):
-            yield
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        why = f"{error.strerror}: the disk cannot read it; restore another step"
-        raise DamagedCheckpointError(f"{path}: {why}") from error
 
 
 def _change(make: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
@@ -87,7 +74,7 @@ def _change(make: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str,
     @functools.wraps(make)
     def call(path: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
         while True:
-            with _naming(path), contextlib.suppress(InterruptedError):
+            with naming(path), contextlib.suppress(InterruptedError):
                 return once(path, *args, **kwargs)
 
     return call
@@ -262,7 +249,7 @@ def creating(path: str) -> Generator[int]:
         try:
             yield fd
         finally:
-            with _naming(path):
+            with naming(path):
                 os.close(fd)
     except OSError:
         clear(path)
@@ -300,7 +287,7 @@ def read(path: str, most: int = MAX_BYTES) -> bytes:
     Raises:
         DamagedCheckpointError: it is something else, or has more bytes than `most`.
     """
-    with reading(path), open(path, "rb", opener=open_regular) as file:
+    with naming(path), open(path, "rb", opener=open_regular) as file:
         if (size := os.stat(file.fileno()).st_size) > most:
             raise DamagedCheckpointError(f"{path} has {size} bytes, expected at most {most}")
         return file.read()
@@ -308,7 +295,7 @@ def read(path: str, most: int = MAX_BYTES) -> bytes:
 
 def blocks(path: str) -> Iterator[bytes]:
     """The bytes of a regular file of any size, a part at a time."""
-    with reading(path), open(path, "rb", opener=open_regular) as file:
+    with naming(path), open(path, "rb", opener=open_regular) as file:
         while block := file.read(MAX_WRITE):
             yield block
 

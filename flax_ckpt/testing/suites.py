@@ -265,8 +265,7 @@ def _files(path: Path) -> dict[Path, bytes]:
 def _damaged(whole: bytes) -> list[bytes | None]:
     """A bit flipped at the beginning, in the middle, at the end; and None: no file at all."""
     places = {0, len(whole) // 2, len(whole) - 1} if whole else ()
-    flipped = [whole[:p] + bytes([whole[p] ^ 1]) + whole[p + 1 :] for p in places]
-    return [*flipped, None]
+    return [*[whole[:p] + bytes([whole[p] ^ 1]) + whole[p + 1 :] for p in places], None]
 
 
 class LeafTests(Samples):

@@ -4,11 +4,5 @@ from flax_ckpt.training import errors, preservation_policies, save_decision_poli
 from flax_ckpt.training.checkpointer import Checkpointer
 from flax_ckpt.training.metadata import CheckpointMetadata, RootMetadata
 
-__all__ = [
-    "CheckpointMetadata",
-    "Checkpointer",
-    "RootMetadata",
-    "errors",
-    "preservation_policies",
-    "save_decision_policies",
-]
+__all__ = ["CheckpointMetadata", "Checkpointer", "RootMetadata"]
+__all__ += ["errors", "preservation_policies", "save_decision_policies"]

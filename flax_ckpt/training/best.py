@@ -80,10 +80,9 @@ def ranked(root: str) -> list[int]:
     there = f"The metrics of its steps: {there or 'none'}"
     best = next(filter(None, map(_wish, found)), None)
     if best is None:
-        raise CheckpointNotFoundError(
-            f"no step of {root} says by which metric it may be the best, as those of a"
-            f" CheckpointCallback with keep_best= do. {there}. Give the number of a step"
-        )
+        text = f"no step of {root} says by which metric it may be the best, as those of a"
+        text += f" CheckpointCallback with keep_best= do. {there}. Give the number of a step"
+        raise CheckpointNotFoundError(text)
     if order := best.ranked(found):
         return order
     text = f"no step of {root} has a number as {best.metric!r}, by which the best is chosen"

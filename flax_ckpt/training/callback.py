@@ -176,10 +176,8 @@ class CheckpointCallback(Generic[S]):
                 return init(), 0
             leaves = jax.tree.leaves(states.split(like))
             if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-                raise StateError(
-                    f"{self.directory} has no step to restore, and the state given is abstract:"
-                    " pass init=, a function that makes the first state"
-                )
+                what = f"{self.directory} has no step to restore, and the state given is abstract"
+                raise StateError(f"{what}: pass init=, a function that makes the first state")
             return like, 0
         iterator = None if restart_data else self._contents.data_iterator
         out = restoring.resume(self.directory, like, step, iterator, self._context)

@@ -29,8 +29,7 @@ class Contents:
     ) -> None:
         self.config: Message | None = None
         if config is not None:
-            message = configs.to_message(config)
-            self.config = configs.add_provenance(message, provenance.collect())
+            self.config = configs.add_provenance(configs.to_message(config), provenance.collect())
         data.require_iterator(data_iterator, context)
         self.data_iterator = data_iterator
         self.best = None if best is None else Best.of(best)
@@ -41,8 +40,7 @@ class Contents:
         parts = {name: tree for name, tree in states.split(state).items() if tree is not None}
         trees = list(parts)
         if self.config is not None:
-            mesh = {"mesh": provenance.mesh(parts)}
-            parts[CONFIG] = configs.add_provenance(self.config, mesh)
+            parts[CONFIG] = configs.add_provenance(self.config, {"mesh": provenance.mesh(parts)})
         if self.data_iterator is not None:
             parts[names.DATA] = self.data_iterator
         numbers, custom = metrics and notices.numbers(metrics), None

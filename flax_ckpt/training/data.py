@@ -26,11 +26,9 @@ def require_iterator(iterator: Any, context: Context) -> None:
     registry = context.checkpointables.registry or handler_registry.global_registry()
     of_user = [h for h, _ in registry.get_all_entries() if not hasattr(h, "TYPESTR")]
     if not (iterator is None or of_user or isinstance(iterator, Stateful)):
-        raise StateError(
-            f"data_iterator is a {type(iterator).__name__}, whose position cannot be saved: it has"
-            " neither get_state and set_state nor save and load. Pass an iterator that has them,"
-            " as Grain's have: iter(loader), iter(dataset)"
-        )
+        what = f"data_iterator is a {type(iterator).__name__}, whose position cannot be saved"
+        how = "Pass an iterator that has them, as Grain's have: iter(loader), iter(dataset)"
+        raise StateError(f"{what}: it has neither get_state and set_state nor save and load. {how}")
 
 
 def require(layout: Layout, iterator: Any) -> None:
@@ -40,12 +38,11 @@ def require(layout: Layout, iterator: Any) -> None:
         CheckpointNotFoundError: says what there is.
     """
     if iterator is not None and names.DATA not in layout.items:
-        raise CheckpointNotFoundError(
-            f"{layout.path} has no position of a data iterator, {names.DATA!r}; it has:"
-            f" {', '.join(layout.items)}. Without it the run would begin its data anew: if that is"
-            " wanted, pass restart_data=True to restore_or_init, or no data_iterator to restore;"
-            " one of another name is loaded with flax_ckpt.load_checkpointables"
-        )
+        what = f"{layout.path} has no position of a data iterator, {names.DATA!r}; it has:"
+        what += f" {', '.join(layout.items)}. Without it the run would begin its data anew: if"
+        how = "that is wanted, pass restart_data=True to restore_or_init, or no data_iterator to"
+        how += " restore; one of another name is loaded with flax_ckpt.load_checkpointables"
+        raise CheckpointNotFoundError(f"{what} {how}")
 
 
 def restore(layout: Layout, iterator: Any, context: Context) -> None:
@@ -62,15 +59,13 @@ def restore(layout: Layout, iterator: Any, context: Context) -> None:
     except (FlaxCkptError, OSError):
         raise
     except Exception as error:
-        raise StateError(
-            f"{layout.path}: a {type(iterator).__name__} did not take the position saved there:"
-            f" {type(error).__name__}: {error}. Saved is {_shown(layout.items[names.DATA])}"
-        ) from error
+        what = f"{layout.path}: a {type(iterator).__name__} did not take the position saved there"
+        why = f"{type(error).__name__}: {error}. Saved is {_shown(layout.items[names.DATA])}"
+        raise StateError(f"{what}: {why}") from error
     if found is not iterator:
-        raise StateError(
-            f"{layout.path}: loading {names.DATA!r} made a new {type(found).__name__}, but the"
-            " iterator is to be changed in place: its handler must return what it was given"
-        )
+        what = f"{layout.path}: loading {names.DATA!r} made a new {type(found).__name__}, but the"
+        what += " iterator is to be changed in place"
+        raise StateError(f"{what}: its handler must return what it was given")
 
 
 def _shown(directory: str) -> str:

@@ -73,11 +73,10 @@ class _Wish:
         """
         abstract = {i for i in self.kept if _has_no_value(self.values[i])}
         if abstract and init is None:
+            what = "these leaves are not read, and are abstract or deleted in the wanted state"
             named = shortened([self.names[i] for i in sorted(abstract)])
-            raise StateError(
-                "these leaves are not read, and are abstract or deleted in the wanted state:"
-                f" {named}. Give a concrete state, or init=, a function that makes one"
-            )
+            how = "Give a concrete state, or init=, a function that makes one"
+            raise StateError(f"{what}: {named}. {how}")
         self.kept = [i for i in self.kept if i not in abstract]
         self.initialised = sorted([*self.initialised, *abstract])
         if not self.initialised or init is None:
@@ -193,17 +192,15 @@ def fill(
             raise StateError(f"only= and exclude= select no leaf of {source.where}")
         ignore = chosen.unexpected == "ignore"
         wish.share_out(picked, source.trees, chosen.missing)
-        compared = [
-            source.trees[name].compare(*wish.leaves(group), rules, partial=ignore)
-            for name, group in wish.read.items()
-        ]
+        read = [(source.trees[name], group) for name, group in wish.read.items()]
+        compared = [one.compare(*wish.leaves(group), rules, partial=ignore) for one, group in read]
         if differences := [each for found, _ in compared for each in found]:
             raise source.mismatch(differences)
         if chosen.on_damage == "raise":  # else it has to be known what is damaged
             wish.initialise(chosen.init, form)
         damage: dict[str, str] = {}
-        for (name, group), (_, read) in zip(wish.read.items(), compared, strict=True):
-            damage |= wish.take(group, read(), source.trees[name])
+        for (saved, group), (_, values) in zip(read, compared, strict=True):
+            damage |= wish.take(group, values(), saved)
         warn(source.where, damage)
         if chosen.on_damage == "skip":
             wish.initialise(chosen.init, form)
@@ -244,8 +241,6 @@ def _warn_of_unread(wish: _Wish) -> None:
         if path[0].key not in TRAINED and len(path) > depth and is_float:
             collections.setdefault(tree.show(path[:depth]), []).append(i)
     if unread := [name for name, inside in collections.items() if read.isdisjoint(inside)]:
-        progress.logger.warning(
-            "only= selects nothing of %s: what was read may need what was saved with it there; if"
-            " so, name it in only= as well",
-            ", ".join(unread),
-        )
+        text = "only= selects nothing of %s: what was read may need what was saved with it there;"
+        text += " if so, name it in only= as well"
+        progress.logger.warning(text, ", ".join(unread))

@@ -163,11 +163,10 @@ def write_root(root: str, custom_metadata: dict[str, Any]) -> None:
         FormatError: JSON cannot hold it.
     """
     path = os.path.join(root, *names.ROOT_METADATA)
-    if os.path.lexists(path):
-        return
-    custom = jsons.checked_metadata(custom_metadata)
-    files.make_directory(os.path.dirname(path))
-    files.replace(path, jsons.dump({"internal_metadata": {}, "custom_metadata": custom}))
+    if not os.path.lexists(path):
+        custom = jsons.checked_metadata(custom_metadata)
+        files.make_directory(os.path.dirname(path))
+        files.replace(path, jsons.dump({"internal_metadata": {}, "custom_metadata": custom}))
 
 
 def read_root(root: str) -> dict[str, Any]:

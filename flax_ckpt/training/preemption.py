@@ -46,13 +46,12 @@ class Signals:
 
     def restore(self) -> None:
         """Puts back the handlers that were there, unless another one has come since."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in self._previous:
-            if signal.getsignal(number) == self._receive:
-                signal.signal(number, self._before(number))
-        self._ended = True
-        _installed.discard(self)
+        if threading.current_thread() is threading.main_thread():
+            for number in self._previous:
+                if signal.getsignal(number) == self._receive:
+                    signal.signal(number, self._before(number))
+            self._ended = True
+            _installed.discard(self)
 
     def _before(self, number: int) -> Any:
         """The handler that was there, unless it is one of ours that has ended: then its."""

@@ -123,8 +123,9 @@ class EveryNSeconds:
 
     def should_preserve(self, checkpoints: Checkpoints, *, context: Context) -> list[bool]:
         """See :class:`PreservationPolicy`."""
-        interval = datetime.timedelta(seconds=self.interval_secs)
-        return _spaced([checkpoint.time for checkpoint in checkpoints], interval)
+        return _spaced(
+            [c.time for c in checkpoints], datetime.timedelta(seconds=self.interval_secs)
+        )
 
 
 @dataclasses.dataclass
@@ -234,8 +235,7 @@ class BestN:
         if self.n is None or not 0 < self.n < len(checkpoints):
             return [self.n != 0] * len(checkpoints)
         measured = [i for i, c in enumerate(checkpoints) if c.metrics is not None]
-        ranked = sorted(measured, key=lambda i: self._worth(checkpoints[i].metrics))
-        best = set(ranked[-self.n :])
+        best = set(sorted(measured, key=lambda i: self._worth(checkpoints[i].metrics))[-self.n :])
         unmeasured = self.keep_checkpoints_without_metrics
         return [i in best or (unmeasured and c.metrics is None) for i, c in enumerate(checkpoints)]
 

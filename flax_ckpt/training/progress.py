@@ -1,6 +1,5 @@
 """What is told of a save or a restore: the one INFO line, and figures for `jax.monitoring`."""
 
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -8,7 +7,7 @@ from typing import Any, Protocol
 import jax
 from jax import monitoring
 
-logger = logging.getLogger("flax_ckpt")
+from flax_ckpt._async import logger as logger
 
 
 class Writer(Protocol):

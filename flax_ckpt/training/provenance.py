@@ -25,9 +25,8 @@ def collect() -> dict[str, Any]:
     """
     versions = {name.replace("-", "_"): _save.version(name) for name in _PACKAGES}
     devices = _jax.devices()
-    program: str | None = getattr(sys.modules.get("__main__"), "__file__", None)
     return {
-        "git": _git(program),
+        "git": _git(getattr(sys.modules.get("__main__"), "__file__", None)),
         "versions": {"python": platform.python_version()} | versions,
         "device": {"kind": devices[0].device_kind, "count": len(devices)},
         "argv": [text.encode(errors="backslashreplace").decode() for text in sys.argv],

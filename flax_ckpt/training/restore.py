@@ -268,8 +268,7 @@ def _try(
     except (errors.FormatError, errors.InvalidLayoutError, FileNotFoundError) as error:
         if number not in steps.committed(root):
             return None, errors.DamagedCheckpointError(_GONE)
-        known = isinstance(error, errors.FormatError | errors.InvalidLayoutError)
-        if not known or isinstance(error, errors.NoLeafHandlerError):
+        if isinstance(error, FileNotFoundError | errors.NoLeafHandlerError):
             raise
         return None, error
 

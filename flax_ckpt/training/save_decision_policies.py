@@ -168,8 +168,7 @@ class AnySavePolicy:
 
     def should_save(self, step: Step, previous_steps: Steps, *, context: DecisionContext) -> bool:
         """See :class:`SaveDecisionPolicy`."""
-        asked = self.policies
-        return any(p.should_save(step, previous_steps, context=context) for p in asked)
+        return any(p.should_save(step, previous_steps, context=context) for p in self.policies)
 
 
 # What Orbax does when nothing else is said.

@@ -156,11 +156,9 @@ class Saver:
         if history and (latest := history[-1].step) >= step:
             if latest > step and not self._told_of_later:
                 self._told_of_later = True
-                progress.logger.warning(
-                    "step %d is not saved, since step %d is: only later steps are, from %d on. A"
-                    " loop that resumes goes on from the step that was restored",
-                    *(step, latest, latest + 1),
-                )
+                text = "step %d is not saved, since step %d is: only later steps are, from %d on. A"
+                text += " loop that resumes goes on from the step that was restored"
+                progress.logger.warning(text, step, latest, latest + 1)
             return False
         if not self.hosts.several or deciding.is_same_everywhere(self._save_policy):
             return self._decide(step, history)
@@ -313,8 +311,7 @@ class Saver:
 
     def _require_new(self, step: int) -> None:
         """Checks that a step was not saved, and is not being saved."""
-        paths = [other.path for other in self.history if other.step == step]
-        if paths:
+        if paths := [other.path for other in self.history if other.step == step]:
             self.wait()
             what = f"step {step} is saved already, at {paths[0]}; pass overwrite=True to replace it"
             raise errors.StepAlreadyExistsError(what, step=step, path=paths[0])

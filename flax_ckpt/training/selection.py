@@ -69,10 +69,8 @@ class Selection:
         notes(self.on_damage)  # checks it
         known = self.missing in ("error", "keep", "init")
         if not known or self.unexpected not in ("error", "ignore"):
-            raise ValueError(
-                "missing must be 'error', 'keep' or 'init' and unexpected 'error' or 'ignore', got"
-                f" {self.missing!r} and {self.unexpected!r}"
-            )
+            what = "missing must be 'error', 'keep' or 'init' and unexpected 'error' or 'ignore'"
+            raise ValueError(f"{what}, got {self.missing!r} and {self.unexpected!r}")
         if self.missing == "init" and self.init is None:
             raise StateError("missing='init' needs init=, a function that makes a whole state")
 
@@ -129,10 +127,9 @@ class Selection:
             if (other := found.setdefault(path, old)) is not old:
                 clashes.append(f"{other} and {old} would both be {new}")
         if clashes:
-            raise StateError(
-                f"rename={self.rename!r} puts two saved leaves into one place:"
-                f" {shortened(clashes)}. Rename the other, too, to a name that is not wanted"
-            )
+            what = f"rename={self.rename!r} puts two saved leaves into one place"
+            how = "Rename the other, too, to a name that is not wanted"
+            raise StateError(f"{what}: {shortened(clashes)}. {how}")
         return list(found)
 
     def _renamed(self, paths: Sequence[str], where: str) -> list[str]:

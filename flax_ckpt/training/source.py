@@ -24,10 +24,6 @@ from flax_ckpt.storage.record import notes
 from flax_ckpt.training.selection import Selection
 
 _BY_NAME = "Load them by name with flax_ckpt.load_checkpointables, and put the state together"
-_OPTIONS = (
-    "flax_ckpt.restore takes missing= and unexpected= for leaves that one side lacks, rename= for"
-    " those that are called otherwise, only= and exclude= to leave some alone"
-)
 TRAINED = (states.PARAMS, states.OPT_STATE)
 
 
@@ -120,10 +116,9 @@ class Source(contextlib.ExitStack):
         try:
             name = self._layout.tree_name(names.AUTO)
         except errors.InvalidLayoutError as error:
-            raise errors.CheckpointNotFoundError(
-                f"{self.where} has neither a tree 'params' nor one that would hold a whole state;"
-                f" it has: {', '.join(self._layout.items)}. {_BY_NAME}"
-            ) from error
+            what = f"{self.where} has neither a tree 'params' nor one that would hold a whole state"
+            what += f"; it has: {', '.join(self._layout.items)}"
+            raise errors.CheckpointNotFoundError(f"{what}. {_BY_NAME}") from error
         saved = self._open(name)
         self.where = saved.directory
         there = {tree.name_of(path[:1]) for path in saved.leaves}
@@ -133,11 +128,10 @@ class Source(contextlib.ExitStack):
             return "tree"
         if self._chosen.rename:
             return "fields"
-        raise errors.StateError(
-            f"{self.where} has no field 'params', which the wanted state has; it has:"
-            f" {', '.join(sorted(there))}. Say with rename= which leaves are the params, or load a"
-            " tree of this form with flax_ckpt.load, and put the state together"
-        )
+        what = f"{self.where} has no field 'params', which the wanted state has; it has"
+        how = "Say with rename= which leaves are the params, or load a tree of this form with"
+        how += " flax_ckpt.load, and put the state together"
+        raise errors.StateError(f"{what}: {', '.join(sorted(there))}. {how}")
 
     def open_parts(self, wanted: Mapping[str, bool]) -> None:
         """Opens the parts that are wanted; all that there are, if leaves may move.
@@ -151,10 +145,8 @@ class Source(contextlib.ExitStack):
         there, moving = self._layout.items, bool(self._chosen.rename)
         absent = sorted(name for name, needed in wanted.items() if needed and name not in there)
         if absent and not moving and self._chosen.missing == "error":
-            raise errors.CheckpointNotFoundError(
-                f"{self.where} has no {absent[0]!r}, which the wanted state has; it has:"
-                f" {', '.join(there)}. {_BY_NAME}"
-            )
+            what = f"{self.where} has no {absent[0]!r}, which the wanted state has; it has"
+            raise errors.CheckpointNotFoundError(f"{what}: {', '.join(there)}. {_BY_NAME}")
         for name in self._layout.trees if moving else sorted(wanted.keys() & there.keys()):
             self._open(name, tree.Key(name, tree.DICT))
 
@@ -183,20 +175,22 @@ class Source(contextlib.ExitStack):
         moved = list(zip(before, after, leaves, strict=True))
         picked = zip(moved, self._chosen.picks(places), strict=True)
         for saved in self.trees.values():
-            saved.leaves = {
-                path: leaf
-                for (_, path, leaf), pick in itertools.islice(picked, len(saved.leaves))
-                if pick
-                and (areas is None or not areas.isdisjoint(map(tree.name_of, (path[:1], path[:2]))))
-            }
+            own = itertools.islice(picked, len(saved.leaves))
+            saved.leaves = {p: leaf for (_, p, leaf), pick in own if pick and _is_in(p, areas)}
         return moved
 
     def mismatch(self, differences: Sequence[errors.Difference]) -> errors.TreeMismatchError:
         """The error for leaves that differ; says what to do about those that one side lacks."""
+        how = "flax_ckpt.restore takes missing= and unexpected= for leaves that one side lacks,"
+        how += " rename= for those that are called otherwise, only= and exclude= to leave"
         error = mismatch(self.where, differences)
         if any("nothing" in (found.saved, found.wanted) for found in differences):
-            return errors.TreeMismatchError(f"{error}\n{_OPTIONS}", differences)
+            return errors.TreeMismatchError(f"{error}\n{how} some alone", differences)
         return error
+
+
+def _is_in(path: tree.KeyPath, areas: Set[str] | None) -> bool:
+    return areas is None or not areas.isdisjoint(map(tree.name_of, (path[:1], path[:2])))
 
 
 def _unboxed(saved: list[tree.KeyPath], wanted: Mapping[str, tree.KeyPath]) -> list[tree.KeyPath]:

@@ -139,10 +139,8 @@ def composite_name_format(
     '000023'
     """
     if write_name_format not in read_name_formats:
-        raise ValueError(
-            f"write_name_format {write_name_format} must be among read_name_formats"
-            f" {list(read_name_formats)}: what is written must be found again"
-        )
+        what = f"write_name_format {write_name_format} must be among read_name_formats"
+        raise ValueError(f"{what} {list(read_name_formats)}: what is written must be found again")
     return _CompositeNameFormat(write_name_format, tuple(read_name_formats))
 
 
@@ -163,10 +161,9 @@ def naming(root: str) -> StandardNameFormat:
     if StandardNameFormat() in ways or not ways:
         return StandardNameFormat()
     if len(ways) > 1:
-        raise InvalidLayoutError(
-            f"{root} has checkpoints of several names: {', '.join(sorted(found)[:12])}. Give one of"
-            " them, or move those that are no steps of this run elsewhere"
-        )
+        what = f"{root} has checkpoints of several names: {', '.join(sorted(found)[:12])}"
+        how = "Give one of them, or move those that are no steps of this run elsewhere"
+        raise InvalidLayoutError(f"{what}. {how}")
     return ways.pop()
 
 

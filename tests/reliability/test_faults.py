@@ -60,8 +60,8 @@ def test_a_new_state_is_not_removed_while_it_may_have_the_name_on_the_disk(tmp_p
         fc.save_checkpointables(path, state_of("0", 2), overwrite=True)
     assert fc.load_checkpointables(path)["params"]["version"] == 1
     # The exchange may be on the disk, and the way back not: then this is what has the name.
-    left = f"{path}{names.TMP_SUFFIX}"
-    assert os.path.exists(os.path.join(left, names.INTEGRITY))
+    (left,) = tmp_path.glob(f"0{names.TMP_SUFFIX}*")
+    assert (left / names.INTEGRITY).exists()
     fc.save_checkpointables(path, state_of("0", 3), overwrite=True)
     assert os.listdir(tmp_path) == ["0"]
 

@@ -149,7 +149,7 @@ def test_what_a_killed_overwrite_put_aside_goes_with_the_next_save(tmp_path: Pat
     aside, live = tmp_path / f"ckpt{SUFFIX}-old-1", tmp_path / f"ckpt{SUFFIX}-old-2"
     (aside / "state").mkdir(parents=True)
     live.mkdir()
-    (live / ".owner").write_text(commit.identity(os.getpid()))
+    (live / ".owner").write_text(commit.identity(os.getppid()))
     fc.save(path, {"w": np.full(5, 2)}, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["ckpt", live.name]
     assert value_of(path) == 2
