@@ -268,8 +268,10 @@ def _try(
     except (errors.FormatError, errors.InvalidLayoutError, FileNotFoundError) as error:
         if number not in steps.committed(root):
             return None, errors.DamagedCheckpointError(_GONE)
-        if isinstance(error, FileNotFoundError | errors.NoLeafHandlerError):
-            raise
+        if not isinstance(error, errors.DamagedCheckpointError):  # of ours it was checked first
+            other = isinstance(error, FileNotFoundError | errors.NoLeafHandlerError)
+            if other or Record(steps.path_of(root, number)).native:
+                raise
         return None, error
 
 
