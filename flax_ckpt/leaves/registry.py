@@ -51,8 +51,9 @@ class LeafRegistry:
             handler = self.for_abstract(abstract)
             is_array = isinstance(handler, ArrayLeaf)
             return self._keys if is_array and saved.key_impl is not None else handler
-        keys = None if self._keys.describe(saved) is None else self._keys
-        return self._by_kind.get(saved.value_type) if saved.key_impl is None else keys
+        if saved.key_impl is None:
+            return self._by_kind.get(saved.value_type)
+        return None if self._keys.describe(saved) is None else self._keys
 
     def missing(self, where: str, leaves: Iterable[SavedLeaf]) -> NoLeafHandlerError:
         """The error for saved leaves of which some are of a kind that no handler here loads."""
