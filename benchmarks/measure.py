@@ -9,6 +9,7 @@ process with exit status 1.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import mmap
 import os
@@ -70,7 +71,7 @@ def measure_save(subject: Subject, case: Case, folder: Path) -> Result:
     state = make_state(case, subject.uses_jax)
     warm_up(subject, folder / "first")
     os.sync()  # what others left unwritten is not this subject's to wait for
-    wake_memory(2 * case.nbytes)
+    begin_quietly(case)
     peak = Peak()
     begin = time.perf_counter()
     subject.save(folder / "saved", state)
@@ -93,7 +94,7 @@ def measure_train(subject: Subject, case: Case, folder: Path) -> Result:
         state = jax.block_until_ready(step(state))
     usual = quiet.now()
     os.sync()
-    wake_memory(2 * case.nbytes)
+    begin_quietly(case)
     peak = Peak()
     begin = time.perf_counter()
     wait = subject.save_async(folder / "trained", state)
@@ -109,7 +110,7 @@ def measure_load(subject: Subject, case: Case, folder: Path) -> Result:
     compare(subject.prepare_load(folder / "first", WARM_UP)(), WARM_UP, steps=0)
     read_once(folder / "saved")
     load = subject.prepare_load(folder / "saved", case)
-    wake_memory(2 * case.nbytes)
+    begin_quietly(case)
     peak = Peak()
     begin = time.perf_counter()
     state = load()
@@ -164,6 +165,12 @@ def in_thread(wait: Callable[[], None]) -> Callable[[], bool]:
         return True
 
     return ended
+
+
+def begin_quietly(case: Case) -> None:
+    """What nobody's save or load should pay for, or be spared by chance."""
+    gc.collect()
+    wake_memory(4 * case.nbytes)
 
 
 def wake_memory(nbytes: int) -> None:
