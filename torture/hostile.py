@@ -30,7 +30,6 @@ from torture.outcome import Outcome
 
 SECONDS, MEGABYTES, HANGS = 2.0, 200, 20
 _BATCH = 1000  # cases in one child process
-SECRET = "the content of a file that is none of the checkpoint's"
 
 
 class Hang(BaseException):
@@ -205,7 +204,7 @@ def _call(
         kind, said = "wrong", f"{type(error).__name__}: {str(error)[:300]}"
     else:
         said = crafted.text_of(value).replace(root, "")
-    if SECRET in said:
+    if crafted.SECRET in said:
         kind, said = "wrong", f"tells what it must not: {said[:300]}"
     if watch.outside:
         kind, said = "wrong", f"{watch.outside[0]}; {said[:200]}"

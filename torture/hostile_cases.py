@@ -27,9 +27,9 @@ from flax_ckpt.format.checkpoint import Integrity, file_crc
 from flax_ckpt.format.ocdbt import NodeRef, ValueRef
 from flax_ckpt.storage.database import Database
 from flax_ckpt.storage.record import Record
-from torture.hostile import SECRET
 
 Change = Callable[[Path], None]
+SECRET = "the content of a file that is none of the checkpoint's"
 HUGE = 10**18
 EVIL = "d/" + "e" * 32
 # Options of `array.saving`, and whether the records that are ours alone are there.
