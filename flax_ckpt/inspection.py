@@ -115,7 +115,7 @@ def verify(path: files.PathLike) -> Verification:
     cut = {} if inside == [here] else _incomplete(here)
     found: list[Checked] = []
     unchecked: list[str] = []
-    for place in filter(os.path.isdir, inside):
+    for place in [path for path in inside if path in cut or os.path.isdir(path)]:
         if why := kinds.unfinished(place):
             unchecked.append(f"{place} is {why}")
         elif os.path.basename(place) == steps.SUPERSEDED and place != here:

@@ -89,6 +89,7 @@ class FileOptions(_Options):
 
     Attributes:
         path_permission_mode: mode of the checkpoint's directories, such as 0o750; None: the umask.
+            The owner may always read and write.
         path_class: class of the paths that metadata returns.
     """
 

@@ -209,7 +209,7 @@ def test_permission_bits_reach_the_root_of_a_run_that_is_made(tmp_path: Path) ->
                 tmp_path / root, context=context, custom_metadata={"a": 1}
             ) as run:
                 run.save(bits, {"a": np.ones(2)})
-            assert mode(f"{root}/{bits}") == bits
+            assert mode(f"{root}/{bits}") == bits | 0o700, "its owner can delete it"
             assert mode(f"{root}/metadata") == before
         assert mode(f"new_{bits}/run") == bits | 0o200, "its owner goes on writing"
         assert mode(f"new_{bits}") == mode("old") == before, "what was there, or lies above"

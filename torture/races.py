@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import flax_ckpt as fc
 from flax_ckpt.errors import RunInUseError
 from flax_ckpt.format import names
-from flax_ckpt.storage import commit, lock
+from flax_ckpt.storage import commit, files, lock
 from torture.outcome import Outcome
 from torture.racers import tree_of, value_of
 
@@ -224,45 +225,65 @@ STOPPED: tuple[dict[str, Any], ...] = ({"elsewhere": False}, {"elsewhere": True}
 @contextmanager
 def on_another_machine() -> Iterator[None]:
     """This process does not know which processes run where the other one does."""
-    machine, stale = commit._machine, lock.STALE_SECS
-    commit._machine, lock.STALE_SECS = (lambda: "elsewhere:1"), 1.0  # type: ignore[misc]
+    machine, stale = commit.machine, lock.STALE_SECS
+    commit.machine, lock.STALE_SECS = (lambda: "elsewhere:1"), 1.0  # type: ignore[misc]
     try:
         yield
     finally:
-        commit._machine, lock.STALE_SECS = machine, stale  # type: ignore[misc]
+        commit.machine, lock.STALE_SECS = machine, stale  # type: ignore[misc]
+
+
+@contextmanager
+def within_save(action: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Does something in the next save, when all is written and before it is synced."""
+    sync, results = files.sync_tree, list[Any]()
+
+    def first(root: str) -> None:
+        files.sync_tree = sync
+        results.append(action())
+        sync(root)
+
+    files.sync_tree = first
+    try:
+        yield results
+    finally:
+        files.sync_tree = sync
 
 
 def stopped_writer(rounds: int, elsewhere: bool) -> Outcome:
     """The first is stopped within a save. On its own machine it still has the run; a process of
-    another one takes it after a while, and then the first does not save any more."""
+    another one takes it after a while, and then the first does not save any more, nor does it harm
+    what the second is saving."""
     where = "another machine takes over" if elsewhere else "the same machine is refused"
     outcome = Outcome(f"a writer is stopped within a save (SIGSTOP); one of {where}")
     for number in range(rounds):
         with tempfile.TemporaryDirectory(prefix="flax_ckpt_races_") as root:
             fifo = f"{root}/fifo"
             os.mkfifo(fifo)
-            run = f"{root}/run"
+            run, step = f"{root}/run", 2 + number // 2 % 2
             with racer("writer", run, fifo) as first:
                 assert heard(first) == "within"
                 first.send_signal(signal.SIGSTOP)
                 if elsewhere:
                     with on_another_machine(), fc.training.Checkpointer(run) as second:
-                        second.save(2 + number % 2, tree_of(7))
-                        _continue(first, fifo)
-                        said = heard(first)
+                        wake = partial(_continue, first, fifo)
+                        if number % 2:
+                            second.save(step, tree_of(7))
+                            said = wake()
+                        else:
+                            with within_save(wake) as results:
+                                second.save(step, tree_of(7))
+                            (said,) = results
                         second.save(5, tree_of(8))
-                    wanted, good = (
-                        [1, 2 + number % 2, 5],
-                        not any(text.startswith("saved") for text in said[1:]),
-                    )
+                    wanted = [1, step, 5]
+                    good = not any(text.startswith("saved") for text in said[1:])
                 else:
                     try:
                         fc.training.Checkpointer(run).save(2, tree_of(7))
                         good = False
                     except RunInUseError:
                         good = True
-                    _continue(first, fifo)
-                    said = heard(first)
+                    said = _continue(first, fifo)
                     wanted = [1, 2, 3]
                     good = good and said == ["saved 1", "saved 2", "saved 3"]
             steps = [step.step for step in fc.training.Checkpointer(run).checkpoints]
@@ -274,10 +295,11 @@ def stopped_writer(rounds: int, elsewhere: bool) -> Outcome:
     return outcome
 
 
-def _continue(process: subprocess.Popen[str], fifo: str) -> None:
+def _continue(process: subprocess.Popen[str], fifo: str) -> Any:
     process.send_signal(signal.SIGCONT)
     with open(fifo, "w"):
         pass
+    return heard(process)
 
 
 # Threads.

@@ -40,7 +40,7 @@ class Staging:
     Args:
         target: absolute path that the checkpoint will have.
         overwrite: whether a checkpoint at `target` is replaced, in one step, at commit.
-        mode: permission bits of the directories made; None: the umask's.
+        mode: permission bits of the directories made, the owner's always; None: the umask's.
         path: where to put it together; empty: beside the target.
 
     Raises:
@@ -52,7 +52,7 @@ class Staging:
     ) -> None:
         self.target = target
         self.path = path or target + names.TMP_SUFFIX
-        self.mode = mode
+        self.mode = mode if mode is None else mode | 0o700
         self._overwrite = overwrite
         self._owner = identity(os.getpid())
         self._made = False
@@ -90,12 +90,12 @@ class Staging:
             raise
         self._made = True
         for left in glob.glob(f"{glob.escape(self.path)}-old-*"):  # of a crash
-            if owner(left) in (None, (_machine(), os.getpid())):
+            if owner(left) in (None, (machine(), os.getpid())):
                 remove_left_over(left)
         for name in directories:
             files.mkdir(os.path.join(self.path, name))
-        if self.mode is not None:  # for others; the owner goes on writing
-            files.chmod(self.path, self.mode | 0o700)
+        if self.mode is not None:
+            files.chmod(self.path, self.mode)
 
     def sync(self) -> None:
         """Makes all that is in the staging directory durable, whoever wrote it."""
@@ -119,7 +119,7 @@ class Staging:
 
     def _refuse_running(self, path: str) -> None:
         host, pid = owner(path) or ("", 0)
-        if is_here(host) and pid != os.getpid():
+        if host == machine() and pid != os.getpid():
             raise CheckpointExistsError(
                 f"{self.target} is being saved by process {pid} of this machine, which still runs:"
                 " save to another path, or end that process"
@@ -136,8 +136,8 @@ class Staging:
         self._check_free()
         staging, replaces = self.path, os.path.lexists(self.target)
         if replaces:  # under a name that nobody else looks for
-            self.path = self._aside()
-            files.rename(staging, self.path)
+            files.rename(staging, aside := self._aside())
+            self.path = aside
         try:
             self._check_own()
         except CheckpointExistsError:
@@ -170,8 +170,13 @@ class Staging:
             raise CheckpointExistsError(f"{who}. This save was not committed")
 
     def discard(self) -> None:
-        """Removes what this object made; leaves the target as it is."""
+        """Removes what this object made; leaves the target as it is.
+
+        Raises:
+            CheckpointExistsError: what has its name is that of a process of another machine.
+        """
         if self._made:
+            self._check_own()
             remove_left_over(self.path)
 
     def _aside(self) -> str:
@@ -210,7 +215,7 @@ def identity(pid: int) -> str:
         pass  # another user's
     except OSError:
         return ""
-    return f"{_machine()} {pid} {started}"
+    return f"{machine()} {pid} {started}"
 
 
 def running(text: str) -> tuple[str, int] | None:
@@ -220,18 +225,13 @@ def running(text: str) -> tuple[str, int] | None:
     """
     try:
         host, pid = text.split()[:2]
-        ended = is_here(host) and text != identity(int(pid))
+        ended = host == machine() and text != identity(int(pid))
         return None if ended else (host, int(pid))
     except ValueError:
         return None
 
 
-def is_here(host: str) -> bool:
-    """Whether a host is this machine."""
-    return host == _machine()
-
-
-def _machine() -> str:
+def machine() -> str:
     """Where a process number means one process: a container may have numbers of its own."""
     numbers = "/proc/self/ns/pid"
     space = os.stat(numbers).st_ino if os.path.exists(numbers) else ""
@@ -300,8 +300,10 @@ def removed_path(path: str) -> str:
 def remove_left_over(path: str) -> None:
     """Removes what is of no use any more; if it cannot be, the next start tries again."""
     try:
-        if os.path.isdir(path):
-            files.sync_path(os.path.dirname(path))  # it may still have another name on the disk
-        files.clear(path)
+        while os.path.lexists(path):
+            with contextlib.suppress(FileNotFoundError):  # another process removes it as well
+                if os.path.isdir(path):  # it may still have another name on the disk
+                    files.sync_path(os.path.dirname(path))
+                files.clear(path)
     except OSError as error:
         logger.warning("%s could not be removed: %s", path, error)

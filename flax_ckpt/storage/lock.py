@@ -120,7 +120,7 @@ class RunLock:
         """Removes the file of a process that has ended; raises if it lives."""
         text = (found := self._look())[0]
         host, pid = commit.running(text.partition("\n")[0]) or ("", 0)
-        here = commit.is_here(host)
+        here = host == commit.machine()
         if here and pid != os.getpid():  # its own: before it was replaced by `exec`
             raise self._in_use(text)
         if found != _ABSENT and (not text or (host and not here)):  # being written, or elsewhere

@@ -10,7 +10,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, SupportsIndex, TypeAlias, TypeVar
 
 import jax
 from etils import epath
@@ -34,7 +34,7 @@ from flax_ckpt.training.selection import Missing, Rename, Selection, Selector, U
 S = TypeVar("S")
 _GONE = "gone"
 
-Step: TypeAlias = int | Literal["latest", "best"] | CheckpointMetadata[Any] | None
+Step: TypeAlias = SupportsIndex | Literal["latest", "best"] | CheckpointMetadata[Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +211,8 @@ def _restore(path: files.PathLike, like: S | None, step: Step, rules: _Rules) ->
         if step not in (None, "latest", number):
             message = f"{here} is one checkpoint, not a root with step {step}"
             raise errors.CheckpointNotFoundError(message)
-    elif isinstance(step, int):
+    elif isinstance(step, SupportsIndex):
+        step = int(step)
         found = steps.require_steps(here)
         if reason := steps.incomplete(here).get(step):
             raise errors.DamagedCheckpointError(reason)

@@ -189,6 +189,8 @@ def incomplete(root: str) -> dict[int, str]:
         there = set(_entries(path := os.path.join(root, way.build_name(step))))
         if any(os.path.lexists(os.path.join(path, mark)) for mark in _METADATA):
             last, known, cut = step, there, {}
+        elif last >= 0 and os.path.islink(path) and not os.path.exists(path):
+            cut[step] = f"{path} is a link that leads nowhere, to {os.readlink(path)}"
         elif last >= 0 and there <= known and os.path.isdir(path):  # nobody deletes it right now
             text = f"is incomplete: it has neither {' nor '.join(sorted(_METADATA))}"
             cut[step] = f"{path} {text}, but: {', '.join(sorted(there)) or 'nothing'}"
@@ -196,10 +198,10 @@ def incomplete(root: str) -> dict[int, str]:
 
 
 def warn_of_none(root: str) -> None:
-    """Says of a run that begins anew if a directory there is called as a step is, but is none."""
-    numbered = [(name, number) for name in _entries(root) if (number := names.step_of(name))]
-    named = [name for name, (_, step, _) in numbered if naming(root).build_name(step) == name]
-    if found := [name for name in sorted(named) if os.path.isdir(os.path.join(root, name))]:
+    """Says of a run that begins anew if something there is called as a step is, but is none."""
+    way, entries = naming(root), [(name, names.step_of(name)) for name in _entries(root)]
+    named = sorted(name for name, found in entries if found and way.build_name(found[1]) == name)
+    if found := [name for name in named if not os.path.isfile(os.path.join(root, name))]:
         text = "%s has no step to restore, and begins anew: %s is no whole checkpoint. Move it"
         text += " away: a save of the step that is called so would be refused"
         progress.logger.warning(text, root, ", ".join(found))

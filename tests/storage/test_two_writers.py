@@ -3,12 +3,14 @@
 Whoever reports a save has saved; one that is refused gets a typed error; nothing is left or mixed.
 """
 
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import pytest
 
 import flax_ckpt as fc
 from flax_ckpt.errors import CheckpointExistsError
-from flax_ckpt.storage import commit
+from flax_ckpt.storage import commit, files
 
 SUFFIX = ".orbax-checkpoint-tmp"
 
@@ -141,6 +143,46 @@ def test_of_two_machines_the_first_commits_nothing_of_the_second(
     fc.save(path, {"w": np.full(5, 3)}, overwrite=True)
     assert value_of(path) == 3
     assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_of_two_machines_the_first_discards_nothing_of_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ckpt"
+    second: Any = None
+
+    def taken_over(root: str) -> None:
+        nonlocal second
+        monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+        second = commit.Staging(str(path))
+        second.create(["state"])
+        raise OSError(errno.EIO, "Input/output error", root)
+
+    monkeypatch.setattr(files, "sync_tree", taken_over)
+    expected = f"another process has begun to save to {path}: elsewhere"
+    with pytest.raises(CheckpointExistsError, match=expected):
+        fc.save(path, {"w": np.full(5, 1)})
+    assert os.listdir(tmp_path) == [f"ckpt{SUFFIX}"]
+    assert sorted(os.listdir(second.path)) == [".owner", "state"]
+    second.commit()
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_two_may_remove_the_same_left_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(5):
+        left = tmp_path / f"{number}{SUFFIX}"
+        left.mkdir()
+        for name in range(1000):
+            (left / str(name)).touch()
+        both = [threading.Thread(target=commit.remove_left_over, args=[str(left)]) for _ in "12"]
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join()
+    assert not os.listdir(tmp_path)
+    assert not caplog.records
 
 
 def test_what_a_killed_overwrite_put_aside_goes_with_the_next_save(tmp_path: Path) -> None:

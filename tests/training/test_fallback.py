@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
@@ -178,6 +179,45 @@ def test_only_a_part_of_the_latest_step_was_copied(
     assert [restored(run, step=step).step for step in (3, 4)] == [3, 4]
     (aside,) = (run / "superseded").iterdir()
     assert len(list(aside.rglob("*"))) == len(before)
+
+
+def test_the_latest_step_is_a_link_to_what_is_not_mounted(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    elsewhere = tmp_path / "mounted" / "3"
+    elsewhere.parent.mkdir()
+    (run / "3").rename(elsewhere)
+    (run / "3").symlink_to(elsewhere)
+    assert restored(run).step == 3
+    elsewhere.parent.rename(tmp_path / "not_mounted")
+    reason = f"{run / '3'} is a link that leads nowhere, to {elsewhere}"
+    with caplog.at_level(logging.WARNING, "flax_ckpt"):
+        out = restored(run)
+    assert (out.step, out.report.damaged) == (2, ((3, reason),))
+    assert reason in caplog.text
+    with pytest.raises(DamagedCheckpointError, match=f"^{reason}$"):
+        fc.restore(run, tree(0), step=3, data_iterator=Counter())
+    assert [(c.path, c.ok) for c in fc.verify(run).checkpoints][-1] == (str(run / "3"), False)
+    assert train(run, 3, 4) == 2
+    assert [restored(run, step=step).step for step in (3, 4)] == [3, 4]
+    (aside,) = (run / "superseded").iterdir()
+    assert os.readlink(aside) == str(elsewhere)
+
+
+def test_a_run_that_begins_beside_a_link_that_leads_nowhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "3").symlink_to("nowhere")
+    with caplog.at_level(logging.WARNING, "flax_ckpt"), fc.CheckpointCallback(tmp_path) as ckpt:
+        assert ckpt.restore_or_init(tree(0))[1] == 0
+    assert "begins anew: 3 is no whole checkpoint" in caplog.text
+
+
+def test_a_step_may_be_any_integer(run: Path) -> None:
+    for step in (np.int64(2), np.uint8(2), jnp.int32(2)):
+        assert restored(run, step=step).step == 2
+        with fc.CheckpointCallback(run) as ckpt:
+            assert ckpt.restore_or_init(tree(0), step=step)[1] == 2
 
 
 def test_what_else_is_called_by_a_number_is_no_step(run: Path) -> None:
