@@ -271,7 +271,7 @@ def _try(
             return None, errors.DamagedCheckpointError(_GONE)
         if not isinstance(error, errors.DamagedCheckpointError):  # of ours it was checked first
             other = isinstance(error, FileNotFoundError | errors.NoLeafHandlerError)
-            if other or Record(steps.path_of(root, number)).native:
+            if other or os.path.isfile(os.path.join(steps.path_of(root, number), names.INTEGRITY)):
                 raise
         return None, error
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import crc32c
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -132,3 +133,18 @@ def test_a_chunk_for_which_there_is_no_memory_does_not_end_the_process(
     """
     said = run_child(program, tmp_path / "a").stdout
     assert said.startswith(f"n: there is no memory for a chunk of {1 << 46} bytes in {tmp_path}")
+
+
+def test_a_restore_that_is_refused_holds_the_list_of_files_once(tmp_path: Path) -> None:
+    with fc.training.Checkpointer(tmp_path) as run:
+        run.save(1, {"w": np.ones(3)})
+    body = b'{"a":"' + b"x" * (20 << 20) + b'"}'
+    file = tmp_path / "1" / "flax_ckpt.json"
+    file.write_bytes(body + f'\n"{crc32c.crc32c(body):08x}"\n'.encode())
+    tracemalloc.start()
+    try:
+        with pytest.raises(fc.errors.FormatError, match=f"^{file}: format version None; this"):
+            fc.restore(tmp_path, {"w": np.zeros(3)})
+        assert tracemalloc.get_traced_memory()[1] < 2.5 * len(body)
+    finally:
+        tracemalloc.stop()
