@@ -75,7 +75,7 @@ def ranked(root: str) -> list[int]:
         CheckpointNotFoundError: no steps, or none says what is best, or none has the metric.
     """
     steps.require_steps(root)
-    found = sorted(steps.naming(root).find_all(root), key=lambda step: -step.step)
+    found = steps.settled(root, steps.naming)[::-1]
     there = ", ".join(sorted({name for step in found for name in step.metrics or {}}))
     there = f"The metrics of its steps: {there or 'none'}"
     best = next(filter(None, map(_wish, found)), None)

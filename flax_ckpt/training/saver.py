@@ -29,7 +29,6 @@ from flax_ckpt.training.preservation_policies import PreservationContext, Preser
 
 T = TypeVar("T")
 Step = CheckpointMetadata[None]
-_BY_STEP = operator.attrgetter("step")
 
 
 class Saver:
@@ -88,7 +87,7 @@ class Saver:
 
     def committed(self) -> list[Step]:
         """The steps on disk, in order; their files are not read."""
-        return sorted(self._name_format.find_all(self.directory), key=_BY_STEP)
+        return steps.settled(self.directory, lambda _: self._name_format)
 
     @functools.cached_property
     def history(self) -> list[Step]:
@@ -256,7 +255,7 @@ class Saver:
         times: Any = dict.fromkeys(("init_timestamp_nsecs", "commit_timestamp_nsecs"), self.now())
         self._current = Step(step, epath.Path(path), metadata=None, custom_metadata=custom, **times)
         self._current.metrics = metrics  # not those of the step that is replaced
-        self.history = sorted([*self._without(step), self._current], key=_BY_STEP)
+        self.history = sorted([*self._without(step), self._current], key=lambda saved: saved.step)
 
     def _retain(self, saved: int, path: str) -> None:
         """Deletes what need not be kept; a step that cannot be deleted does not stop training."""

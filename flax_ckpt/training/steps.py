@@ -173,7 +173,19 @@ def committed(root: str) -> list[int]:
     Raises:
         InvalidLayoutError: they are called in several ways.
     """
-    return sorted(found.step for found in naming(root).find_all(root))
+    return [found.step for found in settled(root, naming)]
+
+
+def settled(root: str, way: Callable[[str], StepFormat]) -> list[CheckpointMetadata[None]]:
+    """The committed steps under `root`, in order, found while none came or went.
+
+    Else a step that was listed may go, and a later one, which was not, be there already.
+    """
+    while True:
+        before = _entries(root)
+        found = sorted(way(root).find_all(root), key=lambda found: found.step)
+        if _entries(root) == before:
+            return found
 
 
 def incomplete(root: str) -> dict[int, str]:
@@ -182,9 +194,8 @@ def incomplete(root: str) -> dict[int, str]:
     No save leaves one: it was copied, and not to the end. It has nothing but what that last one
     has; so what else is called by a number is no part of the run.
     """
-    way, cut = naming(root), dict[int, str]()
+    way, cut, last, known = naming(root), dict[int, str](), -1, set[str]()
     numbers = {found[1] for name in _entries(root) if (found := names.step_of(name))}
-    last, known = -1, set[str]()
     for step in sorted(numbers):
         there = set(_entries(path := os.path.join(root, way.build_name(step))))
         if any(os.path.lexists(os.path.join(path, mark)) for mark in _METADATA):
@@ -236,14 +247,10 @@ def require_steps(root: str) -> list[int]:
         CheckpointNotFoundError: there are none; says what is there.
     """
     kinds.require_directory(root)
-    before = None
-    while (now := _entries(root)) != before:  # those listed may go while a later one comes
-        if found := committed(root):
-            return found
-        before = now
-    named = kinds.checkpoints_in(root)
+    if found := committed(root):
+        return found
+    named, there = kinds.checkpoints_in(root), kinds.contents(root)
     hint = f"; restore one of these by its path: {os.path.join(root, named[-1])}" if named else ""
-    there = kinds.contents(root)
     raise CheckpointNotFoundError(f"{root} has no committed step; it has: {there}{hint}")
 
 

@@ -606,3 +606,32 @@ def test_methods_and_parameters_are_those_of_orbax():
     for name in ("CheckpointMetadata", "RootMetadata"):
         here, there = (getattr(module, name) for module in (fc.training, ocp.training))
         assert parameters(here) == parameters(there), name
+
+
+def test_a_step_that_goes_while_it_is_listed_does_not_hide_the_next(tmp_path: Path):
+    for step in (1, 2):
+        with Checkpointer(tmp_path / str(step)) as checkpointer:
+            checkpointer.save(step, tree(step))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "1" / "1").rename(tmp_path / "run" / "1")
+    usual = fc.path.step.standard_name_format()
+
+    class Listing:
+        """Between its look at the directory and that at the steps another process goes on."""
+
+        def build_name(self, step: int) -> str:
+            return usual.build_name(step)
+
+        def find_step(self, base_path: Any, step: int) -> Any:
+            return usual.find_step(base_path, step)
+
+        def find_all(self, base_path: Any) -> Any:
+            listed = os.listdir(base_path)
+            if listed == ["1"]:
+                (tmp_path / "2" / "2").rename(tmp_path / "run" / "2")
+                fc.delete(tmp_path / "run" / "1")
+            return [each for each in usual.find_all(base_path) if str(each.step) in listed]
+
+    run = Checkpointer(tmp_path / "run", step_name_format=Listing())
+    assert run.latest is not None
+    assert (run.latest.step, steps_of(run)) == (2, [2])
