@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import errno
 import glob
-import logging
 import os
 import socket
 import sys
@@ -26,12 +25,11 @@ from collections.abc import Iterable
 
 from etils import epath
 
+from flax_ckpt._async import logger
 from flax_ckpt.errors import CheckpointExistsError, CheckpointNotFoundError
 from flax_ckpt.format import names
 from flax_ckpt.storage import files
 from flax_ckpt.storage.kinds import contents
-
-logger = logging.getLogger("flax_ckpt")
 
 
 class Staging:
@@ -159,14 +157,16 @@ class Staging:
             remove_left_over(self.path)  # what was at the target
 
     def _check_own(self) -> None:
-        """Checks that what is about to get the target's name is what this object has made."""
+        """Checks that what has the staging directory's name is what this object has made."""
         try:
             found = files.read(os.path.join(self.path, names.OWNER)).decode(errors="replace")
         except FileNotFoundError:
-            found = "nobody"
+            found = ""
         if found != self._owner:
             self._made = False
-            who = f"another process has begun to save to {self.target}: {found}"
+            host, pid, *_ = [*found.split(), "?", "?"]
+            who = f"process {pid} on {host.partition(':')[0]} has begun to save to {self.target}"
+            who = who if found else f"{self.path} is gone: somebody has removed or renamed it"
             raise CheckpointExistsError(f"{who}. This save was not committed")
 
     def discard(self) -> None:
@@ -198,7 +198,7 @@ def owner(path: str) -> tuple[str, int] | None:
     """Host and number of the process that makes a staging directory, if it may still run."""
     try:
         return running(files.read(os.path.join(path, names.OWNER)).decode())
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):  # it is not there, or no text, or no file
         return None
 
 

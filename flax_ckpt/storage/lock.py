@@ -11,19 +11,16 @@ import atexit
 import contextlib
 import datetime
 import glob
-import logging
 import os
 import threading
 import time
 import uuid
 from typing import Final
 
-from flax_ckpt._async import forget_in_child
+from flax_ckpt._async import forget_in_child, logger
 from flax_ckpt.errors import RunInUseError
 from flax_ckpt.format import names
 from flax_ckpt.storage import commit, files
-
-logger = logging.getLogger("flax_ckpt")
 
 BEAT_SECS: Final = 3.0
 STALE_SECS: Final = 15.0

@@ -6,18 +6,16 @@ A checkpoint without it was not written by us: its files are read as they are.
 
 import contextlib
 import itertools
-import logging
 import math
 import os
 from collections.abc import Generator
 from typing import Literal, TypeAlias
 
+from flax_ckpt._async import logger
 from flax_ckpt.errors import DamagedCheckpointError, FlaxCkptError
 from flax_ckpt.format import names, wire
 from flax_ckpt.format.checkpoint import Integrity, file_crc
 from flax_ckpt.storage import files, kinds
-
-logger = logging.getLogger("flax_ckpt")
 
 OnDamage: TypeAlias = Literal["raise", "skip"]
 Damage: TypeAlias = dict[str, str]  # why, by the key path of a leaf, or the path of a file

@@ -182,9 +182,9 @@ def settled(root: str, way: Callable[[str], StepFormat]) -> list[CheckpointMetad
     Else a step that was listed may go, and a later one, which was not, be there already.
     """
     while True:
-        before = _entries(root)
+        before = set(_entries(root))
         found = sorted(way(root).find_all(root), key=lambda found: found.step)
-        if _entries(root) == before:
+        if set(_entries(root)) == before:
             return found
 
 

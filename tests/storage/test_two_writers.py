@@ -5,6 +5,7 @@ Whoever reports a save has saved; one that is refused gets a typed error; nothin
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -137,7 +138,8 @@ def test_of_two_machines_the_first_commits_nothing_of_the_second(
     writing: Any = commit.Staging(str(path), overwrite=True)
     writing.create(["state"])
     said = other.tell()
-    assert said.startswith(f"CheckpointExistsError another process has begun to save to {path}")
+    expected = f"process {os.getpid()} on elsewhere has begun to save to {path}. This save was not"
+    assert said.startswith(f"CheckpointExistsError {expected} committed")
     assert value_of(path) == 1
     writing.discard()
     fc.save(path, {"w": np.full(5, 3)}, overwrite=True)
@@ -159,13 +161,41 @@ def test_of_two_machines_the_first_discards_nothing_of_the_second(
         raise OSError(errno.EIO, "Input/output error", root)
 
     monkeypatch.setattr(files, "sync_tree", taken_over)
-    expected = f"another process has begun to save to {path}: elsewhere"
+    expected = f"^process {os.getpid()} on elsewhere has begun to save to {path}. This save was not"
     with pytest.raises(CheckpointExistsError, match=expected):
         fc.save(path, {"w": np.full(5, 1)})
     assert os.listdir(tmp_path) == [f"ckpt{SUFFIX}"]
     assert sorted(os.listdir(second.path)) == [".owner", "state"]
     second.commit()
     assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_a_save_whose_staging_directory_was_removed_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, sync = tmp_path / "ckpt", files.sync_tree
+
+    def removed(root: str) -> None:
+        sync(root)
+        shutil.rmtree(root)
+
+    monkeypatch.setattr(files, "sync_tree", removed)
+    with pytest.raises(CheckpointExistsError, match=f"^{path}{SUFFIX} is gone: somebody has rem"):
+        fc.save(path, {"w": np.full(5, 1)})
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe", "bytes"])
+def test_an_owner_that_is_none_is_no_obstacle(tmp_path: Path, kind: str) -> None:
+    run = tmp_path / "run"
+    left = run / f"2{SUFFIX}"
+    left.mkdir(parents=True)
+    makes = {"folder": Path.mkdir, "link": lambda p: p.symlink_to("nowhere"), "pipe": os.mkfifo}
+    makes.get(kind, lambda p: p.write_bytes(b"\xff" * 9))(left / ".owner")
+    with fc.training.Checkpointer(run, cleanup_tmp_directories=kind != "pipe") as checkpointer:
+        assert checkpointer.save(2, {"w": np.full(5, 1)})
+    assert "2" in os.listdir(run)
+    assert left.name not in os.listdir(run)
 
 
 def test_two_may_remove_the_same_left_over(
